@@ -1,0 +1,58 @@
+"""Influential neuron paths of timm Vision Transformers, and smaller models without the neurons that no class needs.
+
+The verbs: ``load``, ``find_images``, ``ImageBatches``, ``discover``, ``prune``, ``evaluate``, ``export_onnx``,
+``bench``, ``save``. Names are imported on first use.
+"""
+
+from importlib import import_module
+from importlib.metadata import version as _version
+
+_HOME_OF = {
+    "VitpruneError": "vitprune.errors",
+    "FeedForward": "vitprune.feed_forward",
+    "find_feed_forwards": "vitprune.feed_forward",
+    "load": "vitprune.models",
+    "save": "vitprune.models",
+    "ImageSet": "vitprune.data",
+    "ImageBatches": "vitprune.data",
+    "find_images": "vitprune.data",
+    "Discovery": "vitprune.discovery.discover",
+    "discover": "vitprune.discovery.discover",
+    "class_paths": "vitprune.discovery.discover",
+    "Run": "vitprune.discovery.run",
+    "load_run": "vitprune.discovery.run",
+    "save_run": "vitprune.discovery.run",
+    "score_neurons": "vitprune.discovery.criteria",
+    "Plan": "vitprune.pruning.plan",
+    "read_plan": "vitprune.pruning.plan",
+    "plan_pruning": "vitprune.pruning.prune",
+    "apply_plan": "vitprune.pruning.prune",
+    "prune": "vitprune.pruning.prune",
+    "masked": "vitprune.pruning.apply",
+    "mask_neurons": "vitprune.pruning.apply",
+    "remove_neurons": "vitprune.pruning.apply",
+    "measure_moments": "vitprune.pruning.compensate",
+    "compensate": "vitprune.pruning.compensate",
+    "Accuracy": "vitprune.evaluation.accuracy",
+    "evaluate": "vitprune.evaluation.accuracy",
+    "compare": "vitprune.evaluation.accuracy",
+    "count_macs": "vitprune.evaluation.macs",
+    "export_onnx": "vitprune.export.onnx_file",
+    "open_onnx": "vitprune.export.runtime",
+    "bench": "vitprune.export.bench",
+}
+
+__all__ = sorted(_HOME_OF)
+__version__ = _version("vitprune")
+
+
+def __getattr__(name: str):
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'vitprune' has no attribute '{name}'")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOME_OF))

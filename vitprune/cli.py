@@ -1,0 +1,707 @@
+"""The command line: unpack, call, save, print; nothing else happens here."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import re
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from vitprune import options
+from vitprune.errors import VitpruneError
+
+EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    parser, commands = _build_parser()
+    try:
+        arguments = _parse(parser, commands, argv)
+        command, given = arguments.subcommand, arguments[arguments.subcommand]
+        _run_command(command, given)
+    except VitpruneError as error:
+        print(f"vitprune: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_MISTAKE
+    except KeyboardInterrupt:
+        print("vitprune: interrupted; nothing half-written was kept", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _parse(parser: ArgumentParser, commands: dict[str, ArgumentParser], argv: Sequence[str] | None) -> Namespace:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv in (["--version"], ["-V"]):
+        from vitprune import __version__
+
+        print(__version__)
+        raise SystemExit(0)
+    if not argv:
+        parser.print_help()
+        raise SystemExit(EXIT_MISTAKE)
+    try:
+        return parser.parse_args(argv)
+    except ArgumentError as error:
+        raise VitpruneError(_explain(str(error), commands.get(argv[0]), list(commands))) from error
+
+
+def _explain(message: str, parser: ArgumentParser | None, commands: list[str]) -> str:
+    """Turn a parser's complaint into one line that proposes the nearest name."""
+    message = re.sub(r'Parser key "(\w+)":', r"\1:", " ".join(message.split()))
+    if parser is None:
+        unknown = re.search(r"invalid choice: '([^']*)'", message)
+        candidates = commands
+    else:
+        unknown = re.search(r"unrecognized arguments: (\S+)|does not accept option '([^']*)'", message)
+        candidates = [string for action in parser._actions for string in (*action.option_strings, action.dest)]
+    if unknown:
+        near = difflib.get_close_matches(next(filter(None, unknown.groups())), candidates, n=1, cutoff=0.6)
+        message += f"; did you mean '{near[0]}'?" if near else ""
+    return message
+
+
+def _run_command(command: str, given: Namespace) -> None:
+    """Run one command with stdout kept for its result."""
+    given = {key: value for key, value in given.as_dict().items() if key != "config"}
+    as_json = given.pop("json", False)
+    with contextlib.redirect_stdout(sys.stderr):
+        answer, show = _COMMANDS[command](**given)
+    if as_json:
+        print(json.dumps(answer, indent=2))
+    else:
+        show()
+
+
+# --- arguments ---------------------------------------------------------------------------------------------------
+
+
+def _build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
+    parser = ArgumentParser(
+        prog="vitprune",
+        description="Influential neuron paths of timm Vision Transformers, and smaller models without the rest.",
+        exit_on_error=False,
+    )
+    subcommands = parser.add_subcommands(
+        required=True, title="commands", description="'vitprune COMMAND --help' explains one."
+    )
+    commands = {}
+    for name, (summary, add_arguments) in _ARGUMENTS.items():
+        command = ArgumentParser(description=summary, exit_on_error=False)
+        add_arguments(command)
+        command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+        if name != "run":
+            command.add_argument("--config", action="config", help="YAML file with any of these options")
+        subcommands.add_subcommand(name, command, help=summary)
+        commands[name] = command
+    return parser, commands
+
+
+def _listed(choices) -> str:
+    return "; ".join(f"{name}: {summary}" for name, summary in choices.items())
+
+
+def _add_checkpoint(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", type=str, help="weights: .safetensors, .pth (plain state dict), google-research .npz"
+    )
+
+
+def _add_device(parser: ArgumentParser) -> None:
+    parser.add_argument("--device", type=str, help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+
+
+def _add_images(parser: ArgumentParser, *, required: bool, batch_size: int, what: str) -> None:
+    parser.add_argument("--data", type=str, required=required, help=f"folder of class folders: {what}")
+    parser.add_argument("--class-map", type=str, help="folder name per line, or JSON {folder: class index}")
+    parser.add_argument("--classes", type=str, nargs="+", help="only these, by folder name or class index")
+    parser.add_argument("--images-per-class", type=int, help="random sample of each class (default: all)")
+    parser.add_argument("--strict", action="store_true", help="refuse undecodable images instead of skipping them")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="images at once")
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode images; 0: this one")
+    parser.add_argument("--seed", type=int, default=0, help="of every random choice")
+
+
+def _add_output(parser: ArgumentParser, what: str) -> None:
+    parser.add_argument("-o", "--output", type=str, required=True, help=what)
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+
+
+def _add_discover(parser: ArgumentParser) -> None:
+    parser.add_argument("model", type=str, help="timm name or folder of a saved model")
+    _add_checkpoint(parser)
+    _add_images(parser, required=True, batch_size=8, what="images to find paths on")
+    parser.add_argument("--method", choices=tuple(options.METHODS), default="jas", help=_listed(options.METHODS))
+    parser.add_argument("--top-k", type=int, default=1, help="neurons per FFN on a path")
+    parser.add_argument(
+        "--tokens",
+        choices=tuple(options.TOKENS),
+        help=_listed(options.TOKENS) + "; default: cls where the head reads the class token, else patch",
+    )
+    parser.add_argument(
+        "--quadrature",
+        type=str,
+        default=options.DEFAULT_QUADRATURE,
+        help="gauss-legendre:NODES or riemann:STEPS (the paper: riemann:20)",
+    )
+    _add_device(parser)
+    _add_output(parser, "run folder to write")
+
+
+def _add_prune(parser: ArgumentParser) -> None:
+    parser.add_argument("source", type=str, help="run folder of 'discover', timm name, or folder of a saved model")
+    _add_checkpoint(parser)
+    _add_images(parser, required=False, batch_size=32, what="calibration images (default: those of the run)")
+    parser.add_argument("--ratio", type=float, default=options.DEFAULT_RATIO, help="share of FFN neurons to remove")
+    parser.add_argument(
+        "--criterion",
+        choices=tuple(options.CRITERIA),
+        default=options.DEFAULT_CRITERION,
+        help=_listed(options.CRITERIA),
+    )
+    parser.add_argument(
+        "--allocation",
+        choices=tuple(options.ALLOCATIONS),
+        default=options.DEFAULT_ALLOCATION,
+        help=_listed(options.ALLOCATIONS),
+    )
+    parser.add_argument(
+        "--compensate",
+        choices=tuple(options.COMPENSATIONS),
+        default=options.DEFAULT_COMPENSATION,
+        help=_listed(options.COMPENSATIONS),
+    )
+    parser.add_argument("--mode", choices=tuple(options.MODES), default="remove", help=_listed(options.MODES))
+    parser.add_argument("--round-to", type=int, default=1, help="every width is a multiple of it")
+    parser.add_argument(
+        "--floor", type=float, default=options.DEFAULT_FLOOR, help="share that global leaves to each FFN at least"
+    )
+    parser.add_argument(
+        "--ridge", type=float, default=options.DEFAULT_RIDGE, help="regularisation, relative to the mean variance"
+    )
+    parser.add_argument("--plan", type=str, help="apply this plan (file or pruned folder) instead of making one")
+    _add_device(parser)
+    _add_output(parser, "folder of the pruned model to write")
+
+
+def _add_evaluate(parser: ArgumentParser) -> None:
+    parser.add_argument("model", type=str, help="timm name, folder of a saved model, or .onnx file")
+    _add_checkpoint(parser)
+    _add_images(parser, required=True, batch_size=64, what="evaluation images")
+    _add_device(parser)
+
+
+def _add_export(parser: ArgumentParser) -> None:
+    parser.add_argument("model", type=str, help="folder of a saved model, or timm name")
+    parser.add_argument("output", type=str, help="ONNX file to write")
+    _add_checkpoint(parser)
+    _add_images(parser, required=False, batch_size=16, what="images for parity (default: the plan's calibration)")
+    parser.add_argument("--num-images", type=int, default=64, help="images to compare with torch")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+
+
+def _add_bench(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "models",
+        type=str,
+        nargs="+",
+        help="timm names or folders; a single pruned folder is timed against its dense model",
+    )
+    _add_checkpoint(parser)
+    parser.add_argument(
+        "--backend",
+        type=str,
+        nargs="+",
+        default=list(options.BACKENDS),
+        help=_listed(options.BACKENDS),
+    )
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8], help="images per run")
+    parser.add_argument("--threads", type=int, help="of the operators; default: torch's")
+    parser.add_argument("--seconds", type=float, default=5.0, help="per backend and batch size")
+
+
+def _add_demo(parser: ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", type=str, default="vitprune-demo", help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="of every random choice")
+
+
+def _add_run(parser: ArgumentParser) -> None:
+    parser.add_argument("recipe", type=str, help="YAML file: a list of commands with their options")
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe and print its commands")
+
+
+_ARGUMENTS: dict[str, tuple[str, Callable[[ArgumentParser], None]]] = {
+    "demo": ("everything on a small ViT and scanned digits, no downloads", _add_demo),
+    "discover": ("find the neuron paths of images and the scores of every class", _add_discover),
+    "prune": ("remove the FFN neurons that matter least", _add_prune),
+    "evaluate": ("measure accuracy", _add_evaluate),
+    "export": ("write an ONNX file and check it against torch", _add_export),
+    "bench": ("time models in torch and ONNX Runtime", _add_bench),
+    "run": ("execute the commands of a recipe", _add_run),
+}
+
+# --- progress and tables -----------------------------------------------------------------------------------------
+
+
+class _Tracked:
+    """Batches with a progress bar on stderr each time they are read; the count of passes names the bar."""
+
+    def __init__(self, batches: Any, *descriptions: str) -> None:
+        self.batches, self.descriptions = batches, descriptions
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        description = self.descriptions[min(self.passes, len(self.descriptions) - 1)]
+        self.passes += 1
+        return iter(_track(self.batches, description))
+
+
+def _track(items: Any, description: str) -> Iterable[Any]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_console(stderr=True)) as progress:
+        yield from progress.track(items, total=len(items), description=description)
+
+
+def _console(*, stderr: bool = False):
+    from rich.console import Console
+
+    # Tables keep their columns where nobody watches: a pipe or a file has no width to fit.
+    stream = sys.__stderr__ if stderr else sys.__stdout__
+    return Console(file=stream, width=None if stream.isatty() else 120, highlight=False)
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="left" if position == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+# --- shared steps ------------------------------------------------------------------------------------------------
+
+
+def _pick_device(device: str | None) -> str:
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _find_images(num_classes: int, data: str, class_map, classes, images_per_class, seed: int):
+    from vitprune.data import find_images
+
+    if images_per_class is not None and images_per_class < 1:
+        raise VitpruneError(f"images_per_class must be at least 1, got {images_per_class}")
+    return find_images(
+        data, num_classes, class_map=class_map, classes=classes, images_per_class=images_per_class, seed=seed
+    )
+
+
+def _batches(images, model, *, batch_size: int, workers: int, strict: bool):
+    from vitprune.data import ImageBatches
+
+    if batch_size < 1:
+        raise VitpruneError(f"batch_size must be at least 1, got {batch_size}")
+    if workers < 0:
+        raise VitpruneError(f"workers must not be negative, got {workers}")
+    return ImageBatches(images, model, batch_size=batch_size, num_workers=workers, strict=strict)
+
+
+def _report_skipped(batches) -> list[str]:
+    if batches.skipped:
+        name, reason = batches.skipped[0]
+        _note(f"skipped {len(batches.skipped)} images that cannot be decoded (first: {name}, {reason})")
+    return [name for name, _reason in batches.skipped]
+
+
+def _as_stored(model: str) -> str:
+    return str(Path(model).absolute()) if Path(model).is_dir() else model
+
+
+# --- commands: each returns its answer for --json and a function that prints it for people -----------------------
+
+
+def _discover(
+    model, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, method, top_k,
+    tokens, quadrature, device, output, overwrite,
+):  # fmt: skip
+    import time
+
+    from vitprune.data import describe_class
+    from vitprune.discovery.discover import class_paths, discover
+    from vitprune.discovery.run import PATHS_FILE, Run, save_run
+    from vitprune.files import refuse_existing
+    from vitprune.models import hash_weights, load
+
+    refuse_existing(output, overwrite=overwrite)
+    network = load(model, checkpoint=checkpoint, device=_pick_device(device))
+    images = _find_images(network.num_classes, data, class_map, classes, images_per_class, seed)
+    batches = _batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
+    started = time.perf_counter()
+    found = discover(
+        network, _Tracked(batches, "discover"), method=method, top_k=top_k, tokens=tokens, quadrature=quadrature
+    )
+    seconds = time.perf_counter() - started
+    skipped = _report_skipped(batches)
+    run = Run(
+        found=found,
+        images=images.only(batches.files_read),
+        model=_as_stored(model),
+        checkpoint=None if checkpoint is None else str(Path(checkpoint).absolute()),
+        weights_sha256=hash_weights(network),
+    )
+    save_run(run, output)
+    paths = class_paths(found)
+    answer = {
+        "num_images": len(found.labels),
+        "paths": str(Path(output) / PATHS_FILE),
+        "seconds": seconds,
+        "output": output,
+        "mean_joint_score": found.joint_scores.mean().item(),
+        "class_paths": {images.class_names[index]: path.tolist() for index, path in paths.items()},
+        "skipped": skipped,
+    }
+    if found.completeness_errors is not None:
+        answer["max_completeness_error"] = found.completeness_errors.max().item()
+
+    def show() -> None:
+        rows = []
+        for index, path in list(paths.items())[:20]:
+            members = found.labels == index
+            rows.append(
+                (
+                    describe_class(images.class_names[index]),
+                    str(int(members.sum())),
+                    f"{found.joint_scores[members].mean():.3f}",
+                    " ".join(str(int(neuron)) for neuron in path[:, 0]),
+                )
+            )
+        suffix = "" if top_k == 1 else f" (first of {top_k} neurons per FFN)"
+        _table(f"class paths{suffix}", ("class", "images", "mean JAS", "neuron by FFN"), rows)
+        if len(paths) > 20:
+            print(f"... and {len(paths) - 20} more classes")
+        if "max_completeness_error" in answer:
+            print(f"largest completeness error {answer['max_completeness_error']:.2e}")
+        print(f"{len(found.labels)} images in {seconds:.1f} s ({seconds / len(found.labels):.2f} s per image)")
+        print(f"wrote {output}")
+
+    return answer, show
+
+
+def _prune(
+    source, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, ratio,
+    criterion, allocation, compensate, mode, round_to, floor, ridge, plan, device, output, overwrite,
+):  # fmt: skip
+    from vitprune.data import hash_images
+    from vitprune.discovery.run import is_run, load_run
+    from vitprune.evaluation.macs import amdahl_ceiling, count_macs, count_parameters
+    from vitprune.files import refuse_existing
+    from vitprune.models import hash_weights, load, save
+    from vitprune.pruning.plan import Plan, read_plan
+    from vitprune.pruning.prune import apply_plan, prune
+
+    refuse_existing(output, overwrite=overwrite)
+    given_plan = None if plan is None else read_plan(plan)
+    run = load_run(source) if is_run(source) else None
+    if run is not None:
+        if checkpoint is not None:
+            raise VitpruneError(f"{source} is a run and names its own weights; leave --checkpoint out")
+        network = load(run.model, checkpoint=run.checkpoint, device=_pick_device(device))
+        if hash_weights(network) != run.weights_sha256:
+            raise VitpruneError(
+                f"{source}: its scores are of other weights than {run.checkpoint or run.model} holds; discover again"
+            )
+    else:
+        network = load(source, checkpoint=checkpoint, device=_pick_device(device))
+    images = batches = None
+    if data is not None:
+        images = _find_images(network.num_classes, data, class_map, classes, images_per_class, seed)
+    elif run is not None:
+        if not run.images.root.is_dir():
+            raise VitpruneError(f"the images of {source} are no longer at {run.images.root}; pass --data DIR")
+        images = run.images
+    if images is not None:
+        batches = _batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
+    tracked = None if batches is None else _Tracked(batches, "calibrate")
+    if given_plan is None:
+        pruned, made = prune(
+            network,
+            tracked,
+            pruning_ratio=ratio,
+            criterion=criterion,
+            allocation=allocation,
+            compensation=compensate,
+            mode=mode,
+            found=None if run is None else run.found,
+            round_to=round_to,
+            floor=floor,
+            ridge=ridge,
+            seed=seed,
+        )
+    else:
+        made = Plan(given_plan.keep, {**given_plan.facts, "compensation": compensate, "mode": mode})
+        pruned = apply_plan(network, made, mode=mode, compensation=compensate, ridge=ridge, batches=tracked)
+    skipped = []
+    if tracked is not None and tracked.passes:
+        skipped = _report_skipped(batches)
+        used = images.only(batches.files_read)
+        calibration = {"data": str(used.root), "files": used.files, "labels": used.labels, "sha256": hash_images(used)}
+        made = Plan(made.keep, {**made.facts, "calibration": calibration})
+    save(pruned, output, plan=made)
+    macs, macs_dense = count_macs(pruned), count_macs(network)
+    answer = {
+        "output": output,
+        "widths": made.widths,
+        "num_neurons": made.num_neurons,
+        "num_neurons_dense": made.num_neurons_dense,
+        "pruning_ratio": made.pruning_ratio,
+        "num_parameters": count_parameters(pruned),
+        "num_parameters_dense": count_parameters(network),
+        "macs": macs,
+        "macs_dense": macs_dense,
+        "speedup_ceiling": amdahl_ceiling(macs_dense, macs),
+        "skipped": skipped,
+    }
+
+    def show() -> None:
+        dense_widths = {name: len(keep) for name, keep in made.keep.items()}
+        rows = [(name, str(dense_widths[name]), str(width)) for name, width in made.widths.items()]
+        _table("neurons", ("FFN", "dense", "kept"), rows)
+        print(f"removed {made.pruning_ratio:.1%} of {made.num_neurons_dense} FFN neurons ({mode})")
+        print(f"parameters {answer['num_parameters_dense']:,} -> {answer['num_parameters']:,}")
+        print(
+            f"multiply-accumulates {macs_dense / 1e9:.3f} -> {macs / 1e9:.3f} G: "
+            f"at most {answer['speedup_ceiling']:.2f} x faster"
+        )
+        print(f"wrote {output}")
+
+    return answer, show
+
+
+def _evaluate(model, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, device):
+    from vitprune.data import describe_class
+    from vitprune.evaluation.accuracy import evaluate
+
+    network = _open(model, checkpoint, device)
+    images = _find_images(network.num_classes, data, class_map, classes, images_per_class, seed)
+    _refuse_overlap(model, images)
+    batches = _batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
+    measured = evaluate(network, _Tracked(batches, "evaluate"))
+    skipped = _report_skipped(batches)
+    answer = {
+        "top1": measured.top1,
+        "top5": measured.top5,
+        "num_images": measured.num_images,
+        "top1_interval": list(measured.top1_interval),
+        "per_class": {
+            images.class_names[index]: {"top1": top1, "num_images": measured.images_by_class[index]}
+            for index, top1 in measured.top1_by_class.items()
+        },
+        "skipped": skipped,
+    }
+
+    def show() -> None:
+        low, high = measured.top1_interval
+        print(f"top-1 {measured.top1:.4f} (95 % interval {low:.4f} .. {high:.4f})")
+        print(f"top-5 {measured.top5:.4f}")
+        print(f"{measured.num_images} images of {len(measured.top1_by_class)} classes")
+        ranked = sorted(measured.top1_by_class.items(), key=lambda pair: pair[1])[:10]
+        rows = [
+            (describe_class(images.class_names[index]), str(measured.images_by_class[index]), f"{top1:.3f}")
+            for index, top1 in ranked
+        ]
+        title = "per class" if len(ranked) == len(measured.top1_by_class) else "per class, the ten lowest (--json: all)"
+        _table(title, ("class", "images", "top-1"), rows)
+
+    return answer, show
+
+
+def _open(model: str, checkpoint: str | None, device: str | None):
+    if Path(model).suffix != ".onnx":
+        from vitprune.models import load
+
+        return load(model, checkpoint=checkpoint, device=_pick_device(device))
+    if checkpoint is not None:
+        raise VitpruneError(f"{model} holds its own weights; leave --checkpoint out")
+    if device not in (None, "cpu"):
+        raise VitpruneError(f"{model} runs on ONNX Runtime's CPU provider, not on '{device}'")
+    from vitprune.export.runtime import open_onnx
+
+    return open_onnx(model)
+
+
+def _refuse_overlap(model: str, images) -> None:
+    from vitprune.data import hash_images
+    from vitprune.pruning.plan import PLAN_FILE, read_plan
+
+    if not (Path(model) / PLAN_FILE).is_file():
+        return
+    used = set(read_plan(model).facts.get("calibration", {}).get("sha256", ()))
+    shared = [name for name, digest in zip(images.files, hash_images(images), strict=True) if digest in used]
+    if shared:
+        raise VitpruneError(
+            f"{len(shared)} of {len(images)} evaluation images were calibration images of {model} "
+            f"(first: {shared[0]}); evaluate on others"
+        )
+
+
+def _export(
+    model, output, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed,
+    num_images, overwrite,
+):  # fmt: skip
+    from vitprune.export.onnx_file import export_onnx
+    from vitprune.models import load
+
+    if Path(output).exists() and not overwrite:
+        raise VitpruneError(f"{output} exists; choose another file or add --overwrite")
+    if num_images < 1:
+        raise VitpruneError(f"num_images must be at least 1, got {num_images}")
+    network = load(model, checkpoint=checkpoint)
+    if data is not None:
+        images = _find_images(network.num_classes, data, class_map, classes, images_per_class, seed)
+    else:
+        images = _calibration_images(model)
+    batches = _batches(images.head(num_images), network, batch_size=batch_size, workers=workers, strict=strict)
+    report = export_onnx(network, output, _Tracked(batches, "parity"))
+    answer = {
+        "path": output,
+        "max_abs_diff": report.max_abs_diff,
+        "top1_agreement": report.top1_agreement,
+        "size_bytes": report.size_bytes,
+        "num_images": report.num_images,
+        "skipped": _report_skipped(batches),
+    }
+
+    def show() -> None:
+        print(f"largest logit difference to torch {report.max_abs_diff:.2e} on {report.num_images} images")
+        print(f"same first answer on {report.top1_agreement:.2%}")
+        print(f"wrote {output} ({report.size_bytes / 1e6:.1f} MB)")
+
+    return answer, show
+
+
+def _calibration_images(model: str):
+    from vitprune.data import ImageSet
+    from vitprune.pruning.plan import PLAN_FILE, read_plan
+
+    facts = read_plan(model).facts.get("calibration") if (Path(model) / PLAN_FILE).is_file() else None
+    if facts is None or not Path(facts["data"]).is_dir():
+        raise VitpruneError(f"parity needs real images and {model} names none that are there; pass --data DIR")
+    return ImageSet(Path(facts["data"]), tuple(facts["files"]), tuple(facts["labels"]))
+
+
+def _bench(models, checkpoint, backend, batch_size, threads, seconds):
+    from vitprune.evaluation.macs import amdahl_ceiling, count_macs
+    from vitprune.export.bench import bench
+    from vitprune.models import build_dense, load
+
+    if threads is not None and threads < 1:
+        raise VitpruneError(f"threads must be at least 1, got {threads}")
+    networks = {}
+    if len(models) == 1 and Path(models[0]).is_dir():
+        networks["dense"] = build_dense(models[0])
+    for name in models:
+        networks[name] = load(name, checkpoint=None if Path(name).is_dir() else checkpoint)
+    rows = bench(
+        networks,
+        backends=backend,
+        batch_sizes=batch_size,
+        num_threads=threads,
+        seconds=seconds,
+        track=lambda pairs: _track(pairs, "bench"),
+    )
+    macs = {name: count_macs(network) for name, network in networks.items()}
+    ceilings = {name: amdahl_ceiling(next(iter(macs.values())), count) for name, count in macs.items()}
+    answer = {"rows": [{**vars(row), "speedup_ceiling": ceilings[row.model]} for row in rows]}
+
+    def show() -> None:
+        cells = [
+            (
+                row.model,
+                row.backend,
+                str(row.batch_size),
+                str(row.num_threads),
+                f"{row.median_ms:.2f}",
+                f"{row.p95_ms:.2f}",
+                f"{row.images_per_second:.1f}",
+                f"{row.speedup:.2f}",
+                f"{ceilings[row.model]:.2f}",
+            )
+            for row in rows
+        ]
+        columns = ("model", "backend", "batch", "threads", "median ms", "p95 ms", "images/s", "speed-up", "ceiling")
+        _table(f"latency (speed-up over {rows[0].model})", columns, cells)
+        print("ceiling: what fewer multiply-accumulates allow at most (Amdahl); attention and projections still run")
+
+    return answer, show
+
+
+def _demo(output, seed):
+    from vitprune.demo import run_demo
+
+    result = run_demo(output, seed=seed, track=_track, note=_note)
+
+    def show() -> None:
+        for title, columns, rows in result.tables:
+            _table(title, columns, rows)
+        print(f"wrote {result.output}: " + ", ".join(result.files))
+        print(f"try next: vitprune discover {result.model} --data {result.data} -o RUN")
+
+    return result.answer, show
+
+
+def _run(recipe, dry_run):
+    from vitprune.recipe import read_recipe
+
+    _parser, commands = _build_parser()
+    steps = read_recipe(recipe, {name: parser for name, parser in commands.items() if name != "run"})
+    for position, (command, given) in enumerate(steps, 1):
+        shown = " ".join(f"{key}={value}" for key, value in given.as_dict().items() if value not in (None, False))
+        _note(f"{position}/{len(steps)} {command} {shown}")
+        if not dry_run:
+            with contextlib.redirect_stdout(sys.__stdout__):
+                _run_command(command, given)
+    return {"recipe": recipe, "steps": [command for command, _given in steps], "executed": not dry_run}, lambda: None
+
+
+_COMMANDS: dict[str, Callable[..., tuple[dict[str, Any], Callable[[], None]]]] = {
+    "demo": _demo,
+    "discover": _discover,
+    "prune": _prune,
+    "evaluate": _evaluate,
+    "export": _export,
+    "bench": _bench,
+    "run": _run,
+}

@@ -1,0 +1,261 @@
+"""Images in class folders, their labels, and batches under the model's own transform."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from vitprune.errors import VitpruneError
+from vitprune.files import hash_file
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"})
+_WNID = re.compile(r"^n\d{8}$")
+_SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Which images, and which model output each belongs to.
+
+    Attributes:
+        root: the data folder, absolute.
+        files: image files relative to ``root``, sorted.
+        labels: per file, the index of its class among the model's outputs.
+        class_names: class index -> folder name, for the classes present.
+    """
+
+    root: Path
+    files: tuple[str, ...]
+    labels: tuple[int, ...]
+    class_names: Mapping[int, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def head(self, count: int) -> ImageSet:
+        """Return ``count`` images spread evenly over the set (all of them if there are fewer)."""
+        if count >= len(self):
+            return self
+        picked = [index * len(self) // count for index in range(count)]
+        return self._at(picked)
+
+    def only(self, files: Sequence[str]) -> ImageSet:
+        """Return the images named in ``files``, in this set's order."""
+        wanted = set(files)
+        return self._at([index for index, name in enumerate(self.files) if name in wanted])
+
+    def _at(self, picked: Sequence[int]) -> ImageSet:
+        labels = tuple(self.labels[index] for index in picked)
+        names = {label: name for label, name in self.class_names.items() if label in set(labels)}
+        return replace(self, files=tuple(self.files[i] for i in picked), labels=labels, class_names=names)
+
+
+def find_images(
+    root: str | Path,
+    num_classes: int,
+    *,
+    class_map: str | Path | None = None,
+    classes: Sequence[str] | None = None,
+    images_per_class: int | None = None,
+    seed: int = 0,
+) -> ImageSet:
+    """Find the images below ``root``/CLASS/ and number their classes as the model does.
+
+    Folders named by WordNet id are looked up among ImageNet's classes, whichever are present; other names need a
+    ``class_map``, or must be as many as the model's outputs (sorted order).
+
+    Args:
+        root: folder of class folders.
+        num_classes: outputs of the model.
+        class_map: a text file with one folder name per line (line number = class index), or a JSON object
+            {folder name: class index}.
+        classes: keep only these, by folder name or class index.
+        images_per_class: keep a random sample of this size of each class (all, where a class has fewer).
+        seed: of that sample.
+
+    Raises:
+        VitpruneError: if there are no images, or a folder is no class of the model.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise VitpruneError(f"{root}: no such data folder")
+    if num_classes < 1:
+        raise VitpruneError("the model has no classifier (num_classes=0), so its classes cannot be named")
+    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not folders:
+        raise VitpruneError(f"{root}: holds no class folders; expected {root}/CLASS/IMAGE")
+    if set(folders) <= _SPLITS:
+        raise VitpruneError(
+            f"{root} holds the splits {', '.join(folders)}; name one of them, such as {root / folders[0]}"
+        )
+    index_of = _number_classes(root, folders, num_classes, class_map)
+    if classes:
+        folders = _pick_classes(root, folders, index_of, classes)
+    files, labels = [], []
+    for folder in folders:
+        found = sorted(
+            path.relative_to(root).as_posix()
+            for path in (root / folder).rglob("*")
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+        )
+        if images_per_class is not None and len(found) > images_per_class:
+            found = sorted(random.Random(f"{seed} {folder}").sample(found, images_per_class))
+        files += found
+        labels += [index_of[folder]] * len(found)
+    if not files:
+        raise VitpruneError(
+            f"{root}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in its {len(folders)} class folders"
+        )
+    present = set(labels)
+    names = {index_of[folder]: folder for folder in folders if index_of[folder] in present}
+    return ImageSet(root.absolute(), tuple(files), tuple(labels), names)
+
+
+def _number_classes(root: Path, folders: list[str], num_classes: int, class_map: str | Path | None) -> dict[str, int]:
+    if class_map is not None:
+        numbered, source = _read_class_map(Path(class_map)), str(class_map)
+    elif all(_WNID.match(folder) for folder in folders) and infer_imagenet_subset({"num_classes": num_classes}):
+        subset = infer_imagenet_subset({"num_classes": num_classes})
+        numbered = {name: index for index, name in enumerate(ImageNetInfo(subset).label_names())}
+        source = f"{subset}'s {num_classes} classes"
+    elif len(folders) == num_classes:
+        return {folder: index for index, folder in enumerate(folders)}
+    else:
+        raise VitpruneError(
+            f"{root} has {len(folders)} class folders ({folders[0]}, ...) but the model has {num_classes} outputs; "
+            "say which is which with --class-map FILE"
+        )
+    unknown = [folder for folder in folders if folder not in numbered]
+    if unknown:
+        raise VitpruneError(f"{root}: '{unknown[0]}' ({len(unknown)} of {len(folders)} folders) is not in {source}")
+    beyond = [folder for folder in folders if not 0 <= numbered[folder] < num_classes]
+    if beyond:
+        raise VitpruneError(
+            f"{source}: class {numbered[beyond[0]]} of '{beyond[0]}' is beyond the {num_classes} outputs"
+        )
+    return {folder: numbered[folder] for folder in folders}
+
+
+def _read_class_map(path: Path) -> dict[str, int]:
+    if not path.is_file():
+        raise VitpruneError(f"class map {path}: no such file")
+    text = path.read_text()
+    if path.suffix != ".json":
+        return {line.strip(): index for index, line in enumerate(text.splitlines()) if line.strip()}
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise VitpruneError(f"class map {path}: not a JSON file ({error})") from error
+    if not isinstance(content, dict) or not all(type(index) is int for index in content.values()):
+        raise VitpruneError(f"class map {path}: expected an object {{folder name: class index}}")
+    return content
+
+
+def _pick_classes(root: Path, folders: list[str], index_of: Mapping[str, int], classes: Sequence[str]) -> list[str]:
+    folder_of = {str(index): folder for folder, index in index_of.items()}
+    wanted = {folder_of.get(name, name) for name in classes}
+    absent = sorted(wanted - set(folders))
+    if absent:
+        raise VitpruneError(f"class '{absent[0]}' is neither a folder of {root} nor the index of one")
+    return [folder for folder in folders if folder in wanted]
+
+
+def describe_class(name: str) -> str:
+    """Return a class name that people can read: the first lemma of a WordNet id, any other name as it is."""
+    return ImageNetInfo("imagenet-22k").label_name_to_description(name).split(",")[0] if _WNID.match(name) else name
+
+
+def hash_images(images: ImageSet) -> tuple[str, ...]:
+    """Return a content hash of each image file (16 hexadecimal digits)."""
+    return tuple(hash_file(images.root / name) for name in images.files)
+
+
+def data_config(model: Any) -> dict[str, Any]:
+    """Return the transform that a model's images need, as timm describes it; JSON values.
+
+    Args:
+        model: a timm model, or an opened ONNX file.
+    """
+    config = timm.data.resolve_model_data_config(model) if isinstance(model, nn.Module) else model.data_config
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+
+
+class ImageBatches:
+    """Batches of an image set under the model's own transform; may be read any number of times.
+
+    Iterating yields images (float32 [B, channels, height, width], normalised) and labels (int64 [B]). Images that
+    cannot be decoded are left out; ``skipped`` then names them with the reason, ``files_read`` names the others in
+    order, both as of the last complete pass.
+
+    Args:
+        images: which images.
+        model: whose transform: a timm model, or an opened ONNX file.
+        batch_size: B of all batches but the last.
+        num_workers: processes that decode; 0 decodes in this one.
+        strict: refuse an undecodable image instead of leaving it out.
+    """
+
+    def __init__(
+        self, images: ImageSet, model: Any, *, batch_size: int = 64, num_workers: int = 0, strict: bool = False
+    ) -> None:
+        self.images, self.strict = images, strict
+        self.skipped: list[tuple[str, str]] = []
+        self.files_read: list[str] = []
+        self._loader = DataLoader(
+            _Decoded(images, data_config(model)),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=list,
+            pin_memory=False,
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.skipped, self.files_read = [], []
+        for decoded in self._loader:
+            good = [(index, image) for index, image, _reason in decoded if image is not None]
+            for index, image, reason in decoded:
+                name = self.images.files[index]
+                if image is not None:
+                    self.files_read.append(name)
+                    continue
+                if self.strict:
+                    raise VitpruneError(f"{self.images.root / name}: cannot be decoded ({reason})")
+                self.skipped.append((name, reason))
+            if good:
+                labels = torch.tensor([self.images.labels[index] for index, _ in good])
+                yield torch.stack([image for _, image in good]), labels
+        if not self.files_read:
+            name, reason = self.skipped[0]
+            raise VitpruneError(f"{self.images.root}: no image could be decoded (first: {name}, {reason})")
+
+
+class _Decoded(Dataset):
+    def __init__(self, images: ImageSet, config: Mapping[str, Any]) -> None:
+        self.images = images
+        self.mode = "L" if config["input_size"][0] == 1 else "RGB"
+        self.transform = timm.data.create_transform(**config, is_training=False)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | None, str]:
+        try:
+            with Image.open(self.images.root / self.images.files[index]) as image:
+                return index, self.transform(image.convert(self.mode)), ""
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return index, None, str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,86 @@
+"""Paths by simpler rules than the joint attribution score, with the same result.
+
+Letters: B images, T scoped tokens, H hidden neurons, L FFNs, K neurons per FFN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vitprune.discovery.engine import PathBatch, score_paths
+from vitprune.discovery.quadrature import Quadrature
+from vitprune.discovery.trunk import record_clean, scope_slice
+from vitprune.feed_forward import FeedForward, hook_hidden
+
+INFLUENCE_STEPS = 20
+
+
+def activation_paths(
+    model: nn.Module,
+    ffns: Sequence[FeedForward],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    top_k: int,
+    quadrature: Quadrature,
+    scope: str,
+) -> PathBatch:
+    """Select the neurons with the highest clean activation at the scoped tokens (mean over tokens).
+
+    Arguments and result as in ``search_paths``; ``scores`` are the activations.
+
+    Source:
+        The "Activation" baseline of arXiv:2503.09046.
+    """
+    clean = record_clean(model, ffns, images, tokens=scope_slice(model, scope))
+    scores = tuple(hidden_BTH.mean(1) for hidden_BTH in clean.hidden_BTH)
+    return _as_paths(model, ffns, images, labels, scores, clean.logits_BC, top_k, quadrature, scope)
+
+
+def influence_pattern_paths(
+    model: nn.Module,
+    ffns: Sequence[FeedForward],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    top_k: int,
+    quadrature: Quadrature,
+    scope: str,
+) -> PathBatch:
+    """Select the neurons with the highest mean gradient of the class probability along the scaled input.
+
+    The normalised image is multiplied by α = 0, .05 .. .95 and nothing is clamped. Arguments and result as in
+    ``search_paths``; ``scores`` are the mean gradients.
+
+    Source:
+        Lu et al., "Influence Patterns for Explaining Information Flow in BERT", NeurIPS 2021 (arXiv:2011.00740), as the
+        baseline of arXiv:2503.09046 computes it.
+    """
+    tokens = scope_slice(model, scope)
+    logits = record_clean(model, ffns, images, tokens=tokens).logits_BC
+    sums: list[Tensor] = []
+    for step in range(INFLUENCE_STEPS):
+        hidden: list[Tensor] = []
+
+        def watch(_name: str, h_BNH: Tensor, hidden: list[Tensor] = hidden) -> Tensor:
+            hidden.append(h_BNH if h_BNH.requires_grad else h_BNH.detach().requires_grad_())
+            return hidden[-1]
+
+        with torch.enable_grad(), hook_hidden(model, ffns, watch):
+            scaled = (images * (step / INFLUENCE_STEPS)).requires_grad_()
+            probability = model(scaled).softmax(-1).gather(1, labels.unsqueeze(1))
+            gradients = torch.autograd.grad(probability.sum(), hidden)
+        means = [gradient[:, tokens].mean(1) / INFLUENCE_STEPS for gradient in gradients]
+        sums = means if not sums else [total + mean for total, mean in zip(sums, means, strict=True)]
+    return _as_paths(model, ffns, images, labels, tuple(sums), logits, top_k, quadrature, scope)
+
+
+def _as_paths(model, ffns, images, labels, scores, logits, top_k, quadrature, scope) -> PathBatch:
+    neurons_BLK = torch.stack(
+        [score_BH.sort(dim=-1, descending=True, stable=True).indices[:, :top_k] for score_BH in scores], dim=1
+    )
+    joint_B = score_paths(model, ffns, images, labels, neurons_BLK, quadrature=quadrature, scope=scope)
+    return PathBatch(neurons_BLK, joint_B, None, scores, logits)

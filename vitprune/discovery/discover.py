@@ -1,0 +1,164 @@
+"""The verb: find the paths of many images and the mean score of every neuron per class."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from vitprune.discovery.baselines import activation_paths, influence_pattern_paths
+from vitprune.discovery.engine import PathBatch, search_paths
+from vitprune.discovery.quadrature import parse_quadrature
+from vitprune.discovery.trunk import check_trunk, resolve_scope
+from vitprune.errors import VitpruneError
+from vitprune.feed_forward import find_feed_forwards
+from vitprune.options import DEFAULT_QUADRATURE, METHODS, check_choice
+
+_FIND_PATHS: Mapping[str, Callable[..., PathBatch]] = {
+    "jas": search_paths,
+    "jas-complete": partial(search_paths, complete=True),
+    "activation": activation_paths,
+    "influence-pattern": influence_pattern_paths,
+}
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """Paths of I images and scores per class.
+
+    Attributes:
+        ffns: FFN names, in block order.
+        neurons: int64 [I, L, K]; per image the selected neurons of each FFN, best first.
+        joint_scores: float32 [I]; score of the path.
+        labels: int64 [I]; class index of each image.
+        predictions: int64 [I]; the class that the model answers.
+        completeness_errors: float32 [I] for ``jas-complete``, else None.
+        classes: the class indices present, ascending; rows of ``class_scores``.
+        class_scores: FFN name -> float32 [C, H]; mean score of every neuron over the images of a class.
+        method: key of ``METHODS``.
+        tokens: ``cls``, ``patch`` or ``all``.
+        quadrature: as in ``parse_quadrature``.
+    """
+
+    ffns: tuple[str, ...]
+    neurons: Tensor
+    joint_scores: Tensor
+    labels: Tensor
+    predictions: Tensor
+    completeness_errors: Tensor | None
+    classes: tuple[int, ...]
+    class_scores: Mapping[str, Tensor]
+    method: str
+    tokens: str
+    quadrature: str
+
+
+def discover(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    method: str = "jas",
+    top_k: int = 1,
+    tokens: str | None = None,
+    quadrature: str = DEFAULT_QUADRATURE,
+) -> Discovery:
+    """Find the influential neuron path of each image, and the mean score of every neuron per class.
+
+    Args:
+        model: timm Vision Transformer with an isotropic trunk, in eval mode.
+        batches: pairs of images [B, 3, height, width] (normalised by the model's own transform) and class labels [B]
+            (int64). Read once; a batch may mix classes.
+        method: key of ``METHODS``.
+        top_k: K, neurons per FFN; 1 .. the narrowest FFN.
+        tokens: whose hidden vectors count: ``cls`` (class token), ``patch`` or ``all``; None takes the class token
+            where the head reads it, else the patches.
+        quadrature: ``gauss-legendre:NODES`` or ``riemann:STEPS``.
+
+    Returns:
+        See ``Discovery``; on the CPU.
+
+    Raises:
+        VitpruneError: if the model has no isotropic trunk, an argument is out of range, or ``batches`` is empty.
+
+    Source:
+        arXiv:2503.09046.
+    """
+    ffns = find_feed_forwards(model)
+    rule = parse_quadrature(quadrature)
+    scope = resolve_scope(model, tokens)
+    check_choice("method", method, METHODS)
+    narrowest = min(ffns, key=lambda ffn: ffn.num_neurons)
+    if not 1 <= top_k <= narrowest.num_neurons:
+        raise VitpruneError(
+            f"top_k must be in [1, {narrowest.num_neurons}] ({narrowest.name} has that many neurons), got {top_k}"
+        )
+    parameter = next(model.parameters())
+    found: list[tuple[PathBatch, Tensor]] = []
+    sums: dict[str, dict[int, Tensor]] = {ffn.name: {} for ffn in ffns}
+    for images, labels in batches:
+        images, labels = images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
+        if not found:
+            check_trunk(model, ffns, images)
+        paths = _FIND_PATHS[method](model, ffns, images, labels, top_k=top_k, quadrature=rule, scope=scope)
+        for ffn, score_BH in zip(ffns, paths.scores, strict=True):
+            _add_by_class(sums[ffn.name], score_BH, labels)
+        found.append((_without_scores(paths), labels.cpu()))
+    if not found:
+        raise VitpruneError("no images to discover paths on")
+    labels = torch.cat([batch_labels for _, batch_labels in found])
+    counts = Counter(labels.tolist())
+    classes = tuple(sorted(counts))
+    errors = [paths.completeness_errors_B for paths, _ in found]
+    return Discovery(
+        ffns=tuple(ffn.name for ffn in ffns),
+        neurons=torch.cat([paths.neurons_BLK for paths, _ in found]).cpu(),
+        joint_scores=torch.cat([paths.joint_scores_B for paths, _ in found]).float().cpu(),
+        labels=labels,
+        predictions=torch.cat([paths.logits_BC.argmax(-1) for paths, _ in found]).cpu(),
+        completeness_errors=None if errors[0] is None else torch.cat(errors).float().cpu(),
+        classes=classes,
+        class_scores={
+            name: torch.stack([by_class[index] / counts[index] for index in classes]).float()
+            for name, by_class in sums.items()
+        },
+        method=method,
+        tokens=scope,
+        quadrature=quadrature,
+    )
+
+
+def _add_by_class(sums: dict[int, Tensor], score_BH: Tensor, labels: Tensor) -> None:
+    score_BH = score_BH.detach().double().cpu()
+    for index in labels.unique().tolist():
+        total = score_BH[(labels == index).cpu()].sum(0)
+        sums[index] = sums[index] + total if index in sums else total
+
+
+def _without_scores(paths: PathBatch) -> PathBatch:
+    return PathBatch(paths.neurons_BLK, paths.joint_scores_B, paths.completeness_errors_B, (), paths.logits_BC)
+
+
+def class_paths(found: Discovery) -> dict[int, Tensor]:
+    """Return each class's path: per FFN the K neurons most often on the paths of its images.
+
+    Ties go to the higher mean score, then to the lower index.
+
+    Returns:
+        class index -> int64 [L, K].
+    """
+    top_k = found.neurons.shape[-1]
+    paths = {}
+    for row, index in enumerate(found.classes):
+        of_class = found.neurons[found.labels == index]
+        layers = []
+        for position, name in enumerate(found.ffns):
+            score_H = found.class_scores[name][row]
+            visits = torch.bincount(of_class[:, position].flatten(), minlength=len(score_H))
+            order = sorted(range(len(score_H)), key=lambda i: (-int(visits[i]), -float(score_H[i]), i))
+            layers.append(torch.tensor(order[:top_k]))
+        paths[index] = torch.stack(layers)
+    return paths

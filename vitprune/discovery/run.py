@@ -1,0 +1,124 @@
+"""A run: the folder that ``discover`` leaves behind and ``prune`` starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitprune.data import ImageSet
+from vitprune.discovery.discover import Discovery
+from vitprune.errors import VitpruneError
+from vitprune.files import FORMAT_VERSION, atomic_folder, read_json, read_tensors, write_json, write_tensors
+
+RUN_FILE, PATHS_FILE, SCORES_FILE = "run.json", "paths.safetensors", "class_scores.safetensors"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds.
+
+    Attributes:
+        found: paths and class scores.
+        images: the images they were found on.
+        model: what to pass to ``vitprune.load``: name or folder.
+        checkpoint: absolute path of the weights, or None where the hub or the folder has them.
+        weights_sha256: ``hash_weights`` of the model.
+    """
+
+    found: Discovery
+    images: ImageSet
+    model: str
+    checkpoint: str | None
+    weights_sha256: str
+
+
+def is_run(folder: str | Path) -> bool:
+    """Tell whether ``folder`` was written by ``save_run``."""
+    return (Path(folder) / RUN_FILE).is_file()
+
+
+def save_run(run: Run, folder: str | Path) -> None:
+    """Write a run folder, all or nothing: ``run.json``, ``paths.safetensors`` and ``class_scores.safetensors``."""
+    found, images = run.found, run.images
+    facts = {"method": found.method, "tokens": found.tokens, "quadrature": found.quadrature}
+    tensors = {
+        "neurons": found.neurons,
+        "joint_scores": found.joint_scores,
+        "labels": found.labels,
+        "predictions": found.predictions,
+    }
+    if found.completeness_errors is not None:
+        tensors["completeness_errors"] = found.completeness_errors
+    with atomic_folder(folder) as temporary:
+        write_tensors(
+            temporary / PATHS_FILE,
+            tensors,
+            kind="paths",
+            facts={**facts, "ffns": found.ffns, "images": images.files},
+        )
+        write_tensors(
+            temporary / SCORES_FILE,
+            found.class_scores,
+            kind="class_scores",
+            facts={**facts, "ffns": found.ffns, "classes": found.classes},
+        )
+        write_json(
+            temporary / RUN_FILE,
+            {
+                "kind": "run",
+                "version": FORMAT_VERSION,
+                **facts,
+                "model": run.model,
+                "checkpoint": run.checkpoint,
+                "weights_sha256": run.weights_sha256,
+                "data": str(images.root),
+                "num_images": len(images),
+                "top_k": found.neurons.shape[-1],
+                "class_names": {str(index): name for index, name in images.class_names.items()},
+            },
+        )
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        VitpruneError: if the folder is no run, or its files disagree.
+    """
+    folder = Path(folder)
+    if not is_run(folder):
+        raise VitpruneError(f"{folder} has no scores; run 'vitprune discover MODEL --data DIR -o {folder}' first")
+    facts = read_json(folder / RUN_FILE, kind="run")
+    tensors, path_facts = read_tensors(folder / PATHS_FILE, kind="paths")
+    class_scores, score_facts = read_tensors(folder / SCORES_FILE, kind="class_scores")
+    _check_agreement(folder, tensors, path_facts, class_scores)
+    found = Discovery(
+        ffns=tuple(path_facts["ffns"]),
+        neurons=tensors["neurons"],
+        joint_scores=tensors["joint_scores"],
+        labels=tensors["labels"],
+        predictions=tensors["predictions"],
+        completeness_errors=tensors.get("completeness_errors"),
+        classes=tuple(score_facts["classes"]),
+        class_scores=class_scores,
+        method=facts["method"],
+        tokens=facts["tokens"],
+        quadrature=facts["quadrature"],
+    )
+    images = ImageSet(
+        Path(facts["data"]),
+        tuple(path_facts["images"]),
+        tuple(tensors["labels"].tolist()),
+        {int(index): name for index, name in facts["class_names"].items()},
+    )
+    return Run(found, images, facts["model"], facts["checkpoint"], facts["weights_sha256"])
+
+
+def _check_agreement(
+    folder: Path, tensors: Mapping[str, Any], path_facts: Mapping[str, Any], class_scores: Mapping[str, Any]
+) -> None:
+    num_images = len(tensors["neurons"])
+    if num_images != len(path_facts["images"]) or sorted(class_scores) != sorted(path_facts["ffns"]):
+        raise VitpruneError(f"{folder}: {PATHS_FILE} and {SCORES_FILE} are not of the same run")

@@ -1,0 +1,115 @@
+"""Accuracy of anything that maps images to logits, with confidence intervals and paired comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import binomtest
+from torch import Tensor, nn
+
+from vitprune.errors import VitpruneError
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Counts of right answers.
+
+    Attributes:
+        top1: share of images whose highest logit is the label's, in [0, 1].
+        top5: share of images whose label is among the five highest logits (all, if there are fewer), in [0, 1].
+        num_images: images evaluated.
+        top1_interval: Wilson score interval of ``top1`` at 95 % confidence.
+        top1_by_class: class index -> share of right answers.
+        images_by_class: class index -> images.
+        correct: per image in the order read, whether the first answer was right.
+    """
+
+    top1: float
+    top5: float
+    num_images: int
+    top1_interval: tuple[float, float]
+    top1_by_class: Mapping[int, float]
+    images_by_class: Mapping[int, int]
+    correct: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Paired comparison of two models on the same images.
+
+    Attributes:
+        gained: images that only the second answers rightly.
+        lost: images that only the first answers rightly.
+        p_value: two-sided exact McNemar test.
+    """
+
+    gained: int
+    lost: int
+    p_value: float
+
+
+@torch.inference_mode()
+def evaluate(model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> Accuracy:
+    """Measure top-1 and top-5 accuracy.
+
+    Args:
+        model: images [B, channels, height, width] -> logits [B, C]: a torch model, or an ONNX file opened with
+            ``vitprune.open_onnx``.
+        batches: pairs of images (normalised by the model's own transform) and class labels [B] (int64). Read once.
+
+    Raises:
+        VitpruneError: if there are no images, or the model has no classifier.
+
+    >>> batches = [(torch.eye(3).view(3, 1, 1, 3), torch.tensor([0, 1, 0]))]
+    >>> evaluate(lambda images: images.flatten(1), batches).top1
+    0.6666666666666666
+    """
+    if isinstance(model, nn.Module) and getattr(model, "num_classes", 1) < 1:
+        raise VitpruneError("the model has no classifier (num_classes=0), so it has no accuracy")
+    parameter = next(model.parameters()) if isinstance(model, nn.Module) else None
+    first, among, labels = [], [], []
+    for images, batch_labels in batches:
+        if parameter is not None:
+            images = images.to(parameter.device, parameter.dtype)
+        logits = model(images).cpu()
+        ranked = logits.topk(min(5, logits.shape[1])).indices
+        hits = ranked == batch_labels.unsqueeze(1)
+        first.append(hits[:, 0])
+        among.append(hits.any(1))
+        labels.append(batch_labels)
+    if not labels:
+        raise VitpruneError("no images to evaluate on")
+    correct, label = torch.cat(first), torch.cat(labels)
+    interval = binomtest(int(correct.sum()), len(correct)).proportion_ci(CONFIDENCE, method="wilson")
+    present = label.unique().tolist()
+    return Accuracy(
+        top1=correct.double().mean().item(),
+        top5=torch.cat(among).double().mean().item(),
+        num_images=len(correct),
+        top1_interval=(float(interval.low), float(interval.high)),
+        top1_by_class={index: correct[label == index].double().mean().item() for index in present},
+        images_by_class={index: int((label == index).sum()) for index in present},
+        correct=tuple(correct.tolist()),
+    )
+
+
+def compare(first: Accuracy, second: Accuracy) -> Comparison:
+    """Compare two evaluations of the same images, image by image.
+
+    Raises:
+        VitpruneError: if they cover different numbers of images.
+
+    Source:
+        McNemar, Psychometrika 1947; exact binomial form.
+    """
+    if first.num_images != second.num_images:
+        raise VitpruneError(f"cannot pair evaluations of {first.num_images} and {second.num_images} images")
+    pairs = list(zip(first.correct, second.correct, strict=True))
+    gained = sum(after and not before for before, after in pairs)
+    lost = sum(before and not after for before, after in pairs)
+    p_value = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return Comparison(gained, lost, p_value)

@@ -1,0 +1,175 @@
+"""Files that are either whole or absent: atomic writes, and tensors with one JSON string in the header."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vitprune.errors import VitpruneError
+
+FORMAT_VERSION = 1
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# A folder that holds one of these was written by vitprune, so --overwrite may replace it.
+_OWN_MARKERS = ("run.json", "plan.safetensors", "demo.json")
+
+
+def refuse_existing(path: str | Path, *, overwrite: bool) -> None:
+    """Refuse an output path that is taken.
+
+    Raises:
+        VitpruneError: if ``path`` exists and ``overwrite`` is off, or names something that vitprune did not write.
+    """
+    path = Path(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
+        raise VitpruneError(f"{path} exists; choose another --output or add --overwrite")
+    if path.is_dir() and not any((path / marker).exists() for marker in _OWN_MARKERS):
+        raise VitpruneError(f"{path} was not written by vitprune, so --overwrite will not replace it")
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary name next to ``path``; on success it becomes ``path``, on any exception it is removed.
+
+    Raises:
+        VitpruneError: if the parent cannot be made or written to, or the disk is full.
+    """
+    path = Path(path)
+    with _explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            temporary.chmod(0o666 & ~_umask())
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder next to ``path``; on success it replaces ``path``, on any exception it is removed."""
+    path = Path(path).absolute()
+    with _explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            temporary.chmod(0o777 & ~_umask())
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            if path.exists():
+                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+                path.replace(old)
+                temporary.replace(path)
+                shutil.rmtree(old)
+            else:
+                temporary.replace(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _explain_os_errors(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise VitpruneError(f"{path}: no space left to write it; nothing was kept") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM):
+            raise VitpruneError(f"{path}: cannot be written ({error.strerror})") from error
+        raise
+    except SafetensorError as error:  # its writer reports operating system errors as text
+        if any(f"os error {number}" in str(error) for number in _NO_SPACE):
+            raise VitpruneError(f"{path}: no space left to write it; nothing was kept") from error
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON atomically; the same content gives the same bytes."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: str | Path, *, kind: str) -> dict[str, Any]:
+    """Read a JSON object that says it is of ``kind``.
+
+    Raises:
+        VitpruneError: if the file is no JSON, or of another kind or a newer version.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise VitpruneError(f"{path}: not a JSON file ({error})") from error
+    _check_kind(path, content, kind)
+    return content
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Any], *, kind: str, facts: Mapping[str, Any]) -> None:
+    """Write torch tensors to a safetensors file with ``facts`` as one JSON string in its header."""
+    from safetensors.torch import save_file
+
+    header = {"kind": kind, "version": FORMAT_VERSION, **facts}
+    with atomic_file(path) as temporary:
+        contiguous = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+        save_file(contiguous, temporary, metadata={"vitprune": json.dumps(header, sort_keys=True)})
+
+
+def read_tensors(path: str | Path, *, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the tensors and the facts of a file that ``write_tensors`` wrote.
+
+    Raises:
+        VitpruneError: if the file is missing, no safetensors file, or of another kind or a newer version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as stream:
+            metadata = stream.metadata() or {}
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (no mapping)
+    except FileNotFoundError as error:
+        raise VitpruneError(f"{path}: no such file") from error
+    except (SafetensorError, IsADirectoryError) as error:
+        raise VitpruneError(f"{path}: not a safetensors file ({error})") from error
+    facts = json.loads(metadata.get("vitprune", "{}"))
+    _check_kind(path, facts, kind)
+    return tensors, facts
+
+
+def _check_kind(path: str | Path, content: Any, kind: str) -> None:
+    found = content.get("kind") if isinstance(content, dict) else None
+    if found != kind:
+        raise VitpruneError(f"{path}: expected a vitprune file of kind '{kind}', found {found!r}")
+    if content.get("version", 0) > FORMAT_VERSION:
+        raise VitpruneError(f"{path}: format version {content['version']} is newer than this vitprune; upgrade it")
+
+
+def hash_file(path: str | Path) -> str:
+    """Return the first 16 hexadecimal digits of a file's SHA-256."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]

@@ -1,0 +1,273 @@
+"""Models: a timm name, a timm name with a checkpoint, or a folder that vitprune wrote."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import is_model, load_state_dict, model_entrypoint
+from timm.models._hub import save_for_hf
+from torch import Tensor, nn
+
+from vitprune.errors import VitpruneError
+from vitprune.feed_forward import find_feed_forwards
+from vitprune.files import atomic_folder
+
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+
+
+def load(model: str | Path, *, checkpoint: str | Path | None = None, device: str = "cpu") -> nn.Module:
+    """Load a model in eval mode.
+
+    Args:
+        model: a timm name (weights from the hub unless ``checkpoint`` is given), ``hf-hub:OWNER/NAME``, or a folder
+            with ``config.json`` and ``model.safetensors``, pruned or not.
+        checkpoint: weights for a timm name: .safetensors; .pth, .pt, .bin or .tar (a plain state dict, read without
+            running pickled code; timm's, DeiT's and MAE's layouts); or the .npz of google-research ViT. The number
+            of classes and the pooling (MAE's ``fc_norm``) follow the checkpoint.
+        device: where to put it.
+
+    Returns:
+        An ordinary ``nn.Module``.
+
+    Raises:
+        VitpruneError: if there is no such model, its weights cannot be fetched, or the checkpoint does not fit.
+    """
+    name = str(model)
+    check_device(device)
+    if Path(name).is_dir():
+        if checkpoint is not None:
+            raise VitpruneError(f"{name} is a folder with its own weights; leave --checkpoint out")
+        return _load_folder(Path(name)).eval().to(device)
+    if not name.startswith("hf-hub:"):
+        _check_name(name)
+    if checkpoint is None:
+        return _fetch(name).eval().to(device)
+    return _load_checkpoint(name, Path(checkpoint)).eval().to(device)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not have here.
+
+    Raises:
+        VitpruneError: if ``device`` is unknown or absent.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise VitpruneError(f"device '{device}' cannot be used here ({str(error).splitlines()[0]})") from error
+
+
+def _check_name(name: str) -> None:
+    if any(separator in name for separator in "/\\") or name in (".", ".."):
+        raise VitpruneError(f"{name}: no such folder, and no timm model has this name")
+    if not is_model(name.partition(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() names them all"
+        raise VitpruneError(f"unknown model '{name}'{hint}")
+
+
+def _fetch(name: str) -> nn.Module:
+    # The hub client logs every retry; the one line below says it all.
+    from huggingface_hub.utils import logging as hub_logging
+
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    try:
+        return timm.create_model(name, pretrained=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise VitpruneError(
+            f"{name}: its weights could not be fetched from the hub ({reason}); "
+            "get the file another way and pass --checkpoint FILE"
+        ) from error
+    finally:
+        hub_logging.set_verbosity(verbosity)
+
+
+def _load_checkpoint(name: str, path: Path) -> nn.Module:
+    if not path.is_file():
+        raise VitpruneError(f"checkpoint {path}: no such file")
+    if path.suffix == ".npz":
+        return _load_npz(name, path)
+    state = _read_state_dict(path)
+    cfg = timm.get_pretrained_cfg(name)
+    model_args: dict[str, Any] = {}
+    classifier = cfg.classifier[0] if isinstance(cfg.classifier, tuple | list) else cfg.classifier
+    head = state.get(f"{classifier}.weight")
+    if head is not None and len(head) != cfg.num_classes:
+        model_args["num_classes"] = len(head)
+    model = timm.create_model(name, **model_args)
+    if "fc_norm.weight" in state and isinstance(getattr(model, "fc_norm", None), nn.Identity):
+        model_args["global_pool"] = "avg"  # MAE and others: norm after pooling the patches
+        model = timm.create_model(name, **model_args)
+    if _mismatch(model, state):
+        filter_state = getattr(
+            sys.modules[model_entrypoint(name.partition(".")[0]).__module__], "checkpoint_filter_fn", None
+        )
+        state = filter_state(state, model) if filter_state else state
+    problem = _mismatch(model, state)
+    if problem:
+        raise VitpruneError(f"checkpoint {path} does not fit {name}: {problem}")
+    model.load_state_dict(state)
+    model.model_args = model_args
+    return model
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    try:
+        # Training scripts store their argparse.Namespace beside the weights: plain data, so it may be read.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = load_state_dict(str(path), weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise VitpruneError(
+            f"checkpoint {path} is not a plain state dict that can be read without running its code ({reason}); "
+            "save it as .safetensors"
+        ) from error
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise VitpruneError(f"checkpoint {path} is not a plain state dict: name -> tensor")
+    return dict(state)
+
+
+def _load_npz(name: str, path: Path) -> nn.Module:
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            head = next((arrays[key] for key in arrays.files if key.endswith("head/bias")), None)
+    except (ValueError, OSError) as error:
+        raise VitpruneError(f"checkpoint {path} is not a plain .npz of arrays ({error})") from error
+    if head is None:
+        raise VitpruneError(f"checkpoint {path} has no 'head/bias': not a google-research ViT with a classifier")
+    model_args = {"num_classes": len(head)}
+    model = timm.create_model(name, **model_args)
+    if not hasattr(model, "load_pretrained"):
+        raise VitpruneError(f"{name} cannot read .npz checkpoints: it is no google-research ViT")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)  # whatever the file leaves untouched stays visible
+    try:
+        model.load_pretrained(str(path))
+    except (KeyError, RuntimeError, ValueError, AssertionError) as error:
+        raise VitpruneError(f"checkpoint {path} does not fit {name}: {str(error).splitlines()[0]}") from error
+    missing = [key for key, parameter in model.named_parameters() if parameter.isnan().any()]
+    if missing:
+        raise VitpruneError(f"checkpoint {path} does not fit {name}: nothing in the file for {_few(missing)}")
+    model.model_args = model_args
+    return model
+
+
+def _mismatch(model: nn.Module, state: Mapping[str, Tensor]) -> str | None:
+    own = model.state_dict()
+    for key in own.keys() & state.keys():
+        if own[key].shape != state[key].shape:
+            return f"{key} is {list(state[key].shape)} in the file, {list(own[key].shape)} in the model"
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        return f"the file lacks {_few(missing)}; the model lacks {_few(unexpected)}"
+    return None
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "nothing"
+
+
+def build_dense(folder: str | Path) -> nn.Module:
+    """Build the dense model that a pruned folder came from, with random weights: for timing, not for answers.
+
+    Raises:
+        VitpruneError: if the folder is no saved model.
+    """
+    return _build(_read_config(Path(folder))).eval()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise VitpruneError(f"{folder} is no saved model: it has no {name}")
+    try:
+        return json.loads((folder / CONFIG_FILE).read_text())
+    except json.JSONDecodeError as error:
+        raise VitpruneError(f"{folder / CONFIG_FILE}: not a JSON file ({error})") from error
+
+
+def _load_folder(folder: Path) -> nn.Module:
+    weights_path = folder / WEIGHTS_FILE
+    model = _build(_read_config(folder))
+    try:
+        state = load_file(weights_path)
+    except SafetensorError as error:
+        raise VitpruneError(f"{weights_path}: not a safetensors file ({error})") from error
+    _fit_widths(model, {key: tuple(value.shape) for key, value in state.items()})
+    problem = _mismatch(model, state)
+    if problem:
+        raise VitpruneError(f"{weights_path} does not fit its {CONFIG_FILE}: {problem}")
+    model.load_state_dict(state)
+    return model
+
+
+def _build(config: Mapping[str, Any]) -> nn.Module:
+    try:
+        model_args = {"num_classes": config["num_classes"], **config.get("model_args", {})}
+        model = timm.create_model(config["architecture"], pretrained_cfg=dict(config["pretrained_cfg"]), **model_args)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise VitpruneError(f"timm {timm.__version__} cannot build the model of {CONFIG_FILE} ({error!r})") from error
+    model.model_args = model_args
+    return model
+
+
+def _fit_widths(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Replace the FFN projections of a freshly built dense model by ones of the stored shapes."""
+    for ffn in find_feed_forwards(model):
+        for name in (*ffn.up_projs, ffn.down_proj):
+            stored = shapes.get(f"{name}.weight")
+            linear = model.get_submodule(name)
+            has_bias = f"{name}.bias" in shapes
+            if stored and (stored != tuple(linear.weight.shape) or has_bias != (linear.bias is not None)):
+                model.set_submodule(name, nn.Linear(stored[1], stored[0], bias=has_bias))
+
+
+def save(model: nn.Module, folder: str | Path, *, plan: Any = None) -> None:
+    """Write ``config.json`` and ``model.safetensors`` in timm's layout, and the plan beside them; all or nothing.
+
+    The written folder is loaded again before it takes its name, so what exists can be read.
+
+    Args:
+        model: a timm model, dense or pruned. If it was created with arguments that timm does not record, they are read
+            from its attribute ``model_args`` (a dict).
+        folder: replaced if it exists.
+        plan: a ``vitprune.Plan``, written to ``plan.safetensors``.
+
+    Raises:
+        VitpruneError: if the folder would not load again, or cannot be written.
+    """
+    with atomic_folder(folder) as temporary:
+        save_for_hf(model, temporary, model_args=getattr(model, "model_args", None) or None, safe_serialization=True)
+        if plan is not None:
+            plan.write(temporary / "plan.safetensors")
+        _load_folder(temporary)
+
+
+def hash_weights(model: nn.Module) -> str:
+    """Return the SHA-256 (hexadecimal) of all parameters and buffers with their names, dtypes and shapes."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def architecture(model: nn.Module) -> str:
+    """Return the timm name of a model, or its class name where timm recorded none."""
+    return (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__

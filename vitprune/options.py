@@ -1,0 +1,67 @@
+"""What a user can choose, with one line of help each; plain data, so that ``--help`` needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+METHODS: Mapping[str, str] = {
+    "jas": "joint attribution score, layer by layer (the paper)",
+    "jas-complete": "the same with the variant that obeys completeness",
+    "activation": "highest activation in each layer",
+    "influence-pattern": "highest gradient along the scaled image",
+}
+
+TOKENS: Mapping[str, str] = {
+    "cls": "class token",
+    "patch": "patch tokens",
+    "all": "every token",
+}
+
+CRITERIA: Mapping[str, str] = {
+    "random": "random scores, the baseline",
+    "magnitude": "norm of all weights of a neuron",
+    "activation": "mean absolute activation",
+    "taylor": "first-order change of the loss",
+    "jas": "mean score of the path search over classes (needs a run)",
+}
+
+ALLOCATIONS: Mapping[str, str] = {
+    "uniform": "the same ratio in every FFN",
+    "global": "one ranking over all FFNs, with a floor per FFN",
+}
+
+COMPENSATIONS: Mapping[str, str] = {
+    "none": "leave the kept weights as they are",
+    "bias": "add the removed neurons' mean output to the bias",
+    "ridge": "least-squares reconstruction from the kept neurons",
+}
+
+MODES: Mapping[str, str] = {
+    "remove": "smaller linear layers: a smaller, faster model",
+    "mask": "same shapes, removed neurons have no effect",
+}
+
+BACKENDS: Mapping[str, str] = {
+    "torch-eager": "torch on the CPU, eager mode",
+    "onnxruntime-cpu": "ONNX Runtime, CPU provider",
+}
+
+DEFAULT_QUADRATURE = "gauss-legendre:4"
+DEFAULT_RATIO = 0.5
+DEFAULT_CRITERION = "taylor"
+DEFAULT_ALLOCATION = "global"
+DEFAULT_COMPENSATION = "ridge"
+DEFAULT_FLOOR = 0.1
+DEFAULT_RIDGE = 1e-3
+
+
+def check_choice(what: str, value: str, choices: Mapping[str, str]) -> None:
+    """Refuse a value that is not on the list.
+
+    Raises:
+        VitpruneError: naming what would be right.
+    """
+    from vitprune.errors import VitpruneError
+
+    if value not in choices:
+        raise VitpruneError(f"{what} must be one of {', '.join(choices)}, got '{value}'")

@@ -1,0 +1,1 @@
+"""Decide which neurons go (plan), take them out (mask or remove) and make good what can be (compensate)."""

@@ -1,0 +1,167 @@
+r"""Make good what removal costs, in closed form and without labels.
+
+With kept neurons S, removed ones P, mean μ and centred covariance C of the hidden neurons on calibration images,
+
+.. math::
+    B = C_{PS} (C_{SS} + \lambda I)^{-1}, \quad W' = W_S + W_P B, \quad b' = b + W_P (\mu_P - B \mu_S)
+
+is the least-squares reconstruction of the FFN's output from the kept neurons.
+
+Letters: N tokens, D embedding width, H hidden neurons, S kept, P removed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vitprune.errors import VitpruneError
+from vitprune.feed_forward import FeedForward, hook_hidden
+from vitprune.options import COMPENSATIONS, DEFAULT_RIDGE, check_choice
+from vitprune.pruning.plan import Plan, fit_plan
+
+
+@dataclass(frozen=True)
+class Moments:
+    """First and second moments of an FFN's hidden neurons over all tokens of the calibration images.
+
+    Attributes:
+        count: tokens seen.
+        mean_H: float64.
+        covariance_HH: float64, centred, divided by ``count``.
+    """
+
+    count: int
+    mean_H: Tensor
+    covariance_HH: Tensor
+
+
+@torch.no_grad()
+def measure_moments(
+    model: nn.Module, ffns: Sequence[FeedForward], batches: Iterable[tuple[Tensor, Tensor]]
+) -> dict[str, Moments]:
+    """Stream the calibration images once and return the moments of every FFN's hidden neurons.
+
+    Products are taken in the model's dtype around the first batch's mean and summed in float64.
+
+    Args:
+        model: timm Vision Transformer in eval mode.
+        ffns: its FFNs.
+        batches: pairs of images [B, 3, height, width] (normalised by the model's own transform) and labels, which are
+            not used. Read once.
+
+    Returns:
+        FFN name -> moments, on the CPU.
+
+    Raises:
+        VitpruneError: if ``batches`` is empty.
+    """
+    shifts: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    sums: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+
+    def add(name: str, hidden: Tensor) -> None:
+        rows_NH = hidden.reshape(-1, hidden.shape[-1])
+        if name not in shifts:
+            shifts[name] = rows_NH.mean(0)
+            counts[name] = 0
+            sums[name] = torch.zeros(rows_NH.shape[1], dtype=torch.float64, device=rows_NH.device)
+            squares[name] = torch.zeros(rows_NH.shape[1], rows_NH.shape[1], dtype=torch.float64, device=rows_NH.device)
+        rows_NH = rows_NH - shifts[name]
+        counts[name] += len(rows_NH)
+        sums[name] += rows_NH.sum(0)
+        squares[name] += rows_NH.T @ rows_NH
+
+    parameter = next(model.parameters())
+    with hook_hidden(model, ffns, add):
+        for images, _labels in batches:
+            model(images.to(parameter.device, parameter.dtype))
+    if not counts:
+        raise VitpruneError("compensation needs calibration images; pass --data DIR")
+    moments = {}
+    for name, count in counts.items():
+        offset_H = sums[name] / count
+        covariance_HH = squares[name] / count - torch.outer(offset_H, offset_H)
+        moments[name] = Moments(count, (shifts[name].double() + offset_H).cpu(), covariance_HH.cpu())
+    return moments
+
+
+def reconstruct(moments: Moments, keep_H: Tensor, *, ridge: float = DEFAULT_RIDGE) -> Tensor:
+    """Return B [P, S], the best linear map from centred kept neurons to centred removed ones.
+
+    Args:
+        moments: of the hidden neurons.
+        keep_H: bool.
+        ridge: λ relative to the mean variance; positive.
+    """
+    covariance_HH = moments.covariance_HH
+    kept_SS = covariance_HH[keep_H][:, keep_H].clone()
+    scale = float(covariance_HH.diagonal().mean())
+    # A dead FFN has no variance at all; the smallest normal number keeps its system solvable (B = 0).
+    kept_SS.diagonal().add_(max(ridge * scale, torch.finfo(torch.float64).tiny))
+    factor, failed = torch.linalg.cholesky_ex(kept_SS)
+    cross_SP = covariance_HH[keep_H][:, ~keep_H]
+    if int(failed) == 0:
+        return torch.cholesky_solve(cross_SP, factor).T
+    values, vectors = torch.linalg.eigh(kept_SS)
+    return (vectors @ ((vectors.T @ cross_SP) / values.clamp_min(max(ridge * scale, 1e-300)).unsqueeze(1))).T
+
+
+def compensate(
+    model: nn.Module,
+    plan: Plan,
+    moments: Mapping[str, Moments],
+    *,
+    compensation: str = "ridge",
+    ridge: float = DEFAULT_RIDGE,
+) -> nn.Module:
+    """Return a copy whose kept neurons and biases stand in for the ones that the plan removes.
+
+    Shapes stay; the columns of removed neurons are left as they were, for ``mask_neurons`` or ``remove_neurons`` to
+    take out. An output projection without bias gets one.
+
+    Args:
+        model: the dense model.
+        plan: which neurons stay.
+        moments: from ``measure_moments`` on the dense model.
+        compensation: key of ``COMPENSATIONS``.
+        ridge: λ relative to the mean variance of the hidden neurons; positive.
+
+    Raises:
+        VitpruneError: if the plan is not for this model, or an argument is out of range.
+
+    Source:
+        Second-order reconstruction as in Optimal Brain Surgeon, applied to FFN neurons by CORP (arXiv:2602.05243) and
+        others; ``bias`` is its special case B = 0.
+    """
+    check_choice("compensation", compensation, COMPENSATIONS)
+    if not ridge > 0:
+        raise VitpruneError(f"ridge must be positive, got {ridge}")
+    ffns = fit_plan(model, plan)
+    result = copy.deepcopy(model)
+    if compensation == "none":
+        return result
+    with torch.no_grad():
+        for ffn in ffns:
+            keep_H = plan.keep[ffn.name]
+            if bool(keep_H.all()):
+                continue
+            of_ffn = moments[ffn.name]
+            down = result.get_submodule(ffn.down_proj)
+            weight_DH = down.weight.double().cpu()
+            mean_P = of_ffn.mean_H[~keep_H]
+            if compensation == "ridge":
+                map_PS = reconstruct(of_ffn, keep_H, ridge=ridge)
+                mean_P = mean_P - map_PS @ of_ffn.mean_H[keep_H]
+                weight_DH[:, keep_H] += weight_DH[:, ~keep_H] @ map_PS
+            shift_D = weight_DH[:, ~keep_H] @ mean_P
+            down.weight.copy_(weight_DH)
+            if down.bias is None:
+                down.bias = nn.Parameter(torch.zeros_like(down.weight[:, 0]))
+            down.bias.add_(shift_D.to(down.bias.device, down.bias.dtype))
+    return result

@@ -1,0 +1,59 @@
+"""Recipes: whole experiments as data, a YAML list of commands with their options."""
+
+from __future__ import annotations
+
+from argparse import ArgumentError
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from vitprune.errors import VitpruneError
+
+
+def read_recipe(path: str | Path, commands: Mapping[str, ArgumentParser]) -> list[tuple[str, Namespace]]:
+    """Read and check a recipe before any of it runs.
+
+    Args:
+        path: YAML file with one key, ``steps``: a list of {command: {option: value}}.
+        commands: the commands' parsers.
+
+    Returns:
+        (command, its options with defaults) in order.
+
+    Raises:
+        VitpruneError: naming every mistake of every step.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise VitpruneError(f"recipe {path}: no such file")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise VitpruneError(f"recipe {path}: not a YAML file ({error})") from error
+    steps = content.get("steps") if isinstance(content, dict) else None
+    if not isinstance(steps, list) or not steps or set(content) != {"steps"}:
+        raise VitpruneError(f"recipe {path}: expected one key 'steps' with a list of commands")
+    parsed, problems = [], []
+    for position, step in enumerate(steps, 1):
+        try:
+            parsed.append(_parse_step(step, commands))
+        except VitpruneError as error:
+            problems.append(f"step {position}: {error}")
+    if problems:
+        raise VitpruneError(f"recipe {path}: " + "; ".join(problems))
+    return parsed
+
+
+def _parse_step(step: Any, commands: Mapping[str, ArgumentParser]) -> tuple[str, Namespace]:
+    if not isinstance(step, dict) or len(step) != 1:
+        raise VitpruneError("expected one command with its options")
+    ((command, given),) = step.items()
+    if command not in commands:
+        raise VitpruneError(f"unknown command '{command}' (known: {', '.join(commands)})")
+    try:
+        return command, commands[command].parse_object(given or {})
+    except ArgumentError as error:
+        raise VitpruneError(f"{command}: {' '.join(str(error).split())}") from error

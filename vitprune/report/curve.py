@@ -1,0 +1,136 @@
+"""Accuracy against pruning ratio, for several criteria and compensations over shared statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from vitprune.discovery.criteria import score_neurons
+from vitprune.discovery.discover import Discovery
+from vitprune.evaluation.accuracy import Accuracy, compare, evaluate
+from vitprune.feed_forward import find_feed_forwards
+from vitprune.files import atomic_file
+from vitprune.pruning.compensate import measure_moments
+from vitprune.pruning.prune import apply_plan, plan_pruning
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Accuracy of one pruned model.
+
+    Attributes:
+        criterion: how neurons were ranked.
+        allocation: ``uniform`` or ``global``.
+        compensation: ``none``, ``bias`` or ``ridge``.
+        pruning_ratio: share of FFN neurons removed, in [0, 1).
+        accuracy: on the evaluation images.
+        p_value: of the paired comparison with the dense model.
+    """
+
+    criterion: str
+    allocation: str
+    compensation: str
+    pruning_ratio: float
+    accuracy: Accuracy
+    p_value: float
+
+
+def measure_curve(
+    model: nn.Module,
+    calibration: Batches,
+    evaluation: Batches,
+    *,
+    ratios: Sequence[float],
+    criteria: Sequence[str],
+    allocations: Sequence[str],
+    compensations: Sequence[str],
+    found: Discovery | None = None,
+    seed: int = 0,
+    track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> tuple[Accuracy, list[CurvePoint]]:
+    """Prune at every combination and evaluate; scores and moments are measured once.
+
+    Args:
+        model: timm Vision Transformer in eval mode.
+        calibration: images and labels that scores and compensation come from; readable more than once.
+        evaluation: other images and labels; readable more than once.
+        ratios: shares of FFN neurons to remove, each in [0, 1).
+        criteria: keys of ``CRITERIA``.
+        allocations: keys of ``ALLOCATIONS``.
+        compensations: keys of ``COMPENSATIONS``.
+        found: a discovery on this model, for criterion ``jas``.
+        seed: of criterion ``random``.
+        track: wraps the list of (criterion, allocation, ratio), for progress.
+
+    Returns:
+        The dense model's accuracy, and one point per combination.
+    """
+    dense = evaluate(model, evaluation)
+    moments = None
+    if set(compensations) - {"none"}:
+        moments = measure_moments(model, find_feed_forwards(model), calibration)
+    scores_of: dict[str, dict[str, Tensor]] = {}
+    points = []
+    for criterion, allocation, ratio in track(list(product(criteria, allocations, ratios))):
+        if criterion not in scores_of:
+            scores_of[criterion] = score_neurons(model, criterion, batches=calibration, found=found, seed=seed)
+        plan = plan_pruning(
+            model, scores_of[criterion], pruning_ratio=ratio, criterion=criterion, allocation=allocation
+        )
+        for compensation in compensations:
+            accuracy = evaluate(apply_plan(model, plan, compensation=compensation, moments=moments), evaluation)
+            p_value = compare(dense, accuracy).p_value
+            points.append(CurvePoint(criterion, allocation, compensation, plan.pruning_ratio, accuracy, p_value))
+    return dense, points
+
+
+def plot_curve(dense: Accuracy, points: Sequence[CurvePoint], path: str | Path, *, title: str) -> None:
+    """Draw top-1 accuracy against pruning ratio with 95 % intervals and write it as PNG or SVG.
+
+    Colours are the criterion's (Okabe-Ito, safe for colour-blind readers), line styles the compensation's.
+    """
+    from matplotlib.figure import Figure
+
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+    styles = {"ridge": "-", "bias": "--", "none": ":"}
+    lines: dict[tuple[str, str, str], list[CurvePoint]] = {}
+    for point in points:
+        lines.setdefault((point.criterion, point.allocation, point.compensation), []).append(point)
+    several_allocations = len({key[1] for key in lines}) > 1
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    criteria = list(dict.fromkeys(key[0] for key in lines))
+    for (criterion, allocation, compensation), of_line in lines.items():
+        of_line = sorted(of_line, key=lambda point: point.pruning_ratio)
+        top1 = [100 * point.accuracy.top1 for point in of_line]
+        low = [value - 100 * point.accuracy.top1_interval[0] for value, point in zip(top1, of_line, strict=True)]
+        high = [100 * point.accuracy.top1_interval[1] - value for value, point in zip(top1, of_line, strict=True)]
+        label = f"{criterion}, {compensation}" + (f", {allocation}" if several_allocations else "")
+        axes.errorbar(
+            [100 * point.pruning_ratio for point in of_line],
+            top1,
+            yerr=[low, high],
+            label=label,
+            color=colours[criteria.index(criterion) % len(colours)],
+            linestyle=styles[compensation],
+            marker="o" if allocation == "global" else "s",
+            markersize=3.5,
+            capsize=2,
+            linewidth=1.5,
+        )
+    axes.axhline(100 * dense.top1, color="black", linewidth=1, label="dense")
+    axes.set_xlabel("FFN neurons removed (%)")
+    axes.set_ylabel("top-1 accuracy (%)")
+    axes.set_ylim(0, 100)
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower left")
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, metadata={"Date": None} if str(path).endswith(".svg") else None)
