@@ -1,0 +1,166 @@
+"""The engine against a slow reference that shares no code with it, and properties that hold whatever the weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import reference
+import torch
+from conftest import make_vit
+
+from vitprune.discovery import engine
+from vitprune.discovery.baselines import influence_pattern_paths
+from vitprune.discovery.engine import score_paths, search_paths
+from vitprune.discovery.quadrature import parse_quadrature
+from vitprune.discovery.trunk import check_trunk
+from vitprune.feed_forward import find_feed_forwards
+
+GAUSS = parse_quadrature("gauss-legendre:3")
+
+# name -> (model arguments, token scopes): every kind of trunk that the engine knows, small.
+TRUNKS = {
+    "vit": ("vit_tiny_patch16_224", {}, ("cls", "patch", "all")),
+    "average-pooled vit": ("vit_tiny_patch16_224", {"global_pool": "avg"}, ("cls", "patch", "all")),
+    "layer-scaled vit": ("deit3_small_patch16_224", {}, ("cls", "patch")),
+    "distilled deit": ("deit_tiny_distilled_patch16_224", {}, ("cls", "patch")),
+    "registers": ("vit_small_patch14_reg4_dinov2", {}, ("cls", "patch")),
+    "attention-pooled": ("vit_base_patch16_siglip_224", {}, ("patch",)),
+    "relative position bias": ("beit_base_patch16_224", {}, ("cls", "patch")),
+    "rotary, packed gate": ("eva02_tiny_patch14_224", {}, ("cls", "patch")),
+    "rotary, gate": ("vit_small_plus_patch16_dinov3", {}, ("cls", "patch")),
+}
+CASES = [(trunk, scope) for trunk, (_, _, scopes) in TRUNKS.items() for scope in scopes]
+
+
+def build(trunk):
+    name, model_args, _ = TRUNKS[trunk]
+    return make_vit(name, **model_args)
+
+
+def search(model, images, labels, *, scope, top_k=2, complete=False, quadrature=GAUSS):
+    ffns = find_feed_forwards(model)
+    return search_paths(
+        model, ffns, images, labels, top_k=top_k, quadrature=quadrature, scope=scope, complete=complete
+    )
+
+
+LABELS = torch.tensor([0, 3, 1])
+
+
+@pytest.mark.parametrize(("trunk", "scope"), CASES)
+@pytest.mark.parametrize("complete", [False, True])
+def test_search_equals_the_slow_reference(trunk, scope, complete, tiny_images):
+    model = build(trunk)
+    check_trunk(model, find_feed_forwards(model), tiny_images)
+    tokens = reference.token_slice(model, scope)
+    paths = search(model, tiny_images, LABELS, scope=scope, complete=complete)
+    rule = (GAUSS.nodes, GAUSS.weights, tokens)
+    for index, label in enumerate(LABELS.tolist()):
+        image = tiny_images[index : index + 1]
+        neurons, scores = reference.search(model, image, label, 2, *rule, complete=complete)
+        for layer, score_H in enumerate(scores):
+            torch.testing.assert_close(paths.scores[layer][index], score_H, rtol=1e-9, atol=1e-9)
+        # The last layer's patch neurons do not reach a class-token head: all scores tie there, order is noise.
+        reached = [layer for layer, score_H in enumerate(scores) if score_H.unique().numel() > 2]
+        got = paths.neurons_BLK[index].tolist()
+        assert [got[layer] for layer in reached if layer < 2] == [neurons[layer] for layer in reached if layer < 2]
+        expected = reference.complete_score if complete else reference.joint_attribution_score
+        assert paths.joint_scores_B[index].item() == pytest.approx(expected(model, image, label, got, *rule), abs=1e-9)
+        if complete:
+            gap = reference.completeness_gap(model, image, label, got, *rule)
+            assert paths.completeness_errors_B[index].item() == pytest.approx(gap, abs=1e-9)
+
+
+@pytest.mark.parametrize("scope", ["cls", "patch", "all"])
+@pytest.mark.parametrize("top_k", [1, 5])
+def test_any_k_equals_the_slow_reference(scope, top_k, tiny_images):
+    model = make_vit(global_pool="avg")
+    tokens = reference.token_slice(model, scope)
+    paths = search(model, tiny_images[:1], LABELS[:1], scope=scope, top_k=top_k)
+    neurons, _ = reference.search(model, tiny_images[:1], 0, top_k, GAUSS.nodes, GAUSS.weights, tokens)
+    assert paths.neurons_BLK[0].tolist() == neurons
+
+
+@pytest.mark.parametrize("scope", ["cls", "all"])
+def test_influence_pattern_equals_the_slow_reference(scope, tiny_vit, tiny_images):
+    ffns = find_feed_forwards(tiny_vit)
+    paths = influence_pattern_paths(
+        tiny_vit, ffns, tiny_images, LABELS, top_k=2, quadrature=GAUSS, scope=scope
+    )
+    tokens = reference.token_slice(tiny_vit, scope)
+    for index, label in enumerate(LABELS.tolist()):
+        expected = reference.influence_pattern(tiny_vit, tiny_images[index : index + 1], label, 2, tokens)
+        assert paths.neurons_BLK[index].tolist() == expected
+
+
+@pytest.mark.parametrize("scope", ["cls", "patch"])
+@pytest.mark.parametrize("rows", [1, 4, 1000])
+def test_chunks_do_not_change_the_result(scope, rows, tiny_vit, tiny_images, monkeypatch):
+    whole = search(tiny_vit, tiny_images, LABELS, scope=scope)
+    monkeypatch.setattr(engine, "CHUNK_ROWS", rows)
+    chunked = search(tiny_vit, tiny_images, LABELS, scope=scope)
+    assert torch.equal(whole.neurons_BLK, chunked.neurons_BLK)
+    torch.testing.assert_close(whole.joint_scores_B, chunked.joint_scores_B, rtol=1e-10, atol=1e-12)
+
+
+def test_images_of_a_batch_do_not_see_each_other(tiny_vit, tiny_images):
+    together = search(tiny_vit, tiny_images, LABELS, scope="cls")
+    for index in range(3):
+        alone = search(tiny_vit, tiny_images[index : index + 1], LABELS[index : index + 1], scope="cls")
+        assert torch.equal(alone.neurons_BLK[0], together.neurons_BLK[index])
+
+
+def test_permuting_neurons_permutes_the_path(tiny_vit, tiny_images):
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+    permuted = copy.deepcopy(tiny_vit)
+    with torch.no_grad():
+        for block in permuted.blocks:
+            block.mlp.fc1.weight.copy_(block.mlp.fc1.weight[order])
+            block.mlp.fc1.bias.copy_(block.mlp.fc1.bias[order])
+            block.mlp.fc2.weight.copy_(block.mlp.fc2.weight[:, order])
+    before = search(tiny_vit, tiny_images, LABELS, scope="cls").neurons_BLK
+    after = search(permuted, tiny_images, LABELS, scope="cls").neurons_BLK
+    assert torch.equal(order[after], before)
+
+
+def test_completeness_error_falls_with_the_nodes(tiny_vit, tiny_images):
+    errors = []
+    for nodes in (2, 6, 24):
+        rule = parse_quadrature(f"gauss-legendre:{nodes}")
+        found = search(tiny_vit, tiny_images, LABELS, scope="cls", complete=True, quadrature=rule)
+        errors.append(found.completeness_errors_B.max().item())
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-9
+
+
+@pytest.mark.parametrize("scope", ["cls", "patch"])
+def test_the_search_leaves_the_model_as_it_was(scope, tiny_vit, tiny_images):
+    before = copy.deepcopy(tiny_vit)
+    search(tiny_vit, tiny_images, LABELS, scope=scope)
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), tiny_vit.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in tiny_vit.parameters())
+    assert [module._forward_pre_hooks for module in tiny_vit.modules() if module._forward_pre_hooks] == []
+    assert tiny_vit.blocks[0].attn.fused_attn == before.blocks[0].attn.fused_attn
+
+
+def test_hooks_go_even_when_the_model_fails(tiny_vit):
+    ffns = find_feed_forwards(tiny_vit)
+    with pytest.raises((RuntimeError, AssertionError)):
+        search_paths(
+            tiny_vit, ffns, torch.zeros(1, 3, 7, 7).double(), LABELS[:1], top_k=1, quadrature=GAUSS, scope="cls"
+        )
+    assert not any(module._forward_pre_hooks for module in tiny_vit.modules())
+
+
+def test_score_of_given_paths_equals_the_slow_reference(tiny_vit, tiny_images):
+    neurons = torch.tensor([[[1, 4], [0, 7], [30, 2]]] * 3)
+    for scope in ("cls", "all"):
+        got = score_paths(
+            tiny_vit, find_feed_forwards(tiny_vit), tiny_images, LABELS, neurons, quadrature=GAUSS, scope=scope
+        )
+        tokens = reference.token_slice(tiny_vit, scope)
+        expected = reference.joint_attribution_score(
+            tiny_vit, tiny_images[:1], 0, neurons[0].tolist(), GAUSS.nodes, GAUSS.weights, tokens
+        )
+        assert got[0].item() == pytest.approx(expected, abs=1e-9)
