@@ -188,7 +188,13 @@ def data_config(model: Any) -> dict[str, Any]:
     Args:
         model: a timm model, or an opened ONNX file.
     """
-    config = timm.data.resolve_model_data_config(model) if isinstance(model, nn.Module) else model.data_config
+    if not isinstance(model, nn.Module):
+        return dict(model.data_config)
+    config = timm.data.resolve_model_data_config(model)
+    # A model built for another image size than its pretrained configuration says so only in its patch embedding.
+    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if built_for is not None:
+        config["input_size"] = (config["input_size"][0], *built_for)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 
-import timm.data
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitprune.data import data_config
 from vitprune.feed_forward import find_feed_forwards
 
 
@@ -19,7 +19,7 @@ def count_macs(model: nn.Module) -> int:
     for module in model.modules():
         if getattr(module, "fused_attn", False):
             module.fused_attn = False  # so that attention is counted as the matrix products it is
-    image = torch.zeros(1, *timm.data.resolve_model_data_config(model)["input_size"])
+    image = torch.zeros(1, *data_config(model)["input_size"])
     with FlopCounterMode(display=False) as counter:
         model(image)
     return counter.get_total_flops() // 2

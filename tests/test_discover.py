@@ -1,0 +1,113 @@
+"""The discovery verb and its run folder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_vit
+from families import build, example
+
+import vitprune
+from vitprune.discovery.discover import Discovery, _FIND_PATHS, class_paths, discover
+from vitprune.discovery.run import Run, load_run, save_run
+from vitprune.options import METHODS
+
+LABELS = torch.tensor([3, 1, 3])
+
+
+def test_the_methods_and_the_help_name_the_same_things():
+    assert list(_FIND_PATHS) == list(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batches_are_joined_in_order(method, tiny_vit, tiny_images):
+    whole = discover(tiny_vit, [(tiny_images, LABELS)], method=method, top_k=2)
+    parts = discover(tiny_vit, [(tiny_images[:1], LABELS[:1]), (tiny_images[1:], LABELS[1:])], method=method, top_k=2)
+    assert whole.neurons.shape == (3, 3, 2)
+    assert torch.equal(whole.neurons, parts.neurons)
+    assert torch.equal(whole.labels, LABELS)
+    assert whole.classes == parts.classes == (1, 3)
+    for name, scores in whole.class_scores.items():
+        assert scores.shape == (2, 48)
+        torch.testing.assert_close(scores, parts.class_scores[name])
+
+
+def test_class_scores_are_means_over_the_images_of_a_class(tiny_vit, tiny_images):
+    both = discover(tiny_vit, [(tiny_images, LABELS)])
+    first, third = (discover(tiny_vit, [(tiny_images[i : i + 1], LABELS[i : i + 1])]) for i in (0, 2))
+    expected = (first.class_scores["blocks.1.mlp"][0] + third.class_scores["blocks.1.mlp"][0]) / 2
+    torch.testing.assert_close(both.class_scores["blocks.1.mlp"][1], expected)
+
+
+def test_class_path_counts_visits_then_scores_then_index():
+    found = Discovery(
+        ffns=("a",),
+        neurons=torch.tensor([[[0, 1]], [[1, 2]], [[4, 3]]]),
+        joint_scores=torch.zeros(3),
+        labels=torch.tensor([7, 7, 9]),
+        predictions=torch.zeros(3, dtype=torch.long),
+        completeness_errors=None,
+        classes=(7, 9),
+        class_scores={"a": torch.tensor([[0.1, 0.0, 0.5, 9.0, 9.0], [0.0, 0.0, 0.0, 1.0, 1.0]])},
+        method="jas",
+        tokens="cls",
+        quadrature="riemann:20",
+    )
+    paths = class_paths(found)
+    assert paths[7].tolist() == [[1, 2]]  # 1 twice; 2 and 0 once each, 2 scores higher
+    assert paths[9].tolist() == [[3, 4]]  # once each, equal scores, lower index first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"top_k": 49}, r"top_k must be in \[1, 48\] .* got 49"),
+        ({"top_k": 0}, "top_k must be in"),
+        ({"method": "saliency"}, "method must be one of jas"),
+        ({"tokens": "word"}, "tokens must be one of cls, patch, all"),
+        ({"quadrature": "simpson:3"}, "quadrature must be"),
+    ],
+)
+def test_refuses(arguments, message, tiny_vit, tiny_images):
+    with pytest.raises(vitprune.VitpruneError, match=message):
+        discover(tiny_vit, [(tiny_images, LABELS)], **arguments)
+
+
+def test_no_images_are_refused(tiny_vit):
+    with pytest.raises(vitprune.VitpruneError, match="no images to discover"):
+        discover(tiny_vit, [])
+
+
+def test_a_class_token_that_is_not_there_is_refused(tiny_images):
+    model = make_vit("vit_base_patch16_siglip_224")
+    with pytest.raises(vitprune.VitpruneError, match="has no class token; use --tokens patch"):
+        discover(model, [(tiny_images, LABELS)], tokens="cls")
+    assert discover(model, [(tiny_images, LABELS)]).tokens == "patch"
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "cait_xxs24_224", "xcit_nano_12_p16_224"])
+def test_models_without_an_isotropic_trunk_are_refused(name):
+    model = build(name)
+    with pytest.raises(vitprune.VitpruneError, match="has no isotropic trunk"):
+        discover(model, [(example(model, 1), LABELS[:1])])
+
+
+def test_a_run_folder_reads_back_as_it_was_written(tiny_vit, image_folder, tmp_path):
+    images = vitprune.find_images(image_folder, 5)
+    batches = vitprune.ImageBatches(images, tiny_vit, batch_size=7)
+    found = discover(tiny_vit, batches, method="jas-complete", top_k=2)
+    run = Run(found, images, "somewhere", "/weights.pth", "abc")
+    save_run(run, tmp_path / "run")
+    again = load_run(tmp_path / "run")
+    for name in ("neurons", "joint_scores", "labels", "predictions", "completeness_errors"):
+        assert torch.equal(getattr(again.found, name), getattr(found, name))
+    assert all(torch.equal(again.found.class_scores[name], found.class_scores[name]) for name in found.ffns)
+    assert (again.images, again.model, again.checkpoint) == (images, "somewhere", "/weights.pth")
+    save_run(again, tmp_path / "again")
+    for file in sorted((tmp_path / "run").iterdir()):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+def test_a_folder_that_is_no_run_says_how_to_make_one(tmp_path):
+    with pytest.raises(vitprune.VitpruneError, match="has no scores; run 'vitprune discover MODEL"):
+        load_run(tmp_path)

@@ -1,0 +1,115 @@
+"""Masking equals removal: the law of the package, on every FFN kind and on stock timm models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import make_vit
+from families import FAMILIES, build, example, half_plan, row
+from timm.layers import GluMlp, Mlp, SwiGLU, SwiGLUPacked
+
+import vitprune
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+REFUSED = ("eva02_base_patch14_224", "convnextv2_atto", "convnext_atto", "resnet18")
+
+
+def hook_mask(model, plan, images):
+    """Zero the neurons with hooks of this test's own: nothing shared with vitprune's ways of masking."""
+    handles = [
+        model.get_submodule(f"{name}.fc2").register_forward_pre_hook(lambda _m, x, keep=keep: (x[0] * keep,))
+        for name, keep in plan.keep.items()
+    ]
+    try:
+        return model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in REFUSED])
+def test_masking_equals_removal_on_stock_models(name):
+    model, plan = build(name), None
+    images, plan = example(model), half_plan(model)
+    expected = hook_mask(model, plan, images)
+    removed = vitprune.remove_neurons(model, plan)
+    torch.testing.assert_close(removed(images), expected, rtol=1e-5, atol=1e-6)
+    with vitprune.masked(model, plan):
+        torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-6)
+    assert {ffn.name: ffn.num_neurons for ffn in vitprune.find_feed_forwards(removed)} == plan.widths
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_models_say_why(name):
+    with pytest.raises(vitprune.VitpruneError, match="normalises its hidden|no supported FFN"):
+        vitprune.find_feed_forwards(build(name))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("mlp_layer", [Mlp, GluMlp, SwiGLUPacked, SwiGLU])
+@pytest.mark.parametrize("num_kept", [1, 7, 23, 24])
+def test_masking_equals_removal_for_every_ffn_kind(mlp_layer, num_kept, tiny_images):
+    model = make_vit(mlp_layer=mlp_layer, mlp_ratio=2)
+    ffns = vitprune.find_feed_forwards(model)
+    generator = torch.Generator().manual_seed(0)
+    keep = {ffn.name: torch.zeros(ffn.num_neurons, dtype=torch.bool) for ffn in ffns}
+    for ffn in ffns:
+        keep[ffn.name][torch.randperm(ffn.num_neurons, generator=generator)[:num_kept]] = True
+    plan = vitprune.Plan(keep)
+    expected = hook_mask(model, plan, tiny_images)
+    for pruned in (vitprune.remove_neurons(model, plan), vitprune.mask_neurons(model, plan)):
+        torch.testing.assert_close(pruned(tiny_images), expected, rtol=1e-12, atol=1e-12)
+
+
+@torch.inference_mode()
+def test_the_model_is_itself_again_after_masking(tiny_vit, tiny_images):
+    before, state = tiny_vit(tiny_images), {key: value.clone() for key, value in tiny_vit.state_dict().items()}
+    with pytest.raises(ZeroDivisionError), vitprune.masked(tiny_vit, half_plan(tiny_vit)):
+        assert not torch.equal(tiny_vit(tiny_images), before)
+        raise ZeroDivisionError
+    assert torch.equal(tiny_vit(tiny_images), before)
+    assert all(torch.equal(state[key], value) for key, value in tiny_vit.state_dict().items())
+
+
+def test_removal_leaves_its_input_alone_and_shrinks_the_copy(tiny_vit):
+    plan = half_plan(tiny_vit)
+    removed = vitprune.remove_neurons(tiny_vit, plan)
+    assert tiny_vit.blocks[0].mlp.fc1.out_features == 48
+    assert removed.blocks[0].mlp.fc1.weight.shape == (24, 24)
+    assert removed.blocks[0].mlp.fc1.out_features == removed.blocks[0].mlp.fc2.in_features == 24
+
+
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters")
+def test_torch_prunings_own_graph_agrees(tiny_vit, tiny_images):
+    import torch_pruning
+
+    plan = half_plan(tiny_vit)
+    ours = vitprune.remove_neurons(tiny_vit, plan)(tiny_images)
+    graph = torch_pruning.DependencyGraph().build_dependency(tiny_vit, example_inputs=tiny_images)
+    for name in plan.keep:
+        group = graph.get_pruning_group(
+            tiny_vit.get_submodule(f"{name}.fc2"),
+            torch_pruning.prune_linear_in_channels,
+            idxs=plan.removed(name).tolist(),
+        )
+        group.prune()
+    torch.testing.assert_close(tiny_vit(tiny_images), ours, rtol=1e-12, atol=1e-12)
+
+
+def test_a_subclass_of_a_known_ffn_is_refused():
+    class Other(timm.layers.Mlp):
+        pass
+
+    model = make_vit()
+    model.blocks[1].mlp.__class__ = Other
+    with pytest.raises(vitprune.VitpruneError, match=r"blocks\.1\.mlp: FFN of type Other is not supported"):
+        vitprune.find_feed_forwards(model)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_readme_says_what_works(name):
+    assert row(name) in README.read_text().splitlines()

@@ -1,0 +1,84 @@
+"""Accuracy, comparison, latency and multiply-accumulates against numbers known on paper."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+import timm
+import torch
+from families import half_plan
+from sklearn.metrics import top_k_accuracy_score
+
+import vitprune
+from vitprune.evaluation.accuracy import compare, evaluate
+from vitprune.evaluation.latency import measure_latency
+from vitprune.evaluation.macs import count_macs, ffn_share
+
+
+def test_accuracy_agrees_with_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(200, 12, generator=generator), torch.randint(0, 12, (200,), generator=generator)
+    batches = [(logits[:90], labels[:90]), (logits[90:], labels[90:])]
+    measured = evaluate(lambda images: images, batches)
+    for k, value in ((1, measured.top1), (5, measured.top5)):
+        expected = top_k_accuracy_score(labels.numpy(), logits.numpy(), k=k, labels=range(12))
+        assert value == pytest.approx(expected, abs=1e-12)
+    assert sum(measured.images_by_class.values()) == measured.num_images == 200
+    of_class = logits[labels == 3].argmax(1) == 3
+    assert measured.top1_by_class[3] == pytest.approx(of_class.double().mean().item())
+
+
+def test_the_interval_is_wilsons():
+    labels = torch.tensor([0] * 8 + [1] * 2)
+    measured = evaluate(lambda images: images, [(torch.eye(2)[[0] * 10], labels)])
+    n, p, z = 10, 0.8, 1.959963984540054
+    centre, half = (p + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    assert measured.top1_interval == pytest.approx((centre - half / (1 + z * z / n), centre + half / (1 + z * z / n)))
+
+
+def test_mcnemar_counts_only_the_images_that_changed():
+    labels = torch.zeros(12, dtype=torch.long)
+    right, wrong = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    before = evaluate(lambda images: images, [(torch.cat([right] * 9 + [wrong] * 3), labels)])
+    after = evaluate(lambda images: images, [(torch.cat([wrong] * 6 + [right] * 4 + [wrong] * 2), labels)])
+    result = compare(before, after)
+    assert (result.gained, result.lost) == (1, 6)
+    assert result.p_value == pytest.approx(2 * (1 + 7) / 2**7)
+    assert compare(before, before).p_value == 1
+
+
+def test_a_model_without_classifier_has_no_accuracy():
+    with pytest.raises(vitprune.VitpruneError, match="no classifier"):
+        evaluate(timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1), [])
+    with pytest.raises(vitprune.VitpruneError, match="no images"):
+        evaluate(lambda images: images, [])
+
+
+def test_latency_takes_turns_and_orders_fast_before_slow():
+    order = []
+
+    def fast():
+        order.append("fast")
+
+    def slow():
+        order.append("slow")
+        time.sleep(0.01)
+
+    measured = measure_latency({"fast": fast, "slow": slow}, seconds=0.2)
+    assert order[:4] == ["fast", "slow", "fast", "slow"]
+    assert order == ["fast", "slow"] * (len(order) // 2)
+    assert measured["slow"].median_ms >= 10 > measured["fast"].median_ms
+    assert measured["slow"].p95_ms >= measured["slow"].median_ms
+
+
+def test_macs_of_a_vision_transformer_on_paper():
+    model = timm.create_model("deit_tiny_patch16_224")
+    tokens, width, depth = 197, 192, 12
+    block = tokens * (3 + 1 + 4 + 4) * width**2 + 2 * tokens**2 * width
+    expected = depth * block + 196 * 768 * width + width * 1000
+    assert count_macs(model) == expected
+    assert ffn_share(model) == pytest.approx(depth * tokens * 8 * width**2 / expected)
+    halved = vitprune.remove_neurons(model, half_plan(model))
+    assert count_macs(halved) == expected - depth * tokens * 4 * width**2
