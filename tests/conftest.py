@@ -48,9 +48,7 @@ def tiny_images():
 def deit_tiny():
     import vitprune
 
-    return vitprune.load(
-        "deit_tiny_patch16_224", checkpoint=shared("weights/deit_tiny_patch16_224.safetensors")
-    )
+    return vitprune.load("deit_tiny_patch16_224", checkpoint=shared("weights/deit_tiny_patch16_224.safetensors"))
 
 
 @pytest.fixture(scope="session")

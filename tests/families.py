@@ -1,6 +1,6 @@
-"""Stock timm models, random weights: what vitprune can do with each. ``python tests/families.py`` prints the README table.
+"""Stock timm models, random weights: what vitprune can do with each.
 
-Every entry is built whole at its own width and depth; only the image size is reduced where the stock one is large.
+``python tests/families.py`` prints the README table. Every entry is built whole at its own width and depth; only the image size is reduced where the stock one is large.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import timm
 import torch
 
 import vitprune
-from vitprune.discovery.trunk import check_trunk
 from vitprune.data import data_config
+from vitprune.discovery.trunk import check_trunk
 from vitprune.pruning.plan import plan_from_widths
 
 # model name -> arguments of create_model

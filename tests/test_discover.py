@@ -8,7 +8,7 @@ from conftest import make_vit
 from families import build, example
 
 import vitprune
-from vitprune.discovery.discover import Discovery, _FIND_PATHS, class_paths, discover
+from vitprune.discovery.discover import _FIND_PATHS, Discovery, class_paths, discover
 from vitprune.discovery.run import Run, load_run, save_run
 from vitprune.options import METHODS
 

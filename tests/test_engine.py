@@ -40,9 +40,7 @@ def build(trunk):
 
 def search(model, images, labels, *, scope, top_k=2, complete=False, quadrature=GAUSS):
     ffns = find_feed_forwards(model)
-    return search_paths(
-        model, ffns, images, labels, top_k=top_k, quadrature=quadrature, scope=scope, complete=complete
-    )
+    return search_paths(model, ffns, images, labels, top_k=top_k, quadrature=quadrature, scope=scope, complete=complete)
 
 
 LABELS = torch.tensor([0, 3, 1])
@@ -85,9 +83,7 @@ def test_any_k_equals_the_slow_reference(scope, top_k, tiny_images):
 @pytest.mark.parametrize("scope", ["cls", "all"])
 def test_influence_pattern_equals_the_slow_reference(scope, tiny_vit, tiny_images):
     ffns = find_feed_forwards(tiny_vit)
-    paths = influence_pattern_paths(
-        tiny_vit, ffns, tiny_images, LABELS, top_k=2, quadrature=GAUSS, scope=scope
-    )
+    paths = influence_pattern_paths(tiny_vit, ffns, tiny_images, LABELS, top_k=2, quadrature=GAUSS, scope=scope)
     tokens = reference.token_slice(tiny_vit, scope)
     for index, label in enumerate(LABELS.tolist()):
         expected = reference.influence_pattern(tiny_vit, tiny_images[index : index + 1], label, 2, tokens)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
-import re
 import sys
 import warnings
 from argparse import ArgumentError
@@ -17,6 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from vitprune import options
 from vitprune.errors import VitpruneError
+from vitprune.recipe import explain_mistake, option_names, read_recipe
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
 
@@ -52,22 +51,8 @@ def _parse(parser: ArgumentParser, commands: dict[str, ArgumentParser], argv: Se
     try:
         return parser.parse_args(argv)
     except ArgumentError as error:
-        raise VitpruneError(_explain(str(error), commands.get(argv[0]), list(commands))) from error
-
-
-def _explain(message: str, parser: ArgumentParser | None, commands: list[str]) -> str:
-    """Turn a parser's complaint into one line that proposes the nearest name."""
-    message = re.sub(r'Parser key "(\w+)":', r"\1:", " ".join(message.split()))
-    if parser is None:
-        unknown = re.search(r"invalid choice: '([^']*)'", message)
-        candidates = commands
-    else:
-        unknown = re.search(r"unrecognized arguments: (\S+)|does not accept option '([^']*)'", message)
-        candidates = [string for action in parser._actions for string in (*action.option_strings, action.dest)]
-    if unknown:
-        near = difflib.get_close_matches(next(filter(None, unknown.groups())), candidates, n=1, cutoff=0.6)
-        message += f"; did you mean '{near[0]}'?" if near else ""
-    return message
+        command = commands.get(argv[0])
+        raise VitpruneError(explain_mistake(error, option_names(command) if command else commands)) from error
 
 
 def _run_command(command: str, given: Namespace) -> None:
@@ -253,16 +238,16 @@ _ARGUMENTS: dict[str, tuple[str, Callable[[ArgumentParser], None]]] = {
 
 
 class _Tracked:
-    """Batches with a progress bar on stderr each time they are read; the count of passes names the bar."""
+    """Batches with a progress bar on stderr each time they are read."""
 
-    def __init__(self, batches: Any, *descriptions: str) -> None:
-        self.batches, self.descriptions = batches, descriptions
+    def __init__(self, batches: Any, description: str) -> None:
+        self.batches, self.description = batches, description
         self.passes = 0
 
     def __iter__(self) -> Iterator[Any]:
-        description = self.descriptions[min(self.passes, len(self.descriptions) - 1)]
         self.passes += 1
-        return iter(_track(self.batches, description))
+        suffix = f" (pass {self.passes})" if self.passes > 1 else ""
+        return iter(_track(self.batches, self.description + suffix))
 
 
 def _track(items: Any, description: str) -> Iterable[Any]:
@@ -502,7 +487,7 @@ def _prune(
         print(f"removed {made.pruning_ratio:.1%} of {made.num_neurons_dense} FFN neurons ({mode})")
         print(f"parameters {answer['num_parameters_dense']:,} -> {answer['num_parameters']:,}")
         print(
-            f"multiply-accumulates {macs_dense / 1e9:.3f} -> {macs / 1e9:.3f} G: "
+            f"multiply-accumulates {macs_dense / 1e6:,.1f} -> {macs / 1e6:,.1f} M: "
             f"at most {answer['speedup_ceiling']:.2f} x faster"
         )
         print(f"wrote {output}")
@@ -683,8 +668,6 @@ def _demo(output, seed):
 
 
 def _run(recipe, dry_run):
-    from vitprune.recipe import read_recipe
-
     _parser, commands = _build_parser()
     steps = read_recipe(recipe, {name: parser for name, parser in commands.items() if name != "run"})
     for position, (command, given) in enumerate(steps, 1):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from vitprune.errors import VitpruneError
+
 METHODS: Mapping[str, str] = {
     "jas": "joint attribution score, layer by layer (the paper)",
     "jas-complete": "the same with the variant that obeys completeness",
@@ -61,7 +63,5 @@ def check_choice(what: str, value: str, choices: Mapping[str, str]) -> None:
     Raises:
         VitpruneError: naming what would be right.
     """
-    from vitprune.errors import VitpruneError
-
     if value not in choices:
         raise VitpruneError(f"{what} must be one of {', '.join(choices)}, got '{value}'")

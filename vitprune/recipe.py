@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from argparse import ArgumentError
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,4 +58,20 @@ def _parse_step(step: Any, commands: Mapping[str, ArgumentParser]) -> tuple[str,
     try:
         return command, commands[command].parse_object(given or {})
     except ArgumentError as error:
-        raise VitpruneError(f"{command}: {' '.join(str(error).split())}") from error
+        raise VitpruneError(f"{command}: {explain_mistake(error, option_names(commands[command]))}") from error
+
+
+def option_names(parser: ArgumentParser) -> list[str]:
+    """Return every way to name an option of a command: ``--top-k`` and ``top_k``."""
+    return [name for action in parser._actions for name in (*action.option_strings, action.dest)]
+
+
+def explain_mistake(error: ArgumentError, known: Iterable[str]) -> str:
+    """Turn a parser's complaint into one line that proposes the nearest of the known names."""
+    message = re.sub(r'Parser key "(\w+)":', r"\1:", " ".join(str(error).split()))
+    patterns = r"argument subcommand: invalid choice: '([^']*)'|unrecognized arguments: (\S+)|[Oo]ption '([^']*)'"
+    unknown = re.search(patterns, message)
+    if unknown:
+        near = difflib.get_close_matches(next(filter(None, unknown.groups())), known, n=1, cutoff=0.6)
+        message += f"; did you mean '{near[0]}'?" if near else ""
+    return message

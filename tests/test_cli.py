@@ -1,0 +1,303 @@
+"""The command line as a program would use it: exit codes, one line for a mistake, JSON, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import TINY, make_vit
+from safetensors.torch import save_file
+
+import vitprune
+from vitprune.cli import main
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
+def run(*arguments, code=0, capsys=None):
+    """Run the command line in this process; return its JSON answer, or the one line of a refusal."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == code
+    captured = capsys.readouterr()
+    if code == 0:
+        return json.loads(captured.out)
+    lines = captured.err.strip().splitlines()
+    assert captured.out == ""
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("vitprune: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def run_folder(saved_vit, image_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "vit"
+    assert main(["discover", str(saved_vit), "--data", str(image_folder), "-o", str(folder), "--top-k", "2"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pruned_folder(run_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pruned") / "vit"
+    assert main(["prune", str(run_folder), "--ratio", "0.5", "-o", str(folder)]) == 0
+    return folder
+
+
+def other_images(image_folder, root):
+    """Write the same classes with other pictures."""
+    from PIL import Image
+
+    for folder in sorted(image_folder.iterdir()):
+        (root / folder.name).mkdir(parents=True)
+        for file in folder.iterdir():
+            Image.open(file).rotate(90).save(root / folder.name / f"{file.stem}.png")
+    return root
+
+
+def test_the_main_job_from_end_to_end(saved_vit, image_folder, tmp_path, capsys):
+    found = run(
+        "discover", saved_vit, "--data", image_folder, "--images-per-class", 2, "-o", tmp_path / "run", "--json",
+        capsys=capsys,
+    )  # fmt: skip
+    assert found["num_images"] == 10
+    assert Path(found["paths"]).is_file()
+    assert len(found["class_paths"]["class3"]) == 3
+    for mode in ("remove", "mask"):
+        pruned = run(
+            "prune", tmp_path / "run", "--ratio", 0.5, "--mode", mode, "-o", tmp_path / mode, "--json", capsys=capsys
+        )
+        assert pruned["num_neurons"] == sum(pruned["widths"].values()) == 72
+        assert pruned["num_neurons_dense"] == 144
+        assert pruned["pruning_ratio"] == 0.5
+    images = other_images(image_folder, tmp_path / "other")
+    measured = {
+        name: run("evaluate", model, "--data", images, "--json", capsys=capsys)
+        for name, model in (("dense", saved_vit), ("remove", tmp_path / "remove"), ("mask", tmp_path / "mask"))
+    }
+    assert measured["remove"] == measured["mask"]
+    assert measured["dense"]["num_images"] == 20
+    assert 0 <= measured["dense"]["top1"] <= measured["dense"]["top5"] == 1
+    exported = run("export", tmp_path / "remove", tmp_path / "m.onnx", "--json", capsys=capsys)
+    assert exported["top1_agreement"] == 1
+    assert exported["size_bytes"] == (tmp_path / "m.onnx").stat().st_size
+    onnx = run("evaluate", tmp_path / "m.onnx", "--data", images, "--json", capsys=capsys)
+    assert onnx["top1"] == measured["remove"]["top1"]
+    rows = run(
+        "bench", tmp_path / "remove", "--batch-size", 1, 2, "--seconds", 0.05, "--json", capsys=capsys
+    )["rows"]  # fmt: skip
+    assert {(row["backend"], row["batch_size"]) for row in rows} == {
+        (backend, size) for backend in ("torch-eager", "onnxruntime-cpu") for size in (1, 2)
+    }
+    assert {"median_ms", "p95_ms", "images_per_second"} <= set(rows[0])
+
+
+def test_the_same_seed_gives_the_same_bytes(saved_vit, image_folder, tmp_path):
+    for name in ("a", "b"):
+        common = ["--data", str(image_folder), "--images-per-class", "2", "--seed", "5"]
+        assert main(["discover", str(saved_vit), *common, "-o", str(tmp_path / name / "run")]) == 0
+        assert main(["prune", str(tmp_path / name / "run"), "-o", str(tmp_path / name / "pruned")]) == 0
+    for file in sorted((tmp_path / "a").rglob("*.*")):
+        assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes(), file
+
+
+@pytest.mark.parametrize("criterion", ["random", "magnitude", "activation", "taylor", "jas"])
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_every_criterion_prunes_a_run(criterion, allocation, run_folder, tmp_path, capsys):
+    answer = run(
+        "prune", run_folder, "--criterion", criterion, "--allocation", allocation, "--ratio", 0.25, "--round-to", 4,
+        "--compensate", "bias", "-o", tmp_path / "p", "--json",
+        capsys=capsys,
+    )  # fmt: skip
+    assert answer["pruning_ratio"] >= 0.25
+    assert all(width % 4 == 0 for width in answer["widths"].values())
+
+
+def test_a_plan_is_applied_to_another_checkpoint(pruned_folder, saved_vit, tmp_path, capsys):
+    common = ("--plan", pruned_folder, "--compensate", "none", "--json")
+    first = run("prune", saved_vit, *common, "-o", tmp_path / "a", capsys=capsys)
+    assert first["widths"] == vitprune.read_plan(pruned_folder).widths
+
+
+def test_options_come_from_a_file_too(saved_vit, image_folder, tmp_path, capsys):
+    (tmp_path / "o.yaml").write_text(yaml.safe_dump({"data": str(image_folder), "top_k": 3, "images_per_class": 1}))
+    out = tmp_path / "run"
+    run("discover", saved_vit, "--config", tmp_path / "o.yaml", "--top-k", 1, "-o", out, "--json", capsys=capsys)
+    assert vitprune.load_run(out).found.neurons.shape == (5, 3, 1)
+
+
+def test_skipped_images_are_counted(saved_vit, image_folder, tmp_path, capsys):
+    images = other_images(image_folder, tmp_path / "images")
+    (images / "class0" / "0.png").write_text("no image")
+    command = ["discover", saved_vit, "--data", images, "-o", tmp_path / "run", "--json"]
+    answer = run(*command, capsys=capsys)
+    assert answer["skipped"] == ["class0/0.png"]
+    assert answer["num_images"] == len(vitprune.load_run(tmp_path / "run").images) == 19
+    line = run(*command, "--strict", "--overwrite", code=2, capsys=capsys)
+    assert "class0/0.png: cannot be decoded" in line
+    assert vitprune.load_run(tmp_path / "run").found.neurons.shape[0] == 19
+
+
+def test_evaluation_images_must_not_be_calibration_images(pruned_folder, image_folder, capsys):
+    line = run("evaluate", pruned_folder, "--data", image_folder, code=2, capsys=capsys)
+    assert "20 of 20 evaluation images were calibration images" in line
+
+
+MISTAKES = [
+    ("discover deit_tny_patch16_224 --data {data} -o {out}", "did you mean deit_tiny_patch16_224"),
+    ("discover {vit} --data {out}/absent -o {out}", "no such data folder"),
+    ("discover {vit} --data {empty} -o {out}", "holds no class folders"),
+    ("discover {vit} --data {data} --classes x -o {out}", "class 'x' is neither a folder"),
+    ("discover {vit} --data {data} --top-k 999 -o {out}", "top_k must be in [1, 48]"),
+    ("discover {vit} --data {data} --method magic -o {out}", "invalid choice: 'magic'"),
+    ("discover {vit} --data {data} --quadrature x:3 -o {out}", "quadrature must be"),
+    ("discover {vit} --data {data} --images-per-class 0 -o {out}", "images_per_class must be at least 1"),
+    ("discover {vit} --data {data} --batch-size 0 -o {out}", "batch_size must be at least 1"),
+    ("discover {vit} --data {data} --checkpoint {vit}/model.safetensors -o {out}", "leave --checkpoint out"),
+    ("discover {vit} --data {data} --device cuda:77 -o {out}", "device 'cuda:77' cannot be used here"),
+    ("discover resnet18 --checkpoint {resnet} --data {data} --class-map {map} -o {out}", "no supported FFN"),
+    ("discover vit_tiny_patch16_224 --checkpoint {resnet} --data {data} -o {out}", "does not fit"),
+    ("discover vit_tiny_patch16_224 --checkpoint {map} --data {data} -o {out}", "not a plain state dict"),
+    ("discover {vit} --data {data} --topk 1 -o {out}", "did you mean '--top-k'?"),
+    ("discover {vit} --data {data}", "output"),
+    ("prune {run} --ratio 1.2 -o {out}", "pruning_ratio must be in [0, 1), got 1.2"),
+    ("prune {run} --ratio -0.1 -o {out}", "pruning_ratio must be in [0, 1)"),
+    ("prune {run} --ratio 0.99 -o {out}", "empty; ask for less"),
+    ("prune {run} --ridge 0 -o {out}", "ridge must be positive"),
+    ("prune {run} --floor 3 -o {out}", "floor must be in [0, 1]"),
+    ("prune {vit} -o {out}", "pass --data DIR"),
+    ("prune {vit} --criterion jas --data {data} -o {out}", "criterion jas needs the scores of a run"),
+    ("prune {vit} --plan {otherplan} -o {out}", "plan does not fit this model"),
+    ("prune {vit} --plan {map} -o {out}", "not a safetensors file"),
+    ("prune {run} -o {run}", "exists; choose another --output"),
+    ("prune {run} --overwrite -o {data}", "was not written by vitprune"),
+    ("evaluate {out}/absent.onnx --data {data}", "no such file"),
+    ("evaluate {empty} --data {data}", "is no saved model"),
+    ("export {vit} {out}", "parity needs real images"),
+    ("export {pruned} {out} --num-images 0", "num_images must be at least 1"),
+    ("bench {vit} --backend tensorrt", "backend must be one of"),
+    ("bench {vit} --threads 0", "threads must be at least 1"),
+    ("demo -o {data}", "was not written by vitprune"),
+    ("run {out}/absent.yaml", "no such file"),
+    ("discove {vit}", "did you mean 'discover'?"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    command, message, saved_vit, image_folder, run_folder, pruned_folder, tmp_path, capsys
+):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "map.txt").write_text("".join(f"class{index}\n" for index in range(5)))
+    places = {
+        "vit": saved_vit,
+        "data": image_folder,
+        "run": run_folder,
+        "pruned": pruned_folder,
+        "out": tmp_path / "out",
+        "empty": tmp_path / "empty",
+        "map": tmp_path / "map.txt",
+        "resnet": tmp_path / "resnet.safetensors",
+        "otherplan": tmp_path / "plan.safetensors",
+    }
+    if "{resnet}" in command:
+        import timm
+
+        save_file(timm.create_model("resnet18").state_dict(), places["resnet"])
+    if "{otherplan}" in command:
+        vitprune.Plan({"blocks.0.mlp": torch.ones(7, dtype=torch.bool)}).write(places["otherplan"])
+    line = run(*command.format(**places).split(), code=2, capsys=capsys)
+    assert message in line
+    assert not places["out"].exists()
+    assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
+
+
+def test_scores_of_other_weights_are_refused(image_folder, tmp_path, capsys):
+    model = make_vit().float()
+    model.model_args = TINY
+    vitprune.save(model, tmp_path / "vit")
+    run("discover", tmp_path / "vit", "--data", image_folder, "-o", tmp_path / "run", "--json", capsys=capsys)
+    with torch.no_grad():
+        model.head.bias += 1
+    vitprune.save(model, tmp_path / "vit")
+    line = run("prune", tmp_path / "run", "-o", tmp_path / "out", code=2, capsys=capsys)
+    assert "its scores are of other weights" in line
+
+
+def test_ctrl_c_exits_130_and_leaves_nothing(saved_vit, image_folder, tmp_path):
+    command = [sys.executable, "-m", "vitprune", "discover", str(saved_vit), "--data", str(image_folder)]
+    command += ["--quadrature", "gauss-legendre:4000", "--batch-size", "1", "-o", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    time.sleep(8)
+    assert process.poll() is None, process.communicate()
+    os.kill(process.pid, signal.SIGINT)
+    _out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bug_keeps_its_traceback(saved_vit, monkeypatch):
+    monkeypatch.setattr("vitprune.models._load_folder", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["evaluate", str(saved_vit), "--data", "."])
+
+
+def test_people_get_tables(run_folder, pruned_folder, saved_vit, image_folder, tmp_path, capfd):
+    images = other_images(image_folder, tmp_path / "images")
+    assert main(["evaluate", str(pruned_folder), "--data", str(images)]) == 0
+    assert main(["bench", str(pruned_folder), "--batch-size", "1", "--seconds", "0.05"]) == 0
+    out = capfd.readouterr().out
+    assert "top-1" in out
+    assert "95 % interval" in out
+    assert "ceiling" in out
+
+
+def test_help_and_import_need_no_torch():
+    code = (
+        "import sys, vitprune, vitprune.cli\n"
+        "try: vitprune.cli.main(['prune', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'timm', 'onnxruntime', 'matplotlib', 'scipy', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "--round-to" in result.stdout
+
+
+def test_every_public_name_is_there():
+    for name in vitprune.__all__:
+        assert getattr(vitprune, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'bogus'"):
+        vitprune.bogus  # noqa: B018
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_valid(recipe, capsys):
+    answer = run("run", recipe, "--dry-run", "--json", capsys=capsys)
+    assert answer["steps"]
+    assert not answer["executed"]
+
+
+def test_a_recipe_runs_and_its_mistakes_are_all_named(saved_vit, image_folder, tmp_path, capsys):
+    discover = {"model": str(saved_vit), "data": str(image_folder), "images_per_class": 1, "output": "{out}/run"}
+    steps = [{"discover": discover}, {"prune": {"source": "{out}/run", "ratio": 0.25, "output": "{out}/pruned"}}]
+    (tmp_path / "good.yaml").write_text(yaml.safe_dump({"steps": steps}).replace("{out}", str(tmp_path)))
+    answer = run("run", tmp_path / "good.yaml", "--json", capsys=capsys)
+    assert answer["steps"] == ["discover", "prune"]
+    assert vitprune.load(tmp_path / "pruned") is not None
+    steps = [{"discover": {**discover, "topk": 2}}, {"prun": {}}, {"prune": {"source": "x", "ratio": "much"}}]
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({"steps": steps}))
+    line = run("run", tmp_path / "bad.yaml", code=2, capsys=capsys)
+    assert "step 1: discover: " in line
+    assert "'topk'; did you mean 'top_k'?" in line
+    assert "step 2: unknown command 'prun'" in line
+    assert "step 3: prune: " in line

@@ -1,0 +1,113 @@
+"""ONNX files: torch's answers, any batch size, no trace of this machine; and the bench on top of them."""
+
+from __future__ import annotations
+
+import copy
+
+import onnx
+import pytest
+import torch
+from conftest import TINY, make_vit
+from families import half_plan
+from timm.layers import SwiGLUPacked
+
+import vitprune
+from vitprune.export import onnx_file
+from vitprune.export.runtime import open_onnx
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, image_folder):
+    """A pruned float32 model, its ONNX file and the report."""
+    model = make_vit(mlp_layer=SwiGLUPacked).float()
+    pruned = vitprune.remove_neurons(model, half_plan(model))
+    images = vitprune.ImageBatches(vitprune.find_images(image_folder, 5), pruned, batch_size=8)
+    path = tmp_path_factory.mktemp("onnx") / "pruned.onnx"
+    return pruned, path, vitprune.export_onnx(pruned, path, images)
+
+
+def test_onnx_runtime_gives_torchs_logits_at_any_batch_size(exported):
+    model, path, report = exported
+    opened = open_onnx(path)
+    for count in (1, 2, 5):
+        images = torch.randn(count, 3, 32, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(opened(images), model(images), rtol=1e-3, atol=1e-4)
+    assert report.num_images == 20
+    assert report.top1_agreement == 1
+    assert report.max_abs_diff < 1e-4
+    assert report.size_bytes == path.stat().st_size
+
+
+def test_the_file_knows_its_transform_and_not_this_machine(exported):
+    _model, path, _report = exported
+    opened = open_onnx(path)
+    assert opened.num_classes == 5
+    assert opened.data_config["input_size"] == [3, 32, 32]
+    content = path.read_bytes()
+    assert b".py" not in content
+    assert b"site-packages" not in content
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    assert [file.name for file in path.parent.iterdir()] == ["pruned.onnx"]
+
+
+def test_accuracy_of_the_file_is_the_models(exported, image_folder):
+    model, path, _report = exported
+    images = vitprune.find_images(image_folder, 5)
+    of_torch = vitprune.evaluate(model, vitprune.ImageBatches(images, model, batch_size=6))
+    opened = open_onnx(path)
+    of_onnx = vitprune.evaluate(opened, vitprune.ImageBatches(images, opened, batch_size=6))
+    assert of_torch.correct == of_onnx.correct
+
+
+def test_a_graph_that_differs_is_an_error_and_leaves_no_file(exported, tmp_path, monkeypatch):
+    model, path, _report = exported
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.head.bias[2] += 0.5
+    images = [(torch.randn(2, 3, 32, 32), torch.zeros(2))]
+    with pytest.raises(
+        vitprune.VitpruneError, match=r"differs from torch: a logit is .* in ONNX Runtime and .* in torch"
+    ):
+        onnx_file._measure_parity(other, path, images)
+    with pytest.raises(vitprune.VitpruneError, match="no images to compare"):
+        vitprune.export_onnx(model, tmp_path / "m.onnx", [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_cannot_be_opened_are_refused(tmp_path):
+    with pytest.raises(vitprune.VitpruneError, match="no such file"):
+        open_onnx(tmp_path / "absent.onnx")
+    (tmp_path / "bad.onnx").write_text("no graph")
+    with pytest.raises(vitprune.VitpruneError, match="ONNX Runtime cannot open it"):
+        open_onnx(tmp_path / "bad.onnx")
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([], "g", [value], [value])
+    foreign = onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 17)])
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    with pytest.raises(vitprune.VitpruneError, match="does not say which transform"):
+        open_onnx(tmp_path / "foreign.onnx")
+
+
+def test_bench_has_a_row_for_every_model_backend_and_batch_size():
+    dense = make_vit(**TINY).float()
+    models = {"dense": dense, "pruned": vitprune.remove_neurons(dense, half_plan(dense))}
+    threads = torch.get_num_threads()
+    rows = vitprune.bench(models, batch_sizes=[1, 3], num_threads=1, seconds=0.05)
+    keys = [(row.model, row.backend, row.batch_size) for row in rows]
+    assert len(keys) == len(set(keys)) == 8
+    for row in rows:
+        assert row.num_threads == 1
+        assert row.p95_ms >= row.median_ms > 0
+        assert row.images_per_second == pytest.approx(1000 * row.batch_size / row.median_ms)
+        assert (row.model != "dense") or row.speedup == 1
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"backends": ["tensorrt"]}, "backend must be one of"), ({"batch_sizes": [0]}, "batch sizes must be at least 1")],
+)
+def test_bench_refuses(arguments, message, tiny_vit):
+    with pytest.raises(vitprune.VitpruneError, match=message):
+        vitprune.bench({"a": tiny_vit}, **arguments)

@@ -1,0 +1,84 @@
+"""What keeps the package in shape: imports point downward, and nothing global changes on import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "vitprune"
+
+# Lower rows import nothing from higher ones.
+LAYERS = (
+    ("errors",),
+    ("options",),
+    ("files",),
+    ("feed_forward",),
+    ("models", "data"),
+    ("discovery",),
+    ("pruning",),
+    ("evaluation",),
+    ("export",),
+    ("report",),
+    ("demo", "recipe"),
+    ("cli",),
+    ("__main__",),
+)
+HEIGHT = {name: height for height, row in enumerate(LAYERS) for name in row}
+ONLY_IN = {
+    "onnx": {"export"},
+    "onnxruntime": {"export"},
+    "torch_pruning": {"pruning"},
+    "timm": {"feed_forward", "models", "data", "discovery", "demo"},
+    "matplotlib": {"report"},
+    "rich": {"cli"},
+    "jsonargparse": {"cli", "recipe"},
+}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def part_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downward(path):
+    part = part_of(path)
+    for module in imports_of(path):
+        names = module.split(".")
+        if names[0] == "vitprune" and len(names) > 1 and names[1] != part:
+            assert HEIGHT[names[1]] < HEIGHT[part], module
+        if names[0] in ONLY_IN:
+            assert part in ONLY_IN[names[0]], module
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_command_line_prints(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    printing = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+    assert not printing or part_of(path) == "cli"
+
+
+def test_importing_everything_changes_nothing_global():
+    code = (
+        "import torch, warnings, logging\n"
+        "before = (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),\n"
+        "          torch.random.get_rng_state().tolist(), logging.getLogger().handlers)\n"
+        "import vitprune\n"
+        "for name in vitprune.__all__: getattr(vitprune, name)\n"
+        "after = (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),\n"
+        "         torch.random.get_rng_state().tolist(), logging.getLogger().handlers)\n"
+        "assert before == after\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
