@@ -1,6 +1,7 @@
 """Stock timm models, random weights: what vitprune can do with each.
 
-``python tests/families.py`` prints the README table. Every entry is built whole at its own width and depth; only the image size is reduced where the stock one is large.
+``python tests/families.py`` prints the README table.
+Every entry is built whole at its own width and depth; only the image size is reduced where the stock one is large.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def test_the_same_seed_gives_the_same_bytes(saved_vit, image_folder, tmp_path):
         assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes(), file
 
 
-@pytest.mark.parametrize("criterion", ["random", "magnitude", "activation", "taylor", "jas"])
+@pytest.mark.parametrize("criterion", ["random", "magnitude", "activation", "taylor", "obs", "jas"])
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 def test_every_criterion_prunes_a_run(criterion, allocation, run_folder, tmp_path, capsys):
     answer = run(

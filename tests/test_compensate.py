@@ -10,8 +10,9 @@ import torch
 from families import half_plan
 
 import vitprune
+from vitprune.discovery.moments import Moments, measure_moments
 from vitprune.feed_forward import find_feed_forwards, hook_hidden
-from vitprune.pruning.compensate import Moments, compensate, measure_moments, reconstruct
+from vitprune.pruning.compensate import compensate, reconstruct
 
 LABELS = torch.zeros(3, dtype=torch.long)
 

@@ -31,7 +31,7 @@ _HOME_OF = {
     "masked": "vitprune.pruning.apply",
     "mask_neurons": "vitprune.pruning.apply",
     "remove_neurons": "vitprune.pruning.apply",
-    "measure_moments": "vitprune.pruning.compensate",
+    "measure_moments": "vitprune.discovery.moments",
     "compensate": "vitprune.pruning.compensate",
     "Accuracy": "vitprune.evaluation.accuracy",
     "evaluate": "vitprune.evaluation.accuracy",

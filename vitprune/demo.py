@@ -29,10 +29,10 @@ from vitprune.models import hash_weights, load, save
 from vitprune.pruning.prune import prune
 from vitprune.report.curve import measure_curve, plot_curve
 
-RATIOS = (0.25, 0.5, 0.75)
+RATIOS = (0.5, 0.75, 0.9)
 NUM_TEST_IMAGES = 500
 IMAGES_PER_CLASS = 20
-EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING = 60, 64, 2e-3, 0.05, 0.1
+EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING = 60, 64, 2e-3, 0.2, 0.1
 MODEL_ARGS = {
     "img_size": 8,
     "patch_size": 2,
@@ -100,7 +100,7 @@ def run_demo(output: str | Path, *, seed: int, track: Track, note: Callable[[str
         calibration,
         evaluation,
         ratios=RATIOS,
-        criteria=("jas", "taylor"),
+        criteria=("jas", "taylor", "obs"),
         allocations=("uniform",),
         compensations=("none", "ridge"),
         found=found,

@@ -105,6 +105,44 @@ def _describe(name: str, module: nn.Module) -> FeedForward:
 
 
 @contextmanager
+def capture(model: nn.Module, ffns: Sequence[FeedForward], *, outputs: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Collect what the FFNs compute in the next forward pass, for ``torch.autograd.grad`` to differentiate at.
+
+    Gradients are switched on inside, and frozen parameters are no obstacle.
+
+    Args:
+        model: the model that ``ffns`` were found in.
+        ffns: FFNs to watch.
+        outputs: collect the FFNs' outputs [..., D] instead of their hidden activations [..., H].
+
+    Yields:
+        FFN name -> tensor, filled by the forward pass; part of its graph.
+    """
+    captured: dict[str, Tensor] = {}
+
+    def keep(name: str, tensor: Tensor) -> Tensor:
+        captured[name] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+        return captured[name]
+
+    def make_hook(name: str):
+        return lambda _module, _inputs, output: keep(name, output)
+
+    handles = []
+    with torch.enable_grad():
+        try:
+            if outputs:
+                for ffn in ffns:
+                    handles.append(model.get_submodule(ffn.down_proj).register_forward_hook(make_hook(ffn.name)))
+                yield captured
+            else:
+                with hook_hidden(model, ffns, keep):
+                    yield captured
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
 def hook_hidden(
     model: nn.Module, ffns: Sequence[FeedForward], visit: Callable[[str, Tensor], Tensor | None]
 ) -> Iterator[None]:

@@ -24,6 +24,7 @@ CRITERIA: Mapping[str, str] = {
     "magnitude": "norm of all weights of a neuron",
     "activation": "mean absolute activation",
     "taylor": "first-order change of the loss",
+    "obs": "loss that removal costs after compensation, neurons eliminated one by one",
     "jas": "mean score of the path search over classes (needs a run)",
 }
 
@@ -50,7 +51,7 @@ BACKENDS: Mapping[str, str] = {
 
 DEFAULT_QUADRATURE = "gauss-legendre:4"
 DEFAULT_RATIO = 0.5
-DEFAULT_CRITERION = "taylor"
+DEFAULT_CRITERION = "obs"
 DEFAULT_ALLOCATION = "global"
 DEFAULT_COMPENSATION = "ridge"
 DEFAULT_FLOOR = 0.1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vitprune.discovery.engine import PathBatch, score_paths
 from vitprune.discovery.quadrature import Quadrature
 from vitprune.discovery.trunk import record_clean, scope_slice
-from vitprune.feed_forward import FeedForward, hook_hidden
+from vitprune.feed_forward import FeedForward, capture
 
 INFLUENCE_STEPS = 20
 
@@ -63,16 +63,9 @@ def influence_pattern_paths(
     logits = record_clean(model, ffns, images, tokens=tokens).logits_BC
     sums: list[Tensor] = []
     for step in range(INFLUENCE_STEPS):
-        hidden: list[Tensor] = []
-
-        def watch(_name: str, h_BNH: Tensor, hidden: list[Tensor] = hidden) -> Tensor:
-            hidden.append(h_BNH if h_BNH.requires_grad else h_BNH.detach().requires_grad_())
-            return hidden[-1]
-
-        with torch.enable_grad(), hook_hidden(model, ffns, watch):
-            scaled = (images * (step / INFLUENCE_STEPS)).requires_grad_()
-            probability = model(scaled).softmax(-1).gather(1, labels.unsqueeze(1))
-            gradients = torch.autograd.grad(probability.sum(), hidden)
+        with capture(model, ffns) as hidden:
+            probability = model(images * (step / INFLUENCE_STEPS)).softmax(-1).gather(1, labels.unsqueeze(1))
+            gradients = torch.autograd.grad(probability.sum(), list(hidden.values()))
         means = [gradient[:, tokens].mean(1) / INFLUENCE_STEPS for gradient in gradients]
         sums = means if not sums else [total + mean for total, mean in zip(sums, means, strict=True)]
     return _as_paths(model, ffns, images, labels, tuple(sums), logits, top_k, quadrature, scope)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.discovery.discover import Discovery
+from vitprune.discovery.second_order import obs
 from vitprune.errors import VitpruneError
-from vitprune.feed_forward import FeedForward, find_feed_forwards, hook_hidden
+from vitprune.feed_forward import FeedForward, capture, find_feed_forwards, hook_hidden
 from vitprune.options import CRITERIA, check_choice
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -122,13 +123,7 @@ def taylor(model: nn.Module, batches: Batches) -> Scores:
         raise VitpruneError("criterion taylor needs a classifier, but the model has none (num_classes=0)")
     sums, count = _zeros(ffns), 0
     for images, labels in _on_device(model, batches):
-        hidden: dict[str, Tensor] = {}
-
-        def watch(name: str, h_BNH: Tensor, hidden: dict[str, Tensor] = hidden) -> Tensor:
-            hidden[name] = h_BNH if h_BNH.requires_grad else h_BNH.detach().requires_grad_()
-            return hidden[name]
-
-        with torch.enable_grad(), hook_hidden(model, ffns, watch):
+        with capture(model, ffns) as hidden:
             loss = nn.functional.cross_entropy(model(images), labels, reduction="sum")
             gradients = torch.autograd.grad(loss, list(hidden.values()))
         for (name, h_BNH), gradient in zip(hidden.items(), gradients, strict=True):
@@ -160,21 +155,22 @@ class Criterion:
 
     Attributes:
         score: the function.
-        needs: what it takes: ``weights``, ``seed`` (and weights), ``images`` (with labels) or ``run`` (a discovery).
+        needs: what it takes: ``images`` (calibration images with labels), ``seed``, ``run`` (a discovery).
         across_ffns: True where scores of different FFNs share a unit, so that one ranking needs no normalisation.
     """
 
     score: Callable[..., Scores]
-    needs: str
+    needs: tuple[str, ...]
     across_ffns: bool
 
 
 REGISTRY: Mapping[str, Criterion] = {
-    "random": Criterion(random, "seed", True),
-    "magnitude": Criterion(magnitude, "weights", False),
-    "activation": Criterion(activation, "images", False),
-    "taylor": Criterion(taylor, "images", True),
-    "jas": Criterion(jas, "run", False),
+    "random": Criterion(random, ("seed",), True),
+    "magnitude": Criterion(magnitude, (), False),
+    "activation": Criterion(activation, ("images",), False),
+    "taylor": Criterion(taylor, ("images",), True),
+    "obs": Criterion(obs, ("images", "seed"), True),
+    "jas": Criterion(jas, ("run",), False),
 }
 
 
@@ -193,30 +189,29 @@ def score_neurons(
         criterion: key of ``CRITERIA``.
         batches: calibration images with labels; only for criteria that need them.
         found: a discovery on this model; only for ``jas``.
-        seed: only for ``random``.
+        seed: only for criteria that draw at random.
 
     Returns:
-        FFN name -> scores [H]; float32; higher is more important.
+        FFN name -> scores [H]; higher is more important.
 
     Raises:
         VitpruneError: if the criterion is unknown or lacks what it needs.
     """
     check_choice("criterion", criterion, CRITERIA)
     row = REGISTRY[criterion]
-    if row.needs == "run":
+    if "run" in row.needs:
         if found is None:
             raise VitpruneError(
                 f"criterion {criterion} needs the scores of a run; "
                 "run 'vitprune discover MODEL --data DIR -o RUN' first and prune RUN"
             )
         return row.score(found)
-    if row.needs == "seed":
-        return row.score(model, seed=seed)
-    if row.needs == "weights":
-        return row.score(model)
+    seeded = {"seed": seed} if "seed" in row.needs else {}
+    if "images" not in row.needs:
+        return row.score(model, **seeded)
     if batches is None:
         raise VitpruneError(f"criterion {criterion} needs calibration images; pass --data DIR")
-    return row.score(model, batches)
+    return row.score(model, batches, **seeded)
 
 
 def _on_device(model: nn.Module, batches: Batches) -> Batches:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitprune.discovery.criteria import REGISTRY, score_neurons
 from vitprune.discovery.discover import Discovery
+from vitprune.discovery.moments import Moments, measure_moments
 from vitprune.errors import VitpruneError
 from vitprune.feed_forward import find_feed_forwards
 from vitprune.models import architecture, hash_weights
@@ -27,7 +28,7 @@ from vitprune.options import (
 )
 from vitprune.pruning.allocate import allocate
 from vitprune.pruning.apply import mask_neurons, remove_neurons
-from vitprune.pruning.compensate import Moments, compensate, measure_moments
+from vitprune.pruning.compensate import compensate
 from vitprune.pruning.plan import Plan, fit_plan, plan_from_widths
 
 Batches = Iterable[tuple[Tensor, Tensor]]

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from vitprune.discovery.criteria import score_neurons
 from vitprune.discovery.discover import Discovery
+from vitprune.discovery.moments import measure_moments
 from vitprune.evaluation.accuracy import Accuracy, compare, evaluate
 from vitprune.feed_forward import find_feed_forwards
 from vitprune.files import atomic_file
-from vitprune.pruning.compensate import measure_moments
 from vitprune.pruning.prune import apply_plan, plan_pruning
 
 Batches = Iterable[tuple[Tensor, Tensor]]

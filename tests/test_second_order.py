@@ -1,0 +1,101 @@
+"""Elimination with blocked downdates against one that solves every problem anew."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from vitprune.discovery import second_order
+from vitprune.discovery.moments import measure_moments
+from vitprune.discovery.second_order import eliminate, measure_output_gradients, obs
+from vitprune.feed_forward import find_feed_forwards
+
+IMAGES = torch.randn(12, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+BATCHES = [(IMAGES[:5], torch.zeros(5)), (IMAGES[5:], torch.zeros(7))]
+
+
+def draw(num_neurons, width=5):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(3 * num_neurons, num_neurons, dtype=torch.float64, generator=generator)
+    rows = rows @ torch.randn(num_neurons, num_neurons, dtype=torch.float64, generator=generator)
+    return torch.randn(width, num_neurons, dtype=torch.float64, generator=generator), rows.T @ rows / len(rows)
+
+
+def eliminate_anew(a_DH, covariance_HH, ridge):
+    """For every candidate, refit the output on the neurons that would stay; remove the cheapest."""
+    damped = covariance_HH + ridge * covariance_HH.diagonal().mean() * torch.eye(len(covariance_HH)).double()
+    total = torch.einsum("di,ij,dj->", a_DH, damped, a_DH)
+    alive, order, losses = list(range(len(damped))), [], [0.0]
+    while alive:
+        left = {}
+        for candidate in alive:
+            stay = [neuron for neuron in alive if neuron != candidate]
+            target = damped[stay] @ a_DH.T
+            left[candidate] = total - (target * torch.linalg.solve(damped[stay][:, stay], target)).sum()
+        best = min(left, key=left.get)
+        order.append(best)
+        losses.append(left[best].item())
+        alive.remove(best)
+    return order, [0.5 * (after - before) for before, after in zip(losses, losses[1:], strict=False)]
+
+
+@pytest.mark.parametrize("block", [1, 3, 64])
+def test_elimination_equals_solving_anew(block, monkeypatch):
+    monkeypatch.setattr(second_order, "BLOCK", block)
+    a_DH, covariance_HH = draw(14)
+    order, costs = eliminate(a_DH, covariance_HH, ridge=1e-3)
+    expected_order, expected_costs = eliminate_anew(a_DH, covariance_HH, 1e-3)
+    assert order.tolist() == expected_order
+    assert costs.tolist() == pytest.approx(expected_costs, rel=1e-6)
+
+
+def test_a_copy_goes_first_and_costs_nothing():
+    a_DH, covariance_HH = draw(8)
+    expand = torch.cat([torch.eye(8), torch.eye(8)[:1]]).double()  # neuron 8 is a copy of neuron 0
+    order, costs = eliminate(torch.cat([a_DH, a_DH[:, :1]], 1), expand @ covariance_HH @ expand.T, ridge=1e-9)
+    assert order[0].item() in (0, 8)
+    assert costs[0] < 1e-6 * costs[1]
+
+
+def test_dead_neurons_keep_the_elimination_finite():
+    order, costs = eliminate(torch.ones(2, 6).double(), torch.zeros(6, 6).double())
+    assert sorted(order.tolist()) == list(range(6))
+    assert costs.isfinite().all()
+
+
+def test_scores_rise_along_the_elimination(tiny_vit):
+    scores = obs(tiny_vit, BATCHES, seed=0)["blocks.1.mlp"]
+    assert scores.dtype == torch.float64
+    assert len(scores.unique()) == 48
+    assert (scores > 0).all()
+
+
+def test_output_gradients_are_those_of_a_loop_with_the_same_labels(tiny_vit):
+    got = measure_output_gradients(tiny_vit, find_feed_forwards(tiny_vit), BATCHES, seed=4)["blocks.2.mlp"]
+    generator = torch.Generator().manual_seed(4)
+    expected = torch.zeros(24, 24, dtype=torch.float64)
+    for images, _ in BATCHES:
+        outputs = []
+        handle = tiny_vit.blocks[2].mlp.register_forward_hook(lambda _m, _x, y, outputs=outputs: outputs.append(y))
+        logits = tiny_vit(images)
+        handle.remove()
+        labels = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator).squeeze(1)
+        for index, label in enumerate(labels):
+            loss = cross_entropy(logits[index : index + 1], label[None])
+            rows = torch.autograd.grad(loss, outputs[0], retain_graph=True)[0][index]
+            expected += rows.T @ rows / len(IMAGES)
+    torch.testing.assert_close(got, expected)
+
+
+def test_predicted_cost_is_the_loss_of_removing_one_neuron(tiny_vit):
+    """Closed form: with one neuron removed and the rest refitted, half tr(G W Cov(residual) Wᵀ)."""
+    ffns = find_feed_forwards(tiny_vit)
+    moments = measure_moments(tiny_vit, ffns, BATCHES)["blocks.0.mlp"]
+    gradients = measure_output_gradients(tiny_vit, ffns, BATCHES, seed=0)["blocks.0.mlp"]
+    scores = obs(tiny_vit, BATCHES, seed=0)["blocks.0.mlp"]
+    first = int(scores.argmin())
+    column = tiny_vit.blocks[0].mlp.fc2.weight[:, first].detach()
+    damped = moments.covariance_HH + 1e-3 * moments.covariance_HH.diagonal().mean() * torch.eye(48).double()
+    residual = 1 / torch.linalg.inv(damped)[first, first]
+    assert scores[first].item() == pytest.approx(0.5 * float(column @ gradients @ column * residual), rel=1e-6)
