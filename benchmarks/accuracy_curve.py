@@ -21,7 +21,7 @@ import torch
 from jsonargparse import auto_cli
 
 import vitprune
-from vitprune.report.curve import measure_curve, plot_curve
+from vitprune.report.curve import measure_curve, render_curve
 
 HERE = Path(__file__).resolve().parent
 
@@ -72,18 +72,7 @@ def main(
         track=track,
     )
     name = f"{date.today()}-accuracy-{model}"
-    rows = [
-        {
-            "criterion": point.criterion,
-            "allocation": point.allocation,
-            "compensation": point.compensation,
-            "pruning_ratio": round(point.pruning_ratio, 4),
-            "top1": point.accuracy.top1,
-            "top1_interval": [round(bound, 4) for bound in point.accuracy.top1_interval],
-            "p_value": point.p_value,
-        }
-        for point in points
-    ]
+    rows = [vars(point) for point in points]
     result = {
         "dense_top1": dense.top1,
         "num_calibration_images": sum(len(labels) for _, labels in batches[0]),
@@ -99,7 +88,7 @@ def main(
     (HERE / "results").mkdir(exist_ok=True)
     (HERE / "results" / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     title = f"{model}, {dense.num_images} photos, no retraining"
-    plot_curve(dense, points, picture or HERE / "results" / f"{name}.png", title=title)
+    render_curve(dense.top1, points, picture or HERE / "results" / f"{name}.png", title=title)
     for row in rows:
         line = f"{row['criterion']:12}{row['allocation']:9}{row['compensation']:7}{row['pruning_ratio']:.2f}"
         print(f"{line} {row['top1']:.3f}")

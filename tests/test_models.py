@@ -135,6 +135,7 @@ def test_mismatches_name_both_sides(vit_state, tmp_path):
         ("deit_tny_patch16_224", None, "unknown model .* did you mean deit_tiny_patch16_224"),
         ("no/such/folder", None, "no such folder"),
         (NAME, "absent.pth", "absent.pth: no such file"),
+        (f"{NAME}.bogus", "absent.pth", "has no weights 'bogus'; timm knows augreg_in21k"),
     ],
 )
 def test_what_is_not_there_is_said(model, checkpoint, message):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -37,7 +39,7 @@ def eliminate_anew(a_DH, covariance_HH, ridge):
         order.append(best)
         losses.append(left[best].item())
         alive.remove(best)
-    return order, [0.5 * (after - before) for before, after in zip(losses, losses[1:], strict=False)]
+    return order, [0.5 * (after - before) for before, after in itertools.pairwise(losses)]
 
 
 @pytest.mark.parametrize("block", [1, 3, 64])

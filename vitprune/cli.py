@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parse(parser, commands, argv)
         command, given = arguments.subcommand, arguments[arguments.subcommand]
-        _run_command(command, given)
+        _run_command(command, given.as_dict())
     except VitpruneError as error:
         print(f"vitprune: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_MISTAKE
@@ -55,16 +55,41 @@ def _parse(parser: ArgumentParser, commands: dict[str, ArgumentParser], argv: Se
         raise VitpruneError(explain_mistake(error, option_names(command) if command else commands)) from error
 
 
-def _run_command(command: str, given: Namespace) -> None:
-    """Run one command with stdout kept for its result."""
-    given = {key: value for key, value in given.as_dict().items() if key != "config"}
+def _run_command(command: str, given: dict[str, Any]) -> None:
+    """Run one command, or the commands of a recipe, and print the answer on stdout."""
     as_json = given.pop("json", False)
-    with contextlib.redirect_stdout(sys.stderr):
-        answer, show = _COMMANDS[command](**given)
+    if command == "run":
+        answer = _run_recipe(**given, as_json=as_json)
+    else:
+        answer, show = _execute(command, given)
+        if not as_json:
+            show()
     if as_json:
         print(json.dumps(answer, indent=2))
-    else:
-        show()
+
+
+def _execute(command: str, given: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Run one command with stdout kept for its result; what libraries print goes to stderr."""
+    given = {key: value for key, value in given.items() if key not in ("config", "json")}
+    with contextlib.redirect_stdout(sys.stderr):
+        return _COMMANDS[command](**given)
+
+
+def _run_recipe(recipe: str, dry_run: bool, as_json: bool) -> dict[str, Any]:
+    _parser, commands = _build_parser()
+    steps = read_recipe(recipe, {name: parser for name, parser in commands.items() if name != "run"})
+    answers = []
+    for position, (command, options_given) in enumerate(steps, 1):
+        given = options_given.as_dict()
+        shown = " ".join(f"{key}={value}" for key, value in given.items() if value not in (None, False))
+        _note(f"{position}/{len(steps)} {command} {shown}")
+        if dry_run:
+            continue
+        answer, show = _execute(command, given)
+        answers.append(answer)
+        if not as_json:
+            show()
+    return {"recipe": recipe, "steps": [command for command, _given in steps], "answers": answers}
 
 
 # --- arguments ---------------------------------------------------------------------------------------------------
@@ -276,7 +301,7 @@ def _console(*, stderr: bool = False):
     from rich.console import Console
 
     # Tables keep their columns where nobody watches: a pipe or a file has no width to fit.
-    stream = sys.__stderr__ if stderr else sys.__stdout__
+    stream = sys.stderr if stderr else sys.stdout
     return Console(file=stream, width=None if stream.isatty() else 120, highlight=False)
 
 
@@ -667,18 +692,6 @@ def _demo(output, seed):
     return result.answer, show
 
 
-def _run(recipe, dry_run):
-    _parser, commands = _build_parser()
-    steps = read_recipe(recipe, {name: parser for name, parser in commands.items() if name != "run"})
-    for position, (command, given) in enumerate(steps, 1):
-        shown = " ".join(f"{key}={value}" for key, value in given.as_dict().items() if value not in (None, False))
-        _note(f"{position}/{len(steps)} {command} {shown}")
-        if not dry_run:
-            with contextlib.redirect_stdout(sys.__stdout__):
-                _run_command(command, given)
-    return {"recipe": recipe, "steps": [command for command, _given in steps], "executed": not dry_run}, lambda: None
-
-
 _COMMANDS: dict[str, Callable[..., tuple[dict[str, Any], Callable[[], None]]]] = {
     "demo": _demo,
     "discover": _discover,
@@ -686,5 +699,4 @@ _COMMANDS: dict[str, Callable[..., tuple[dict[str, Any], Callable[[], None]]]] =
     "evaluate": _evaluate,
     "export": _export,
     "bench": _bench,
-    "run": _run,
 }

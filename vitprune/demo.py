@@ -27,7 +27,7 @@ from vitprune.export.onnx_file import export_onnx
 from vitprune.files import FORMAT_VERSION, atomic_folder, refuse_existing, write_json
 from vitprune.models import hash_weights, load, save
 from vitprune.pruning.prune import prune
-from vitprune.report.curve import measure_curve, plot_curve
+from vitprune.report.curve import measure_curve, render_curve
 
 RATIOS = (0.5, 0.75, 0.9)
 NUM_TEST_IMAGES = 500
@@ -120,7 +120,7 @@ def run_demo(output: str | Path, *, seed: int, track: Track, note: Callable[[str
             seconds=1.0,
             track=lambda pairs: track(pairs, "time"),
         )
-        plot_curve(dense, points, folder / "curve.png", title="ViT on scanned digits, 500 test images")
+        render_curve(dense.top1, points, folder / "curve.png", title="ViT on scanned digits, 500 test images")
         answer = {
             "dense_top1": dense.top1,
             "pruned_top1": after.top1,
@@ -129,15 +129,7 @@ def run_demo(output: str | Path, *, seed: int, track: Track, note: Callable[[str
             "num_parameters_dense": count_parameters(model),
             "num_parameters": count_parameters(pruned),
             "mean_joint_score": found.joint_scores.mean().item(),
-            "curve": [
-                {
-                    "criterion": point.criterion,
-                    "compensation": point.compensation,
-                    "pruning_ratio": point.pruning_ratio,
-                    "top1": point.accuracy.top1,
-                }
-                for point in points
-            ],
+            "curve": [vars(point) for point in points],
             "max_abs_diff": report.max_abs_diff,
             "top1_agreement": report.top1_agreement,
             "size_bytes": report.size_bytes,

@@ -50,9 +50,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         try:
-            temporary.chmod(0o666 & ~_umask())
             yield temporary
-            _sync(temporary)
+            _finish(temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -70,7 +69,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
-                    _sync(file)
+                    _finish(file)
             if path.exists():
                 old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
                 path.replace(old)
@@ -106,7 +105,9 @@ def _umask() -> int:
     return mask
 
 
-def _sync(path: Path) -> None:
+def _finish(path: Path) -> None:
+    """Give a file the permissions of any new file (temporary ones are private) and bring it to the disk."""
+    path.chmod(0o666 & ~_umask())
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
 

@@ -75,6 +75,10 @@ def _check_name(name: str) -> None:
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() names them all"
         raise VitpruneError(f"unknown model '{name}'{hint}")
+    architecture_name, _, tag = name.partition(".")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture_name}.*")]
+    if tag and tag not in tags:
+        raise VitpruneError(f"{architecture_name} has no weights '{tag}'; timm knows {', '.join(tags) or 'none'}")
 
 
 def _fetch(name: str) -> nn.Module:
@@ -130,7 +134,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = load_state_dict(str(path), weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise VitpruneError(
             f"checkpoint {path} is not a plain state dict that can be read without running its code ({reason}); "
             "save it as .safetensors"
@@ -170,8 +174,8 @@ def _load_npz(name: str, path: Path) -> nn.Module:
 
 def _mismatch(model: nn.Module, state: Mapping[str, Tensor]) -> str | None:
     own = model.state_dict()
-    for key in own.keys() & state.keys():
-        if own[key].shape != state[key].shape:
+    for key in own:
+        if key in state and own[key].shape != state[key].shape:
             return f"{key} is {list(state[key].shape)} in the file, {list(own[key].shape)} in the model"
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:

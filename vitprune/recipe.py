@@ -69,6 +69,7 @@ def option_names(parser: ArgumentParser) -> list[str]:
 def explain_mistake(error: ArgumentError, known: Iterable[str]) -> str:
     """Turn a parser's complaint into one line that proposes the nearest of the known names."""
     message = re.sub(r'Parser key "(\w+)":', r"\1:", " ".join(str(error).split()))
+    message = re.sub(r"<class '(\w+)'>", r"\1", re.sub(r"(?<=[ ,])[a-z]+\.(?=[a-z_]+(,|$))", "", message))
     patterns = r"argument subcommand: invalid choice: '([^']*)'|unrecognized arguments: (\S+)|[Oo]ption '([^']*)'"
     unknown = re.search(patterns, message)
     if unknown:

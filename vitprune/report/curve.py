@@ -30,7 +30,8 @@ class CurvePoint:
         allocation: ``uniform`` or ``global``.
         compensation: ``none``, ``bias`` or ``ridge``.
         pruning_ratio: share of FFN neurons removed, in [0, 1).
-        accuracy: on the evaluation images.
+        top1: accuracy on the evaluation images, in [0, 1].
+        top1_interval: its 95 % interval.
         p_value: of the paired comparison with the dense model.
     """
 
@@ -38,7 +39,8 @@ class CurvePoint:
     allocation: str
     compensation: str
     pruning_ratio: float
-    accuracy: Accuracy
+    top1: float
+    top1_interval: tuple[float, float]
     p_value: float
 
 
@@ -87,14 +89,16 @@ def measure_curve(
         for compensation in compensations:
             accuracy = evaluate(apply_plan(model, plan, compensation=compensation, moments=moments), evaluation)
             p_value = compare(dense, accuracy).p_value
-            points.append(CurvePoint(criterion, allocation, compensation, plan.pruning_ratio, accuracy, p_value))
+            measured = (plan.pruning_ratio, accuracy.top1, accuracy.top1_interval, p_value)
+            points.append(CurvePoint(criterion, allocation, compensation, *measured))
     return dense, points
 
 
-def plot_curve(dense: Accuracy, points: Sequence[CurvePoint], path: str | Path, *, title: str) -> None:
+def render_curve(dense_top1: float, points: Sequence[CurvePoint], path: str | Path, *, title: str) -> None:
     """Draw top-1 accuracy against pruning ratio with 95 % intervals and write it as PNG or SVG.
 
-    Colours are the criterion's (Okabe-Ito, safe for colour-blind readers), line styles the compensation's.
+    Colours are the criterion's (Okabe-Ito, safe for colour-blind readers), line styles the compensation's, markers the
+    allocation's.
     """
     from matplotlib.figure import Figure
 
@@ -104,20 +108,20 @@ def plot_curve(dense: Accuracy, points: Sequence[CurvePoint], path: str | Path, 
     for point in points:
         lines.setdefault((point.criterion, point.allocation, point.compensation), []).append(point)
     several_allocations = len({key[1] for key in lines}) > 1
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
     criteria = list(dict.fromkeys(key[0] for key in lines))
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(100 * dense_top1, color="black", linewidth=1, label="dense")
     for (criterion, allocation, compensation), of_line in lines.items():
         of_line = sorted(of_line, key=lambda point: point.pruning_ratio)
-        top1 = [100 * point.accuracy.top1 for point in of_line]
-        low = [value - 100 * point.accuracy.top1_interval[0] for value, point in zip(top1, of_line, strict=True)]
-        high = [100 * point.accuracy.top1_interval[1] - value for value, point in zip(top1, of_line, strict=True)]
-        label = f"{criterion}, {compensation}" + (f", {allocation}" if several_allocations else "")
         axes.errorbar(
             [100 * point.pruning_ratio for point in of_line],
-            top1,
-            yerr=[low, high],
-            label=label,
+            [100 * point.top1 for point in of_line],
+            yerr=[
+                [100 * (point.top1 - point.top1_interval[0]) for point in of_line],
+                [100 * (point.top1_interval[1] - point.top1) for point in of_line],
+            ],
+            label=f"{criterion}, {compensation}" + (f", {allocation}" if several_allocations else ""),
             color=colours[criteria.index(criterion) % len(colours)],
             linestyle=styles[compensation],
             marker="o" if allocation == "global" else "s",
@@ -125,12 +129,11 @@ def plot_curve(dense: Accuracy, points: Sequence[CurvePoint], path: str | Path, 
             capsize=2,
             linewidth=1.5,
         )
-    axes.axhline(100 * dense.top1, color="black", linewidth=1, label="dense")
     axes.set_xlabel("FFN neurons removed (%)")
     axes.set_ylabel("top-1 accuracy (%)")
     axes.set_ylim(0, 100)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower left")
+    figure.legend(loc="outside right upper", fontsize=8, title="criterion, compensation", title_fontsize=8)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=150, metadata={"Date": None} if str(path).endswith(".svg") else None)
