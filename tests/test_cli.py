@@ -121,8 +121,14 @@ def test_every_criterion_prunes_a_run(criterion, allocation, run_folder, tmp_pat
 
 def test_a_plan_is_applied_to_another_checkpoint(pruned_folder, saved_vit, tmp_path, capsys):
     common = ("--plan", pruned_folder, "--compensate", "none", "--json")
-    first = run("prune", saved_vit, *common, "-o", tmp_path / "a", capsys=capsys)
-    assert first["widths"] == vitprune.read_plan(pruned_folder).widths
+    other = make_vit(seed=9).float()
+    other.model_args = TINY
+    vitprune.save(other, tmp_path / "other")
+    run("prune", tmp_path / "other", *common, "-o", tmp_path / "a", capsys=capsys)
+    plan, pruned = vitprune.read_plan(pruned_folder), vitprune.load(tmp_path / "a")
+    assert {ffn.name: ffn.num_neurons for ffn in vitprune.find_feed_forwards(pruned)} == plan.widths
+    kept = plan.kept("blocks.1.mlp")
+    assert torch.equal(pruned.blocks[1].mlp.fc2.weight, other.blocks[1].mlp.fc2.weight[:, kept])
 
 
 def test_options_come_from_a_file_too(saved_vit, image_folder, tmp_path, capsys):
@@ -139,14 +145,34 @@ def test_skipped_images_are_counted(saved_vit, image_folder, tmp_path, capsys):
     answer = run(*command, capsys=capsys)
     assert answer["skipped"] == ["class0/0.png"]
     assert answer["num_images"] == len(vitprune.load_run(tmp_path / "run").images) == 19
-    line = run(*command, "--strict", "--overwrite", code=2, capsys=capsys)
-    assert "class0/0.png: cannot be decoded" in line
+    assert main([*map(str, command), "--strict", "--overwrite"]) == 2
+    assert "class0/0.png: cannot be decoded" in capsys.readouterr().err.splitlines()[-1]
     assert vitprune.load_run(tmp_path / "run").found.neurons.shape[0] == 19
 
 
-def test_evaluation_images_must_not_be_calibration_images(pruned_folder, image_folder, capsys):
-    line = run("evaluate", pruned_folder, "--data", image_folder, code=2, capsys=capsys)
-    assert "20 of 20 evaluation images were calibration images" in line
+def test_evaluation_images_must_not_be_calibration_images(run_folder, pruned_folder, image_folder, tmp_path, capsys):
+    """Whichever way the images had a say: compensation, the run's scores, an earlier pruning, and as ONNX file."""
+    other = other_images(image_folder, tmp_path / "other")
+    scores_only = ("--criterion", "jas", "--compensate", "none", "--json")
+    run("prune", run_folder, *scores_only, "-o", tmp_path / "jas", capsys=capsys)
+    run("prune", run_folder, "--criterion", "jas", "--data", other, "-o", tmp_path / "both", "--json", capsys=capsys)
+    run("prune", pruned_folder, "--data", other, "-o", tmp_path / "twice", "--json", capsys=capsys)
+    run("export", pruned_folder, tmp_path / "m.onnx", "--json", capsys=capsys)
+    for model in (pruned_folder, tmp_path / "jas", tmp_path / "both", tmp_path / "twice", tmp_path / "m.onnx"):
+        line = run("evaluate", model, "--data", image_folder, code=2, capsys=capsys)
+        assert "20 of 20 evaluation images were calibration images" in line
+
+
+def test_a_model_without_classifier_is_pruned_and_exported(image_folder, tmp_path, capsys):
+    model = make_vit(num_classes=0).float()
+    model.model_args = {**TINY, "num_classes": 0}
+    vitprune.save(model, tmp_path / "headless")
+    images = ("--data", image_folder, "--json")
+    run("prune", tmp_path / "headless", "--criterion", "activation", *images, "-o", tmp_path / "half", capsys=capsys)
+    answer = run("export", tmp_path / "half", tmp_path / "half.onnx", "--json", capsys=capsys)
+    assert answer["max_abs_diff"] < 1e-4
+    for command in (("prune", tmp_path / "headless", "-o", tmp_path / "x"), ("evaluate", tmp_path / "half")):
+        assert "classifier" in run(*command, *images, code=2, capsys=capsys)
 
 
 MISTAKES = [
@@ -165,7 +191,7 @@ MISTAKES = [
     ("discover vit_tiny_patch16_224 --checkpoint {resnet} --data {data} -o {out}", "does not fit"),
     ("discover vit_tiny_patch16_224 --checkpoint {map} --data {data} -o {out}", "not a plain state dict"),
     ("discover {vit} --data {data} --topk 1 -o {out}", "did you mean '--top-k'?"),
-    ("discover {vit} --data {data}", "output"),
+    ("discover {vit} --data {data}", "the following arguments are required: output"),
     ("prune {run} --ratio 1.2 -o {out}", "pruning_ratio must be in [0, 1), got 1.2"),
     ("prune {run} --ratio -0.1 -o {out}", "pruning_ratio must be in [0, 1)"),
     ("prune {run} --ratio 0.99 -o {out}", "empty; ask for less"),
@@ -175,15 +201,27 @@ MISTAKES = [
     ("prune {vit} --criterion jas --data {data} -o {out}", "criterion jas needs the scores of a run"),
     ("prune {vit} --plan {otherplan} -o {out}", "plan does not fit this model"),
     ("prune {vit} --plan {map} -o {out}", "not a safetensors file"),
-    ("prune {run} -o {run}", "exists; choose another --output"),
-    ("prune {run} --overwrite -o {data}", "was not written by vitprune"),
+    ("prune {run} -o {pruned}", "exists; choose another output"),
+    ("prune {run} --overwrite -o {data}", "holds class0, which this command does not write"),
+    ("prune {run} --overwrite -o {run}", "which this command does not write"),
+    ("prune {pruned} --data {data} --overwrite -o {pruned}", "is the model itself"),
+    ("prune {run} --classes class1 -o {out}", "choose among the images of --data DIR"),
+    ("prune {vit} --plan {pruned} --ratio 0.3 -o {out}", "leave pruning_ratio out"),
+    ("prune {vit} --seed 99999999999999999999 --data {data} -o {out}", "seed must be in"),
+    ("discover {vit} --data {data} --overwrite -o {map}", "is a file; choose another output"),
+    ("discover {vit} --data {data} -o {map}/run", "is not a folder"),
+    ("discover {vit} --data {data} --device meta -o {out}", "device 'meta' cannot be used here"),
+    ("export {pruned} {data} --overwrite", "is a folder; choose another output"),
+    ("bench {vit} {vit}", "models must be different"),
+    ("bench {vit} --checkpoint {map}", "leave --checkpoint out"),
+    ("evaluate hf-hub:a/b --checkpoint {map} --data {data}", "brings its own weights"),
     ("evaluate {out}/absent.onnx --data {data}", "no such file"),
     ("evaluate {empty} --data {data}", "is no saved model"),
     ("export {vit} {out}", "parity needs real images"),
     ("export {pruned} {out} --num-images 0", "num_images must be at least 1"),
     ("bench {vit} --backend tensorrt", "backend must be one of"),
     ("bench {vit} --threads 0", "threads must be at least 1"),
-    ("demo -o {data}", "was not written by vitprune"),
+    ("demo -o {run}", "which this command does not write"),
     ("run {out}/absent.yaml", "no such file"),
     ("discove {vit}", "did you mean 'discover'?"),
 ]
@@ -296,9 +334,13 @@ def test_a_recipe_runs_and_its_mistakes_are_all_named(saved_vit, image_folder, t
     assert answer["answers"][1]["num_neurons"] == 108
     assert vitprune.load(tmp_path / "pruned") is not None
     steps = [{"discover": {**discover, "topk": 2}}, {"prun": {}}, {"prune": {"source": "x", "ratio": "much"}}]
+    steps += [{"discover": 3}, {"bench": {"models": "x"}}, {"evaluate": {"config": "x.yaml"}}]
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump({"steps": steps}))
     line = run("run", tmp_path / "bad.yaml", code=2, capsys=capsys)
     assert "step 1: discover: " in line
-    assert "'topk'; did you mean 'top_k'?" in line
+    assert "did you mean 'top_k'?" in line
     assert "step 2: unknown command 'prun'" in line
     assert "step 3: prune: " in line
+    assert "step 4: discover: expected its options as a mapping" in line
+    assert "step 5: bench: models: expected a list" in line
+    assert "step 6: evaluate: 'config' is for the command line" in line

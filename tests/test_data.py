@@ -53,6 +53,19 @@ def test_classes_by_name_or_index_and_a_sample_of_each(tmp_path):
     assert images != find_images(tmp_path, 3, classes=["c", "b"], images_per_class=4, seed=2)
 
 
+def test_a_folder_called_by_a_number_is_meant_before_an_index(tmp_path):
+    make_folder(tmp_path, [str(index) for index in range(12)])
+    assert find_images(tmp_path, 12, classes=["10"]).class_names == {2: "10"}
+
+
+def test_wnids_that_timm_does_not_know_keep_their_name(tmp_path):
+    assert describe_class("n00000001") == "n00000001"
+
+
+def test_labels_that_are_not_used_need_no_classes(tmp_path):
+    assert find_images(make_folder(tmp_path, ["x", "y"]), None).labels == (0, 1)
+
+
 def test_head_spreads_over_the_set(tmp_path):
     make_folder(tmp_path, ["a", "b", "c"], files=["1.png", "2.png"])
     assert find_images(tmp_path, 3).head(3).labels == (0, 1, 2)

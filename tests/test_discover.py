@@ -73,6 +73,20 @@ def test_refuses(arguments, message, tiny_vit, tiny_images):
         discover(tiny_vit, [(tiny_images, LABELS)], **arguments)
 
 
+def test_half_precision_is_refused_with_the_reason(tiny_vit, tiny_images):
+    with pytest.raises(
+        vitprune.VitpruneError, match=r"needs float32 or float64 weights, the model has torch\.bfloat16"
+    ):
+        discover(tiny_vit.bfloat16(), [(tiny_images, LABELS)])
+
+
+def test_many_nodes_and_images_are_taken_in_parts(tiny_vit, tiny_images):
+    whole = discover(tiny_vit, [(tiny_images, LABELS)], quadrature="riemann:20")
+    parts = discover(tiny_vit, [(tiny_images, LABELS)], quadrature="riemann:64")
+    assert whole.neurons.shape == parts.neurons.shape == (3, 3, 1)
+    torch.testing.assert_close(whole.joint_scores, parts.joint_scores, rtol=0.3, atol=0.05)
+
+
 def test_no_images_are_refused(tiny_vit):
     with pytest.raises(vitprune.VitpruneError, match="no images to discover"):
         discover(tiny_vit, [])

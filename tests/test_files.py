@@ -72,13 +72,28 @@ def test_other_kinds_and_newer_versions_are_refused(tmp_path):
 
 
 def test_overwriting_spares_what_is_not_vitprunes(tmp_path):
-    (tmp_path / "letters").mkdir()
-    refuse_existing(tmp_path / "letters", overwrite=False)
-    (tmp_path / "letters" / "mine.txt").touch()
-    with pytest.raises(VitpruneError, match="exists; choose another --output or add --overwrite"):
-        refuse_existing(tmp_path / "letters", overwrite=False)
-    with pytest.raises(VitpruneError, match="was not written by vitprune"):
-        refuse_existing(tmp_path / "letters", overwrite=True)
+    folder, owned = tmp_path / "run", frozenset({"run.json"})
+    folder.mkdir()
+    refuse_existing(folder, overwrite=False, owned=owned)
+    (folder / "run.json").touch()
+    with pytest.raises(VitpruneError, match="exists; choose another output or add --overwrite"):
+        refuse_existing(folder, overwrite=False, owned=owned)
+    refuse_existing(folder, overwrite=True, owned=owned)
+    (folder / "mine.txt").touch()
+    with pytest.raises(VitpruneError, match=r"holds mine\.txt, which this command does not write"):
+        refuse_existing(folder, overwrite=True, owned=owned)
+
+
+def test_outputs_that_cannot_be_written_are_refused_beforehand(tmp_path):
+    (tmp_path / "file").touch()
+    for path, owned, message in (
+        (tmp_path / "file", frozenset({"x"}), "is a file"),
+        (tmp_path, None, "is a folder"),
+        (tmp_path / "file" / "run", frozenset({"x"}), "file is not a folder"),
+    ):
+        with pytest.raises(VitpruneError, match=message):
+            refuse_existing(path, overwrite=True, owned=owned)
+    refuse_existing(tmp_path / "new" / "deep" / "run", overwrite=False, owned=frozenset())
 
 
 FULL = """

@@ -74,11 +74,11 @@ def test_importing_everything_changes_nothing_global():
     code = (
         "import torch, warnings, logging\n"
         "before = (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),\n"
-        "          torch.random.get_rng_state().tolist(), logging.getLogger().handlers)\n"
+        "          torch.random.get_rng_state().tolist(), list(logging.getLogger().handlers))\n"
         "import vitprune\n"
         "for name in vitprune.__all__: getattr(vitprune, name)\n"
         "after = (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),\n"
-        "         torch.random.get_rng_state().tolist(), logging.getLogger().handlers)\n"
+        "         torch.random.get_rng_state().tolist(), list(logging.getLogger().handlers))\n"
         "assert before == after\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -105,6 +105,23 @@ def test_npz_checkpoint_with_holes_is_refused(left_out, message, vit_state, tmp_
         vitprune.load(NAME, checkpoint=tmp_path / "w.npz")
 
 
+def test_a_file_that_is_no_npz_is_refused(tmp_path):
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for content in (b"", b"PK\x03\x04 cut off", (tmp_path / "array.npy").read_bytes()):
+        (tmp_path / "w.npz").write_bytes(content)
+        with pytest.raises(vitprune.VitpruneError, match=r"not a plain \.npz of arrays"):
+            vitprune.load(NAME, checkpoint=tmp_path / "w.npz")
+
+
+def test_half_precision_reloads_bit_equal(tmp_path):
+    model = make_vit().half()
+    model.model_args = TINY
+    vitprune.save(model, tmp_path / "m")
+    again = vitprune.load(tmp_path / "m")
+    assert again.head.weight.dtype == torch.float16
+    assert hash_weights(again) == hash_weights(model)
+
+
 def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path):
     class Bomb:
         def __reduce__(self):

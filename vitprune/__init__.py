@@ -5,7 +5,7 @@ The verbs: ``load``, ``find_images``, ``ImageBatches``, ``discover``, ``prune``,
 """
 
 from importlib import import_module
-from importlib.metadata import version as _version
+from importlib.metadata import version
 
 _HOME_OF = {
     "VitpruneError": "vitprune.errors",
@@ -37,16 +37,18 @@ _HOME_OF = {
     "evaluate": "vitprune.evaluation.accuracy",
     "compare": "vitprune.evaluation.accuracy",
     "count_macs": "vitprune.evaluation.macs",
+    "ffn_share": "vitprune.evaluation.macs",
     "export_onnx": "vitprune.export.onnx_file",
     "open_onnx": "vitprune.export.runtime",
     "bench": "vitprune.export.bench",
 }
 
 __all__ = sorted(_HOME_OF)
-__version__ = _version("vitprune")
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        return version("vitprune")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'vitprune' has no attribute '{name}'")
     value = getattr(import_module(_HOME_OF[name]), name)

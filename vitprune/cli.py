@@ -50,6 +50,8 @@ def _parse(parser: ArgumentParser, commands: dict[str, ArgumentParser], argv: Se
         raise SystemExit(EXIT_MISTAKE)
     try:
         return parser.parse_args(argv)
+    except UnicodeDecodeError as error:
+        raise VitpruneError(f"--config: not a text file ({error.reason})") from error
     except ArgumentError as error:
         command = commands.get(argv[0])
         raise VitpruneError(explain_mistake(error, option_names(command) if command else commands)) from error
@@ -71,8 +73,16 @@ def _run_command(command: str, given: dict[str, Any]) -> None:
 def _execute(command: str, given: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
     """Run one command with stdout kept for its result; what libraries print goes to stderr."""
     given = {key: value for key, value in given.items() if key not in ("config", "json")}
-    with contextlib.redirect_stdout(sys.stderr):
-        return _COMMANDS[command](**given)
+    seed = given.get("seed", 0)
+    if not 0 <= seed < 2**63:
+        raise VitpruneError(f"seed must be in [0, 2^63), got {seed}")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return _COMMANDS[command](**given)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, named so that torch need not be imported here
+            raise
+        raise VitpruneError("out of memory on the device; try a smaller --batch-size, or --device cpu") from error
 
 
 def _run_recipe(recipe: str, dry_run: bool, as_json: bool) -> dict[str, Any]:
@@ -171,18 +181,21 @@ def _add_prune(parser: ArgumentParser) -> None:
     parser.add_argument("source", type=str, help="run folder of 'discover', timm name, or folder of a saved model")
     _add_checkpoint(parser)
     _add_images(parser, required=False, batch_size=32, what="calibration images (default: those of the run)")
-    parser.add_argument("--ratio", type=float, default=options.DEFAULT_RATIO, help="share of FFN neurons to remove")
+    # No defaults here: a plan that is given decides these, and what was asked for beside it must not be ignored.
+    parser.add_argument("--ratio", type=float, help=f"share of FFN neurons to remove ({options.DEFAULT_RATIO})")
     parser.add_argument(
         "--criterion",
         choices=tuple(options.CRITERIA),
-        default=options.DEFAULT_CRITERION,
-        help=_listed(options.CRITERIA),
+        help=f"{_listed(options.CRITERIA)} ({options.DEFAULT_CRITERION})",
     )
     parser.add_argument(
         "--allocation",
         choices=tuple(options.ALLOCATIONS),
-        default=options.DEFAULT_ALLOCATION,
-        help=_listed(options.ALLOCATIONS),
+        help=f"{_listed(options.ALLOCATIONS)} ({options.DEFAULT_ALLOCATION})",
+    )
+    parser.add_argument("--round-to", type=int, help="every width is a multiple of it (1)")
+    parser.add_argument(
+        "--floor", type=float, help=f"share that global leaves to each FFN at least ({options.DEFAULT_FLOOR})"
     )
     parser.add_argument(
         "--compensate",
@@ -191,10 +204,6 @@ def _add_prune(parser: ArgumentParser) -> None:
         help=_listed(options.COMPENSATIONS),
     )
     parser.add_argument("--mode", choices=tuple(options.MODES), default="remove", help=_listed(options.MODES))
-    parser.add_argument("--round-to", type=int, default=1, help="every width is a multiple of it")
-    parser.add_argument(
-        "--floor", type=float, default=options.DEFAULT_FLOOR, help="share that global leaves to each FFN at least"
-    )
     parser.add_argument(
         "--ridge", type=float, default=options.DEFAULT_RIDGE, help="regularisation, relative to the mean variance"
     )
@@ -306,13 +315,14 @@ def _console(*, stderr: bool = False):
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
     for position, column in enumerate(columns):
         table.add_column(column, justify="left" if position == 0 else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     _console().print(table)
 
 
@@ -357,7 +367,7 @@ def _report_skipped(batches) -> list[str]:
 
 
 def _as_stored(model: str) -> str:
-    return str(Path(model).absolute()) if Path(model).is_dir() else model
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 # --- commands: each returns its answer for --json and a function that prints it for people -----------------------
@@ -371,11 +381,11 @@ def _discover(
 
     from vitprune.data import describe_class
     from vitprune.discovery.discover import class_paths, discover
-    from vitprune.discovery.run import PATHS_FILE, Run, save_run
+    from vitprune.discovery.run import PATHS_FILE, RUN_FILES, Run, save_run
     from vitprune.files import refuse_existing
     from vitprune.models import hash_weights, load
 
-    refuse_existing(output, overwrite=overwrite)
+    refuse_existing(output, overwrite=overwrite, owned=RUN_FILES)
     network = load(model, checkpoint=checkpoint, device=_pick_device(device))
     images = _find_images(network.num_classes, data, class_map, classes, images_per_class, seed)
     batches = _batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
@@ -389,7 +399,7 @@ def _discover(
         found=found,
         images=images.only(batches.files_read),
         model=_as_stored(model),
-        checkpoint=None if checkpoint is None else str(Path(checkpoint).absolute()),
+        checkpoint=None if checkpoint is None else str(Path(checkpoint).resolve()),
         weights_sha256=hash_weights(network),
     )
     save_run(run, output)
@@ -434,16 +444,22 @@ def _prune(
     source, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, ratio,
     criterion, allocation, compensate, mode, round_to, floor, ridge, plan, device, output, overwrite,
 ):  # fmt: skip
-    from vitprune.data import hash_images
     from vitprune.discovery.run import is_run, load_run
-    from vitprune.evaluation.macs import amdahl_ceiling, count_macs, count_parameters
+    from vitprune.evaluation.macs import amdahl_ceiling, count_macs, count_parameters, ffn_share
     from vitprune.files import refuse_existing
-    from vitprune.models import hash_weights, load, save
+    from vitprune.models import FOLDER_FILES, hash_weights, load, save
     from vitprune.pruning.plan import Plan, read_plan
     from vitprune.pruning.prune import apply_plan, prune
 
-    refuse_existing(output, overwrite=overwrite)
+    refuse_existing(output, overwrite=overwrite, owned=FOLDER_FILES)
+    if Path(output).resolve() == Path(source).resolve():
+        raise VitpruneError(f"{output} is the model itself; choose another output")
+    decisions = {"pruning_ratio": ratio, "criterion": criterion, "allocation": allocation}
+    decisions = {**decisions, "round_to": round_to, "floor": floor}
+    decisions = {name: value for name, value in decisions.items() if value is not None}
     given_plan = None if plan is None else read_plan(plan)
+    if given_plan is not None and decisions:
+        raise VitpruneError(f"--plan decides which neurons stay; leave {', '.join(decisions)} out")
     run = load_run(source) if is_run(source) else None
     if run is not None:
         if checkpoint is not None:
@@ -455,9 +471,10 @@ def _prune(
             )
     else:
         network = load(source, checkpoint=checkpoint, device=_pick_device(device))
+    _refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
     images = batches = None
     if data is not None:
-        images = _find_images(network.num_classes, data, class_map, classes, images_per_class, seed)
+        images = _find_images(network.num_classes or None, data, class_map, classes, images_per_class, seed)
     elif run is not None:
         if not run.images.root.is_dir():
             raise VitpruneError(f"the images of {source} are no longer at {run.images.root}; pass --data DIR")
@@ -469,26 +486,21 @@ def _prune(
         pruned, made = prune(
             network,
             tracked,
-            pruning_ratio=ratio,
-            criterion=criterion,
-            allocation=allocation,
+            **decisions,
             compensation=compensate,
             mode=mode,
             found=None if run is None else run.found,
-            round_to=round_to,
-            floor=floor,
             ridge=ridge,
             seed=seed,
         )
     else:
-        made = Plan(given_plan.keep, {**given_plan.facts, "compensation": compensate, "mode": mode})
+        applied = {"compensation": compensate, "mode": mode, "ridge": ridge, "weights_sha256": hash_weights(network)}
+        made = Plan(given_plan.keep, {**given_plan.facts, **applied})
         pruned = apply_plan(network, made, mode=mode, compensation=compensate, ridge=ridge, batches=tracked)
-    skipped = []
-    if tracked is not None and tracked.passes:
-        skipped = _report_skipped(batches)
-        used = images.only(batches.files_read)
-        calibration = {"data": str(used.root), "files": used.files, "labels": used.labels, "sha256": hash_images(used)}
-        made = Plan(made.keep, {**made.facts, "calibration": calibration})
+    skipped = _report_skipped(batches) if tracked is not None and tracked.passes else []
+    used = images.only(batches.files_read) if tracked is not None and tracked.passes else None
+    scored_on = run.images if run is not None and made.facts["criterion"] == "jas" else None
+    made = Plan(made.keep, {**made.facts, "calibration": _calibration(used, scored_on, _plan_of(source), given_plan)})
     save(pruned, output, plan=made)
     macs, macs_dense = count_macs(pruned), count_macs(network)
     answer = {
@@ -501,6 +513,7 @@ def _prune(
         "num_parameters_dense": count_parameters(network),
         "macs": macs,
         "macs_dense": macs_dense,
+        "ffn_share": ffn_share(network),
         "speedup_ceiling": amdahl_ceiling(macs_dense, macs),
         "skipped": skipped,
     }
@@ -515,6 +528,7 @@ def _prune(
             f"multiply-accumulates {macs_dense / 1e6:,.1f} -> {macs / 1e6:,.1f} M: "
             f"at most {answer['speedup_ceiling']:.2f} x faster"
         )
+        print(f"(the FFNs of the dense model are {answer['ffn_share']:.0%} of its multiply-accumulates)")
         print(f"wrote {output}")
 
     return answer, show
@@ -526,7 +540,7 @@ def _evaluate(model, checkpoint, data, class_map, classes, images_per_class, str
 
     network = _open(model, checkpoint, device)
     images = _find_images(network.num_classes, data, class_map, classes, images_per_class, seed)
-    _refuse_overlap(model, images)
+    _refuse_overlap(model, network, images)
     batches = _batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
     measured = evaluate(network, _Tracked(batches, "evaluate"))
     skipped = _report_skipped(batches)
@@ -572,13 +586,40 @@ def _open(model: str, checkpoint: str | None, device: str | None):
     return open_onnx(model)
 
 
-def _refuse_overlap(model: str, images) -> None:
-    from vitprune.data import hash_images
-    from vitprune.pruning.plan import PLAN_FILE, read_plan
+def _refuse_without_data(data: str | None, **options_of_data: Any) -> None:
+    """Refuse options that choose among images where no images are named."""
+    given = [name for name, value in options_of_data.items() if value is not None]
+    if data is None and given:
+        raise VitpruneError(f"{', '.join(given)}: choose among the images of --data DIR, which is missing")
 
-    if not (Path(model) / PLAN_FILE).is_file():
+
+def _plan_of(model: str):
+    from vitprune.models import PLAN_FILE
+    from vitprune.pruning.plan import read_plan
+
+    return read_plan(model) if (Path(model) / PLAN_FILE).is_file() else None
+
+
+def _calibration(used, scored_on, *plans) -> dict[str, Any]:
+    """Record every image that had a say: those read now, those of the run's scores, and those of earlier plans."""
+    from vitprune.data import hash_images
+
+    hashes = {digest for plan in plans if plan is not None for digest in plan.calibration}
+    for images in (used, scored_on):
+        if images is not None:
+            hashes.update(hash_images(images))
+    named = used or scored_on
+    facts = {} if named is None else {"data": str(named.root), "files": named.files, "labels": named.labels}
+    return {**facts, "sha256": sorted(hashes - {""})}
+
+
+def _refuse_overlap(model: str, network, images) -> None:
+    from vitprune.data import hash_images
+
+    plan = _plan_of(model)
+    used = getattr(network, "calibration", frozenset()) if plan is None else plan.calibration
+    if not used:
         return
-    used = set(read_plan(model).facts.get("calibration", {}).get("sha256", ()))
     shared = [name for name, digest in zip(images.files, hash_images(images), strict=True) if digest in used]
     if shared:
         raise VitpruneError(
@@ -592,19 +633,22 @@ def _export(
     num_images, overwrite,
 ):  # fmt: skip
     from vitprune.export.onnx_file import export_onnx
+    from vitprune.files import refuse_existing
     from vitprune.models import load
 
-    if Path(output).exists() and not overwrite:
-        raise VitpruneError(f"{output} exists; choose another file or add --overwrite")
+    refuse_existing(output, overwrite=overwrite)
     if num_images < 1:
         raise VitpruneError(f"num_images must be at least 1, got {num_images}")
     network = load(model, checkpoint=checkpoint)
+    plan = _plan_of(model)
+    _refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
     if data is not None:
-        images = _find_images(network.num_classes, data, class_map, classes, images_per_class, seed)
+        images = _find_images(network.num_classes or None, data, class_map, classes, images_per_class, seed)
     else:
-        images = _calibration_images(model)
+        images = _calibration_images(model, plan)
     batches = _batches(images.head(num_images), network, batch_size=batch_size, workers=workers, strict=strict)
-    report = export_onnx(network, output, _Tracked(batches, "parity"))
+    calibration = () if plan is None else plan.calibration
+    report = export_onnx(network, output, _Tracked(batches, "parity"), calibration=calibration)
     answer = {
         "path": output,
         "max_abs_diff": report.max_abs_diff,
@@ -622,12 +666,11 @@ def _export(
     return answer, show
 
 
-def _calibration_images(model: str):
+def _calibration_images(model: str, plan):
     from vitprune.data import ImageSet
-    from vitprune.pruning.plan import PLAN_FILE, read_plan
 
-    facts = read_plan(model).facts.get("calibration") if (Path(model) / PLAN_FILE).is_file() else None
-    if facts is None or not Path(facts["data"]).is_dir():
+    facts = {} if plan is None else plan.facts.get("calibration", {})
+    if "data" not in facts or not Path(facts["data"]).is_dir():
         raise VitpruneError(f"parity needs real images and {model} names none that are there; pass --data DIR")
     return ImageSet(Path(facts["data"]), tuple(facts["files"]), tuple(facts["labels"]))
 
@@ -639,11 +682,16 @@ def _bench(models, checkpoint, backend, batch_size, threads, seconds):
 
     if threads is not None and threads < 1:
         raise VitpruneError(f"threads must be at least 1, got {threads}")
+    folders = [name for name in models if Path(name).is_dir()]
+    if checkpoint is not None and len(folders) == len(models):
+        raise VitpruneError(f"{folders[0]} is a folder with its own weights; leave --checkpoint out")
+    if len(set(models)) < len(models) or "dense" in models:
+        raise VitpruneError(f"models must be different, and not called 'dense', got {', '.join(models)}")
     networks = {}
     if len(models) == 1 and Path(models[0]).is_dir():
         networks["dense"] = build_dense(models[0])
     for name in models:
-        networks[name] = load(name, checkpoint=None if Path(name).is_dir() else checkpoint)
+        networks[name] = load(name, checkpoint=None if name in folders else checkpoint)
     rows = bench(
         networks,
         backends=backend,

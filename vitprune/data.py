@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import timm.data
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -21,6 +21,9 @@ from vitprune.errors import VitpruneError
 from vitprune.files import hash_file
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"})
+# Images [B, channels, height, width] and class labels [B].
+Batches = Iterable[tuple[Tensor, Tensor]]
+
 _WNID = re.compile(r"^n\d{8}$")
 _SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
 
@@ -64,7 +67,7 @@ class ImageSet:
 
 def find_images(
     root: str | Path,
-    num_classes: int,
+    num_classes: int | None,
     *,
     class_map: str | Path | None = None,
     classes: Sequence[str] | None = None,
@@ -78,7 +81,7 @@ def find_images(
 
     Args:
         root: folder of class folders.
-        num_classes: outputs of the model.
+        num_classes: outputs of the model; None where labels will not be used: folders are then numbered as sorted.
         class_map: a text file with one folder name per line (line number = class index), or a JSON object
             {folder name: class index}.
         classes: keep only these, by folder name or class index.
@@ -91,7 +94,7 @@ def find_images(
     root = Path(root)
     if not root.is_dir():
         raise VitpruneError(f"{root}: no such data folder")
-    if num_classes < 1:
+    if num_classes is not None and num_classes < 1:
         raise VitpruneError("the model has no classifier (num_classes=0), so its classes cannot be named")
     folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not folders:
@@ -123,7 +126,11 @@ def find_images(
     return ImageSet(root.absolute(), tuple(files), tuple(labels), names)
 
 
-def _number_classes(root: Path, folders: list[str], num_classes: int, class_map: str | Path | None) -> dict[str, int]:
+def _number_classes(
+    root: Path, folders: list[str], num_classes: int | None, class_map: str | Path | None
+) -> dict[str, int]:
+    if num_classes is None:
+        return {folder: index for index, folder in enumerate(folders)}
     if class_map is not None:
         numbered, source = _read_class_map(Path(class_map)), str(class_map)
     elif all(_WNID.match(folder) for folder in folders) and infer_imagenet_subset({"num_classes": num_classes}):
@@ -151,7 +158,10 @@ def _number_classes(root: Path, folders: list[str], num_classes: int, class_map:
 def _read_class_map(path: Path) -> dict[str, int]:
     if not path.is_file():
         raise VitpruneError(f"class map {path}: no such file")
-    text = path.read_text()
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError as error:
+        raise VitpruneError(f"class map {path}: not a text file") from error
     if path.suffix != ".json":
         return {line.strip(): index for index, line in enumerate(text.splitlines()) if line.strip()}
     try:
@@ -165,7 +175,7 @@ def _read_class_map(path: Path) -> dict[str, int]:
 
 def _pick_classes(root: Path, folders: list[str], index_of: Mapping[str, int], classes: Sequence[str]) -> list[str]:
     folder_of = {str(index): folder for folder, index in index_of.items()}
-    wanted = {folder_of.get(name, name) for name in classes}
+    wanted = {name if name in index_of else folder_of.get(name, name) for name in classes}
     absent = sorted(wanted - set(folders))
     if absent:
         raise VitpruneError(f"class '{absent[0]}' is neither a folder of {root} nor the index of one")
@@ -174,12 +184,28 @@ def _pick_classes(root: Path, folders: list[str], index_of: Mapping[str, int], c
 
 def describe_class(name: str) -> str:
     """Return a class name that people can read: the first lemma of a WordNet id, any other name as it is."""
-    return ImageNetInfo("imagenet-22k").label_name_to_description(name).split(",")[0] if _WNID.match(name) else name
+    info = ImageNetInfo("imagenet-22k")
+    known = _WNID.match(name) and name in info.label_names()
+    return info.label_name_to_description(name).split(",")[0] if known else name
 
 
 def hash_images(images: ImageSet) -> tuple[str, ...]:
-    """Return a content hash of each image file (16 hexadecimal digits)."""
-    return tuple(hash_file(images.root / name) for name in images.files)
+    """Return a content hash of each image file (16 hexadecimal digits; empty for one that cannot be read)."""
+
+    def hash_or_nothing(path: Path) -> str:
+        try:
+            return hash_file(path)
+        except OSError:  # such an image is skipped, or refused, when it is decoded
+            return ""
+
+    return tuple(hash_or_nothing(images.root / name) for name in images.files)
+
+
+def on_device(model: nn.Module, batches: Batches) -> Batches:
+    """Move batches to a model's device, and their images to its dtype."""
+    parameter = next(model.parameters())
+    for images, labels in batches:
+        yield images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
 
 
 def data_config(model: Any) -> dict[str, Any]:
@@ -263,5 +289,5 @@ class _Decoded(Dataset):
         try:
             with Image.open(self.images.root / self.images.files[index]) as image:
                 return index, self.transform(image.convert(self.mode)), ""
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
             return index, None, str(error).splitlines()[0] if str(error) else type(error).__name__

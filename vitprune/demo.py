@@ -33,6 +33,7 @@ RATIOS = (0.5, 0.75, 0.9)
 NUM_TEST_IMAGES = 500
 IMAGES_PER_CLASS = 20
 EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING = 60, 64, 2e-3, 0.2, 0.1
+DEMO_FILES = frozenset({"curve.png", "demo.json", "pruned", "pruned.onnx", "run"})
 MODEL_ARGS = {
     "img_size": 8,
     "patch_size": 2,
@@ -80,7 +81,7 @@ def run_demo(output: str | Path, *, seed: int, track: Track, note: Callable[[str
     Raises:
         VitpruneError: if ``output`` exists and was not written by the demo.
     """
-    refuse_existing(output, overwrite=True)
+    refuse_existing(output, overwrite=True, owned=DEMO_FILES)
     cache = Path(platformdirs.user_cache_dir("vitprune"))
     data = _write_digits(cache / "digits")
     model_folder = cache / f"digits-vit-seed{seed}"

@@ -17,23 +17,37 @@ from vitprune.errors import VitpruneError
 
 FORMAT_VERSION = 1
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# A folder that holds one of these was written by vitprune, so --overwrite may replace it.
-_OWN_MARKERS = ("run.json", "plan.safetensors", "demo.json")
 
 
-def refuse_existing(path: str | Path, *, overwrite: bool) -> None:
-    """Refuse an output path that is taken.
+def refuse_existing(path: str | Path, *, overwrite: bool, owned: frozenset[str] | None = None) -> None:
+    """Refuse an output path that is taken or cannot be written, before any work is done for it.
+
+    Args:
+        path: where the output will go.
+        overwrite: whether an earlier output may be replaced.
+        owned: for a folder, the names that such an output consists of; None for a file.
 
     Raises:
-        VitpruneError: if ``path`` exists and ``overwrite`` is off, or names something that vitprune did not write.
+        VitpruneError: if ``path`` exists and ``overwrite`` is off, if it holds anything else than ``owned``, if it is a
+            file where a folder is wanted or the other way round, or if it lies in no writable folder.
     """
-    path = Path(path)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    path = Path(path).absolute()
+    parent = next(folder for folder in path.parents if folder.exists())
+    if not parent.is_dir():
+        raise VitpruneError(f"{path} cannot be written: {parent} is not a folder")
+    if not os.access(parent, os.W_OK):
+        raise VitpruneError(f"{path} cannot be written: no permission in {parent}")
+    if not path.exists():
+        return
+    if path.is_dir() != (owned is not None):
+        raise VitpruneError(f"{path} is {'a folder' if path.is_dir() else 'a file'}; choose another output")
+    if owned is not None and not any(path.iterdir()):
         return
     if not overwrite:
-        raise VitpruneError(f"{path} exists; choose another --output or add --overwrite")
-    if path.is_dir() and not any((path / marker).exists() for marker in _OWN_MARKERS):
-        raise VitpruneError(f"{path} was not written by vitprune, so --overwrite will not replace it")
+        raise VitpruneError(f"{path} exists; choose another output or add --overwrite")
+    foreign = sorted({entry.name for entry in path.iterdir()} - owned) if owned is not None else []
+    if foreign:
+        raise VitpruneError(f"{path} holds {foreign[0]}, which this command does not write; it will not be replaced")
 
 
 @contextmanager
@@ -72,9 +86,13 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                     _finish(file)
             if path.exists():
                 old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-                path.replace(old)
-                temporary.replace(path)
-                shutil.rmtree(old)
+                try:
+                    path.replace(old)
+                    temporary.replace(path)
+                finally:
+                    if not path.exists():
+                        old.replace(path)
+                    shutil.rmtree(old, ignore_errors=True)
             else:
                 temporary.replace(path)
         finally:
@@ -90,11 +108,11 @@ def _explain_os_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _NO_SPACE:
             raise VitpruneError(f"{path}: no space left to write it; nothing was kept") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM, errno.EEXIST, errno.EISDIR):
             raise VitpruneError(f"{path}: cannot be written ({error.strerror})") from error
         raise
     except SafetensorError as error:  # its writer reports operating system errors as text
-        if any(f"os error {number}" in str(error) for number in _NO_SPACE):
+        if any(f"os error {number}" in str(error) or f"code: {number}," in str(error) for number in _NO_SPACE):
             raise VitpruneError(f"{path}: no space left to write it; nothing was kept") from error
         raise
 

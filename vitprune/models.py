@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import timm
 import torch
@@ -23,7 +24,8 @@ from vitprune.errors import VitpruneError
 from vitprune.feed_forward import find_feed_forwards
 from vitprune.files import atomic_folder
 
-WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+WEIGHTS_FILE, CONFIG_FILE, PLAN_FILE = "model.safetensors", "config.json", "plan.safetensors"
+FOLDER_FILES = frozenset({WEIGHTS_FILE, CONFIG_FILE, PLAN_FILE})
 
 
 def load(model: str | Path, *, checkpoint: str | Path | None = None, device: str = "cpu") -> nn.Module:
@@ -49,7 +51,10 @@ def load(model: str | Path, *, checkpoint: str | Path | None = None, device: str
         if checkpoint is not None:
             raise VitpruneError(f"{name} is a folder with its own weights; leave --checkpoint out")
         return _load_folder(Path(name)).eval().to(device)
-    if not name.startswith("hf-hub:"):
+    if name.startswith("hf-hub:"):
+        if checkpoint is not None:
+            raise VitpruneError(f"{name} brings its own weights; leave --checkpoint out, or pass a timm name")
+    else:
         _check_name(name)
     if checkpoint is None:
         return _fetch(name).eval().to(device)
@@ -64,6 +69,8 @@ def check_device(device: str) -> None:
     """
     try:
         torch.empty(1, device=device)
+        if torch.device(device).type == "meta":
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:
         raise VitpruneError(f"device '{device}' cannot be used here ({str(error).splitlines()[0]})") from error
 
@@ -150,7 +157,7 @@ def _load_npz(name: str, path: Path) -> nn.Module:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             head = next((arrays[key] for key in arrays.files if key.endswith("head/bias")), None)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError, TypeError, BadZipFile) as error:
         raise VitpruneError(f"checkpoint {path} is not a plain .npz of arrays ({error})") from error
     if head is None:
         raise VitpruneError(f"checkpoint {path} has no 'head/bias': not a google-research ViT with a classifier")
@@ -217,6 +224,9 @@ def _load_folder(folder: Path) -> nn.Module:
     problem = _mismatch(model, state)
     if problem:
         raise VitpruneError(f"{weights_path} does not fit its {CONFIG_FILE}: {problem}")
+    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(*dtypes)
     model.load_state_dict(state)
     return model
 
@@ -259,7 +269,7 @@ def save(model: nn.Module, folder: str | Path, *, plan: Any = None) -> None:
     with atomic_folder(folder) as temporary:
         save_for_hf(model, temporary, model_args=getattr(model, "model_args", None) or None, safe_serialization=True)
         if plan is not None:
-            plan.write(temporary / "plan.safetensors")
+            plan.write(temporary / PLAN_FILE)
         _load_folder(temporary)
 
 

@@ -33,7 +33,7 @@ def read_recipe(path: str | Path, commands: Mapping[str, ArgumentParser]) -> lis
         raise VitpruneError(f"recipe {path}: no such file")
     try:
         content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise VitpruneError(f"recipe {path}: not a YAML file ({error})") from error
     steps = content.get("steps") if isinstance(content, dict) else None
     if not isinstance(steps, list) or not steps or set(content) != {"steps"}:
@@ -55,8 +55,16 @@ def _parse_step(step: Any, commands: Mapping[str, ArgumentParser]) -> tuple[str,
     ((command, given),) = step.items()
     if command not in commands:
         raise VitpruneError(f"unknown command '{command}' (known: {', '.join(commands)})")
+    given = {} if given is None else given
+    if not isinstance(given, dict):
+        raise VitpruneError(f"{command}: expected its options as a mapping, got {given!r}")
+    if "config" in given:
+        raise VitpruneError(f"{command}: 'config' is for the command line; write the options here")
+    for action in commands[command]._actions:
+        if action.nargs == "+" and not isinstance(given.get(action.dest, []), list):
+            raise VitpruneError(f"{command}: {action.dest}: expected a list, got {given[action.dest]!r}")
     try:
-        return command, commands[command].parse_object(given or {})
+        return command, commands[command].parse_object(given)
     except ArgumentError as error:
         raise VitpruneError(f"{command}: {explain_mistake(error, option_names(commands[command]))}") from error
 

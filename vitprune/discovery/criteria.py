@@ -5,19 +5,20 @@ Letters: B images, N tokens, H hidden neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from vitprune.data import Batches, on_device
 from vitprune.discovery.discover import Discovery
+from vitprune.discovery.moments import Moments
 from vitprune.discovery.second_order import obs
 from vitprune.errors import VitpruneError
 from vitprune.feed_forward import FeedForward, capture, find_feed_forwards, hook_hidden
-from vitprune.options import CRITERIA, check_choice
+from vitprune.options import CRITERIA, DEFAULT_RIDGE, check_choice
 
-Batches = Iterable[tuple[Tensor, Tensor]]
 Scores = dict[str, Tensor]
 
 
@@ -90,7 +91,7 @@ def activation(model: nn.Module, batches: Batches) -> Scores:
         sums[name] += rows.abs().double().sum(0).cpu()
         counts[name] += len(rows)
 
-    for images, _labels in _on_device(model, batches):
+    for images, _labels in on_device(model, batches):
         with hook_hidden(model, ffns, add):
             model(images)
     _refuse_empty(counts)
@@ -119,10 +120,8 @@ def taylor(model: nn.Module, batches: Batches) -> Scores:
         Molchanov et al., ICLR 2017 (arXiv:1611.06440).
     """
     ffns = find_feed_forwards(model)
-    if getattr(model, "num_classes", 1) < 1:
-        raise VitpruneError("criterion taylor needs a classifier, but the model has none (num_classes=0)")
     sums, count = _zeros(ffns), 0
-    for images, labels in _on_device(model, batches):
+    for images, labels in on_device(model, batches):
         with capture(model, ffns) as hidden:
             loss = nn.functional.cross_entropy(model(images), labels, reduction="sum")
             gradients = torch.autograd.grad(loss, list(hidden.values()))
@@ -155,23 +154,46 @@ class Criterion:
 
     Attributes:
         score: the function.
-        needs: what it takes: ``images`` (calibration images with labels), ``seed``, ``run`` (a discovery).
+        needs: names of the arguments that it takes beside the model, as in ``score_neurons``.
         across_ffns: True where scores of different FFNs share a unit, so that one ranking needs no normalisation.
+        needs_classifier: True where the score comes from the loss.
     """
 
     score: Callable[..., Scores]
     needs: tuple[str, ...]
     across_ffns: bool
+    needs_classifier: bool = False
 
 
 REGISTRY: Mapping[str, Criterion] = {
     "random": Criterion(random, ("seed",), True),
     "magnitude": Criterion(magnitude, (), False),
-    "activation": Criterion(activation, ("images",), False),
-    "taylor": Criterion(taylor, ("images",), True),
-    "obs": Criterion(obs, ("images", "seed"), True),
-    "jas": Criterion(jas, ("run",), False),
+    "activation": Criterion(activation, ("batches",), False),
+    "taylor": Criterion(taylor, ("batches",), True, needs_classifier=True),
+    "obs": Criterion(obs, ("batches", "moments", "ridge", "seed"), True, needs_classifier=True),
+    "jas": Criterion(jas, ("found",), False),
 }
+
+
+def check_needs(
+    model: nn.Module, criterion: str, *, batches: Batches | None = None, found: Discovery | None = None
+) -> None:
+    """Refuse a criterion that is unknown or lacks what it needs; arguments as in ``score_neurons``.
+
+    Raises:
+        VitpruneError: saying what is missing and where to get it.
+    """
+    check_choice("criterion", criterion, CRITERIA)
+    row = REGISTRY[criterion]
+    if "found" in row.needs and found is None:
+        raise VitpruneError(
+            f"criterion {criterion} needs the scores of a run; "
+            "run 'vitprune discover MODEL --data DIR -o RUN' first and prune RUN"
+        )
+    if "batches" in row.needs and batches is None:
+        raise VitpruneError(f"criterion {criterion} needs calibration images; pass --data DIR")
+    if row.needs_classifier and getattr(model, "num_classes", 1) < 1:
+        raise VitpruneError(f"criterion {criterion} needs a classifier, but the model has none (num_classes=0)")
 
 
 def score_neurons(
@@ -180,6 +202,8 @@ def score_neurons(
     *,
     batches: Batches | None = None,
     found: Discovery | None = None,
+    moments: Mapping[str, Moments] | None = None,
+    ridge: float = DEFAULT_RIDGE,
     seed: int = 0,
 ) -> Scores:
     """Score every neuron by a criterion of the registry.
@@ -189,6 +213,8 @@ def score_neurons(
         criterion: key of ``CRITERIA``.
         batches: calibration images with labels; only for criteria that need them.
         found: a discovery on this model; only for ``jas``.
+        moments: from ``measure_moments`` on this model; ``obs`` measures them itself where they are not given.
+        ridge: λ of ``obs``, relative to the mean variance of the hidden neurons; positive.
         seed: only for criteria that draw at random.
 
     Returns:
@@ -197,27 +223,12 @@ def score_neurons(
     Raises:
         VitpruneError: if the criterion is unknown or lacks what it needs.
     """
-    check_choice("criterion", criterion, CRITERIA)
+    check_needs(model, criterion, batches=batches, found=found)
     row = REGISTRY[criterion]
-    if "run" in row.needs:
-        if found is None:
-            raise VitpruneError(
-                f"criterion {criterion} needs the scores of a run; "
-                "run 'vitprune discover MODEL --data DIR -o RUN' first and prune RUN"
-            )
+    if "found" in row.needs:
         return row.score(found)
-    seeded = {"seed": seed} if "seed" in row.needs else {}
-    if "images" not in row.needs:
-        return row.score(model, **seeded)
-    if batches is None:
-        raise VitpruneError(f"criterion {criterion} needs calibration images; pass --data DIR")
-    return row.score(model, batches, **seeded)
-
-
-def _on_device(model: nn.Module, batches: Batches) -> Batches:
-    parameter = next(model.parameters())
-    for images, labels in batches:
-        yield images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
+    given = {"batches": batches, "moments": moments, "ridge": ridge, "seed": seed}
+    return row.score(model, **{name: given[name] for name in row.needs})
 
 
 def _zeros(ffns: list[FeedForward]) -> dict[str, Tensor]:

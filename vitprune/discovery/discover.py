@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from vitprune.data import Batches, on_device
 from vitprune.discovery.baselines import activation_paths, influence_pattern_paths
 from vitprune.discovery.engine import PathBatch, search_paths
 from vitprune.discovery.quadrature import parse_quadrature
@@ -17,6 +18,9 @@ from vitprune.discovery.trunk import check_trunk, resolve_scope
 from vitprune.errors import VitpruneError
 from vitprune.feed_forward import find_feed_forwards
 from vitprune.options import DEFAULT_QUADRATURE, METHODS, check_choice
+
+# Images x nodes that go through the trunk together; bounds the memory whatever the batch size and the quadrature.
+MAX_ROWS = 64
 
 _FIND_PATHS: Mapping[str, Callable[..., PathBatch]] = {
     "jas": search_paths,
@@ -59,7 +63,7 @@ class Discovery:
 
 def discover(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Batches,
     *,
     method: str = "jas",
     top_k: int = 1,
@@ -96,30 +100,39 @@ def discover(
         raise VitpruneError(
             f"top_k must be in [1, {narrowest.num_neurons}] ({narrowest.name} has that many neurons), got {top_k}"
         )
-    parameter = next(model.parameters())
-    found: list[tuple[PathBatch, Tensor]] = []
+    dtype = next(model.parameters()).dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise VitpruneError(
+            f"the path search needs float32 or float64 weights, the model has {dtype}; use model.float()"
+        )
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("neurons", "scores", "errors", "labels", "predictions")}
     sums: dict[str, dict[int, Tensor]] = {ffn.name: {} for ffn in ffns}
-    for images, labels in batches:
-        images, labels = images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
-        if not found:
-            check_trunk(model, ffns, images)
-        paths = _FIND_PATHS[method](model, ffns, images, labels, top_k=top_k, quadrature=rule, scope=scope)
-        for ffn, score_BH in zip(ffns, paths.scores, strict=True):
-            _add_by_class(sums[ffn.name], score_BH, labels)
-        found.append((_without_scores(paths), labels.cpu()))
-    if not found:
+    at_once = max(1, MAX_ROWS // len(rule.nodes))
+    for batch_images, batch_labels in on_device(model, batches):
+        if not parts["labels"]:
+            check_trunk(model, ffns, batch_images)
+        for images, labels in zip(batch_images.split(at_once), batch_labels.split(at_once), strict=True):
+            paths = _FIND_PATHS[method](model, ffns, images, labels, top_k=top_k, quadrature=rule, scope=scope)
+            for ffn, score_BH in zip(ffns, paths.scores, strict=True):
+                _add_by_class(sums[ffn.name], score_BH, labels)
+            parts["neurons"].append(paths.neurons_BLK.cpu())
+            parts["scores"].append(paths.joint_scores_B.float().cpu())
+            parts["labels"].append(labels.cpu())
+            parts["predictions"].append(paths.logits_BC.argmax(-1).cpu())
+            if paths.completeness_errors_B is not None:
+                parts["errors"].append(paths.completeness_errors_B.float().cpu())
+    if not parts["labels"]:
         raise VitpruneError("no images to discover paths on")
-    labels = torch.cat([batch_labels for _, batch_labels in found])
+    labels = torch.cat(parts["labels"])
     counts = Counter(labels.tolist())
     classes = tuple(sorted(counts))
-    errors = [paths.completeness_errors_B for paths, _ in found]
     return Discovery(
         ffns=tuple(ffn.name for ffn in ffns),
-        neurons=torch.cat([paths.neurons_BLK for paths, _ in found]).cpu(),
-        joint_scores=torch.cat([paths.joint_scores_B for paths, _ in found]).float().cpu(),
+        neurons=torch.cat(parts["neurons"]),
+        joint_scores=torch.cat(parts["scores"]),
         labels=labels,
-        predictions=torch.cat([paths.logits_BC.argmax(-1) for paths, _ in found]).cpu(),
-        completeness_errors=None if errors[0] is None else torch.cat(errors).float().cpu(),
+        predictions=torch.cat(parts["predictions"]),
+        completeness_errors=torch.cat(parts["errors"]) if parts["errors"] else None,
         classes=classes,
         class_scores={
             name: torch.stack([by_class[index] / counts[index] for index in classes]).float()
@@ -138,10 +151,6 @@ def _add_by_class(sums: dict[int, Tensor], score_BH: Tensor, labels: Tensor) -> 
         sums[index] = sums[index] + total if index in sums else total
 
 
-def _without_scores(paths: PathBatch) -> PathBatch:
-    return PathBatch(paths.neurons_BLK, paths.joint_scores_B, paths.completeness_errors_B, (), paths.logits_BC)
-
-
 def class_paths(found: Discovery) -> dict[int, Tensor]:
     """Return each class's path: per FFN the K neurons most often on the paths of its images.
 
@@ -158,7 +167,7 @@ def class_paths(found: Discovery) -> dict[int, Tensor]:
         for position, name in enumerate(found.ffns):
             score_H = found.class_scores[name][row]
             visits = torch.bincount(of_class[:, position].flatten(), minlength=len(score_H))
-            order = sorted(range(len(score_H)), key=lambda i: (-int(visits[i]), -float(score_H[i]), i))
-            layers.append(torch.tensor(order[:top_k]))
+            by_score = score_H.sort(descending=True, stable=True).indices
+            layers.append(by_score[visits[by_score].sort(descending=True, stable=True).indices][:top_k])
         paths[index] = torch.stack(layers)
     return paths

@@ -138,7 +138,6 @@ def _walk(model, ffns, images, labels, top_k, given_BLK, quadrature, scope, comp
     clean = record_clean(model, ffns, images, tokens=tokens)
     one_token = clean.hidden_BTH[0].shape[1] == 1
     labels_R = labels.repeat(len(nodes))
-    num_rows = len(labels_R)
 
     blocks = list(model.blocks)
     state = _Prefix(clean.stem_BND, None, ())
@@ -184,7 +183,6 @@ def _walk(model, ffns, images, labels, top_k, given_BLK, quadrature, scope, comp
         errors = (joint_B - (prob_QB[-1] - prob_QB[-2])).abs()
     else:
         joint_B = (selected_sum_BT1.squeeze(-1) * total_BT).mean(1)
-    assert num_rows == len(state.x_RND)
     return PathBatch(torch.stack(neurons, 1), joint_B.detach(), errors, tuple(scores), clean.logits_BC)
 
 

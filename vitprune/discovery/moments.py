@@ -5,12 +5,13 @@ Letters: N tokens, H hidden neurons.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from vitprune.data import Batches, on_device
 from vitprune.errors import VitpruneError
 from vitprune.feed_forward import FeedForward, hook_hidden
 
@@ -31,9 +32,7 @@ class Moments:
 
 
 @torch.no_grad()
-def measure_moments(
-    model: nn.Module, ffns: Sequence[FeedForward], batches: Iterable[tuple[Tensor, Tensor]]
-) -> dict[str, Moments]:
+def measure_moments(model: nn.Module, ffns: Sequence[FeedForward], batches: Batches) -> dict[str, Moments]:
     """Stream the calibration images once and return the moments of every FFN's hidden neurons.
 
     Products are taken in the model's dtype around the first batch's mean and summed in float64.
@@ -57,6 +56,8 @@ def measure_moments(
 
     def add(name: str, hidden: Tensor) -> None:
         rows_NH = hidden.reshape(-1, hidden.shape[-1])
+        if rows_NH.dtype in (torch.float16, torch.bfloat16):
+            rows_NH = rows_NH.float()
         if name not in shifts:
             shifts[name] = rows_NH.mean(0)
             counts[name] = 0
@@ -67,15 +68,14 @@ def measure_moments(
         sums[name] += rows_NH.sum(0)
         squares[name] += rows_NH.T @ rows_NH
 
-    parameter = next(model.parameters())
     with hook_hidden(model, ffns, add):
-        for images, _labels in batches:
-            model(images.to(parameter.device, parameter.dtype))
+        for images, _labels in on_device(model, batches):
+            model(images)
     if not counts:
         raise VitpruneError("no calibration images")
     moments = {}
     for name, count in counts.items():
         offset_H = sums[name] / count
-        covariance_HH = squares[name] / count - torch.outer(offset_H, offset_H)
+        covariance_HH = squares.pop(name).div_(count).sub_(torch.outer(offset_H, offset_H))
         moments[name] = Moments(count, (shifts[name].double() + offset_H).cpu(), covariance_HH.cpu())
     return moments

@@ -37,7 +37,7 @@ def parse_quadrature(name: str) -> Quadrature:
     Quadrature(name='riemann:4', nodes=(0.0, 0.25, 0.5, 0.75), weights=(0.25, 0.25, 0.25, 0.25))
     """
     rule, _, count_text = name.partition(":")
-    if rule not in ("gauss-legendre", "riemann") or not count_text.isdigit() or int(count_text) == 0:
+    if rule not in ("gauss-legendre", "riemann") or not count_text.isdecimal() or int(count_text) == 0:
         raise VitpruneError(f"quadrature must be gauss-legendre:NODES or riemann:STEPS, got '{name}'")
     count = int(count_text)
     if rule == "riemann":

@@ -13,6 +13,7 @@ from vitprune.errors import VitpruneError
 from vitprune.files import FORMAT_VERSION, atomic_folder, read_json, read_tensors, write_json, write_tensors
 
 RUN_FILE, PATHS_FILE, SCORES_FILE = "run.json", "paths.safetensors", "class_scores.safetensors"
+RUN_FILES = frozenset({RUN_FILE, PATHS_FILE, SCORES_FILE})
 
 
 @dataclass(frozen=True)

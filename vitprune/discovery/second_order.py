@@ -13,30 +13,37 @@ Letters: N tokens, D embedding width, H hidden neurons.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from vitprune.discovery.moments import measure_moments
+from vitprune.data import Batches, on_device
+from vitprune.discovery.moments import Moments, measure_moments
 from vitprune.errors import VitpruneError
 from vitprune.feed_forward import FeedForward, capture, find_feed_forwards
+from vitprune.options import DEFAULT_RIDGE
 
-# λ relative to the mean variance, as in the compensation that follows.
-RIDGE = 1e-3
 # Removals between two full updates of the inverse: matrix products instead of one rank-1 update per neuron.
 BLOCK = 64
 
-Batches = Iterable[tuple[Tensor, Tensor]]
 
-
-def obs(model: nn.Module, batches: Batches, *, seed: int = 0) -> dict[str, Tensor]:
+def obs(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    moments: Mapping[str, Moments] | None = None,
+    ridge: float = DEFAULT_RIDGE,
+    seed: int = 0,
+) -> dict[str, Tensor]:
     """Rank neurons by the loss that their removal costs after compensation, eliminating them one by one.
 
     Args:
         model: timm Vision Transformer in eval mode; images -> logits [B, C].
         batches: pairs of images [B, 3, height, width] (normalised by the model's own transform) and labels, which are
-            not used. Read twice.
+            not used. Read once, and once more if ``moments`` is not given.
+        moments: from ``measure_moments`` on this model, to share them with the compensation.
+        ridge: λ relative to the mean variance of the hidden neurons, as in the compensation that follows; positive.
         seed: of the sampled labels.
 
     Returns:
@@ -52,13 +59,14 @@ def obs(model: nn.Module, batches: Batches, *, seed: int = 0) -> dict[str, Tenso
     """
     ffns = find_feed_forwards(model)
     gradients = measure_output_gradients(model, ffns, batches, seed=seed)
-    moments = measure_moments(model, ffns, batches)
+    if moments is None:
+        moments = measure_moments(model, ffns, batches)
     scores = {}
     for ffn in ffns:
         values, vectors = torch.linalg.eigh(gradients[ffn.name])
         root_DD = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
         weight_DH = model.get_submodule(ffn.down_proj).weight.detach().double().cpu()
-        scores[ffn.name] = _as_scores(*eliminate(root_DD @ weight_DH, moments[ffn.name].covariance_HH))
+        scores[ffn.name] = _as_scores(*eliminate(root_DD @ weight_DH, moments[ffn.name].covariance_HH, ridge=ridge))
     return scores
 
 
@@ -70,20 +78,19 @@ def measure_output_gradients(
     Returns:
         FFN name -> [D, D]; float64, summed over tokens, mean over images.
     """
-    if getattr(model, "num_classes", 1) < 1:
-        raise VitpruneError("criterion obs needs a classifier, but the model has none (num_classes=0)")
     generator = torch.Generator().manual_seed(seed)
-    parameter = next(model.parameters())
     sums: dict[str, Tensor] = {}
     count = 0
-    for images, _labels in batches:
+    for images, _labels in on_device(model, batches):
         with capture(model, ffns, outputs=True) as outputs:
-            logits = model(images.to(parameter.device, parameter.dtype))
+            logits = model(images)
             sampled = torch.multinomial(logits.detach().float().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
             loss = nn.functional.cross_entropy(logits, sampled.to(logits.device), reduction="sum")
             gradients = torch.autograd.grad(loss, list(outputs.values()))
         for name, gradient in zip(outputs, gradients, strict=True):
             rows_ND = gradient.reshape(-1, gradient.shape[-1])
+            if rows_ND.dtype in (torch.float16, torch.bfloat16):
+                rows_ND = rows_ND.float()
             square_DD = (rows_ND.T @ rows_ND).double().cpu()
             sums[name] = sums[name] + square_DD if name in sums else square_DD
         count += len(images)
@@ -92,7 +99,7 @@ def measure_output_gradients(
     return {name: total / count for name, total in sums.items()}
 
 
-def eliminate(a_DH: Tensor, covariance_HH: Tensor, *, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+def eliminate(a_DH: Tensor, covariance_HH: Tensor, *, ridge: float = DEFAULT_RIDGE) -> tuple[Tensor, Tensor]:
     """Remove the neuron of least cost, refit the others, and repeat until none is left.
 
     Args:

@@ -4,7 +4,7 @@ The path search continues a forward pass from the middle of a block, so it needs
 then the FFN split at its hidden vector. That holds for pre-norm blocks of timm's vit, deit, deit3, beit, eva, dinov2,
 dinov3 and siglip models. ``check_trunk`` proves it on real input: the parts put together must give the model's logits.
 
-Letters: B images (or images x nodes), N tokens, T scoped tokens, R tokens that the head reads, D embedding width,
+Letters: B images (or images x nodes), N tokens, T scoped tokens, D embedding width,
 H hidden neurons.
 """
 
@@ -132,8 +132,8 @@ def _trunk_mismatch(model: nn.Module, ffns: Sequence[FeedForward], images: Tenso
             if not torch.allclose(first, mid_BND[:, :num_read], rtol=1e-4, atol=1e-4):
                 return f"its {type(block.attn).__name__} does more than scaled dot-product attention"
         x_BND = whole_BND
-    read_BRD = x_BND if num_read is None else x_BND[:, :num_read]
-    if not torch.allclose(head(model, read_BRD), clean.logits_BC, rtol=1e-3, atol=1e-3):
+    read_BND = x_BND if num_read is None else x_BND[:, :num_read]
+    if not torch.allclose(head(model, read_BND), clean.logits_BC, rtol=1e-3, atol=1e-3):
         return "norm and head on the last block's output do not give its logits"
     return None
 

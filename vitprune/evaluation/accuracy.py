@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
+from vitprune.data import Batches, on_device
 from vitprune.errors import VitpruneError
 
 CONFIDENCE = 0.95
@@ -53,7 +54,7 @@ class Comparison:
 
 
 @torch.inference_mode()
-def evaluate(model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> Accuracy:
+def evaluate(model: Callable[[Tensor], Tensor], batches: Batches) -> Accuracy:
     """Measure top-1 and top-5 accuracy.
 
     Args:
@@ -70,12 +71,11 @@ def evaluate(model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, 
     """
     if isinstance(model, nn.Module) and getattr(model, "num_classes", 1) < 1:
         raise VitpruneError("the model has no classifier (num_classes=0), so it has no accuracy")
-    parameter = next(model.parameters()) if isinstance(model, nn.Module) else None
+    if isinstance(model, nn.Module):
+        batches = on_device(model, batches)
     first, among, labels = [], [], []
     for images, batch_labels in batches:
-        if parameter is not None:
-            images = images.to(parameter.device, parameter.dtype)
-        logits = model(images).cpu()
+        logits, batch_labels = model(images).cpu(), batch_labels.cpu()
         ranked = logits.topk(min(5, logits.shape[1])).indices
         hits = ranked == batch_labels.unsqueeze(1)
         first.append(hits[:, 0])

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vitprune.data import data_config
+from vitprune.data import Batches, data_config
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.macs import count_parameters
 from vitprune.export.runtime import METADATA_KEY, open_onnx
@@ -47,13 +47,17 @@ class ExportReport:
     size_bytes: int
 
 
-def export_onnx(model: nn.Module, path: str | Path, batches: Iterable[tuple[Tensor, Tensor]]) -> ExportReport:
+def export_onnx(
+    model: nn.Module, path: str | Path, batches: Batches, *, calibration: Iterable[str] = ()
+) -> ExportReport:
     """Write a float32 ONNX file with a dynamic batch dimension, check it, and compare it with torch.
 
     Args:
         model: a torch model in eval mode, dense or pruned; stays as it is.
         path: the file to write; it appears only if every check passed.
         batches: real images (normalised by the model's own transform) and labels, which are not used. Read once.
+        calibration: content hashes of the images that the model was calibrated on (``Plan.calibration``), kept in the
+            file so that it is not evaluated on them.
 
     Raises:
         VitpruneError: if there are no images, the model is too large for one file, or ONNX Runtime's logits differ from
@@ -67,13 +71,13 @@ def export_onnx(model: nn.Module, path: str | Path, batches: Iterable[tuple[Tens
         if getattr(module, "fused_attn", False):
             module.fused_attn = False  # some families export only so, and the others get fewer nodes
     with atomic_file(path) as temporary:
-        _write(model, temporary)
+        _write(model, temporary, calibration)
         max_abs_diff, agreement, num_images = _measure_parity(model, temporary, batches)
         size_bytes = temporary.stat().st_size
     return ExportReport(path, max_abs_diff, agreement, num_images, size_bytes)
 
 
-def _write(model: nn.Module, path: Path) -> None:
+def _write(model: nn.Module, path: Path, calibration: Iterable[str]) -> None:
     config = data_config(model)
     # Two images: torch.export takes a dimension of size 1 for a constant.
     example = torch.zeros(2, *config["input_size"])
@@ -97,6 +101,7 @@ def _write(model: nn.Module, path: Path) -> None:
         "architecture": architecture(model),
         "num_classes": model.num_classes,
         "data_config": config,
+        "calibration_sha256": sorted(calibration),
         "widths": {ffn.name: ffn.num_neurons for ffn in find_feed_forwards(model)},
     }
     onnx.helper.set_model_props(graph_model, {METADATA_KEY: json.dumps(facts, sort_keys=True)})
@@ -131,7 +136,7 @@ def _quiet() -> Iterator[None]:
 
 
 @torch.inference_mode()
-def _measure_parity(model: nn.Module, path: Path, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float, int]:
+def _measure_parity(model: nn.Module, path: Path, batches: Batches) -> tuple[float, float, int]:
     exported = open_onnx(path)
     largest, agreed, count = 0.0, 0, 0
     for images, _labels in batches:

@@ -22,12 +22,14 @@ class OnnxModel:
     Attributes:
         data_config: the transform that its images need, as ``timm.data.resolve_model_data_config`` gives it.
         num_classes: length of the logits.
+        calibration: content hashes of the images that the pruned model was calibrated on.
     """
 
     def __init__(self, session: onnxruntime.InferenceSession, facts: Mapping[str, Any]) -> None:
         self.session = session
         self.data_config: Mapping[str, Any] = facts["data_config"]
         self.num_classes: int = facts["num_classes"]
+        self.calibration = frozenset(facts["calibration_sha256"])
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return logits [B, C] (float32) of images [B, channels, height, width]."""

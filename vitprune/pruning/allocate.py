@@ -31,7 +31,7 @@ def allocate(
         allocation: key of ``ALLOCATIONS``.
         across_ffns: whether scores of different FFNs share a unit; if not, ``global`` divides each FFN's scores by
             their root mean square.
-        round_to: every width is a multiple of it (an FFN that loses nothing keeps its width).
+        round_to: every width is a multiple of it; at ratio 0 all widths stay as they are.
         floor: share of its neurons that ``global`` leaves to each FFN at least, in [0, 1]; capped by the ratio asked.
 
     Returns:

@@ -13,6 +13,7 @@ Letters: D embedding width, H hidden neurons, S kept, P removed.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 
 import torch
@@ -45,6 +46,16 @@ def reconstruct(moments: Moments, keep_H: Tensor, *, ridge: float = DEFAULT_RIDG
     return (vectors @ ((vectors.T @ cross_SP) / values.clamp_min(max(ridge * scale, 1e-300)).unsqueeze(1))).T
 
 
+def check_ridge(ridge: float) -> None:
+    """Refuse a regularisation that is not positive and finite.
+
+    Raises:
+        VitpruneError: naming the value.
+    """
+    if not 0 < ridge < math.inf:
+        raise VitpruneError(f"ridge must be positive, got {ridge}")
+
+
 def compensate(
     model: nn.Module,
     plan: Plan,
@@ -73,8 +84,7 @@ def compensate(
         others; ``bias`` is its special case B = 0.
     """
     check_choice("compensation", compensation, COMPENSATIONS)
-    if not ridge > 0:
-        raise VitpruneError(f"ridge must be positive, got {ridge}")
+    check_ridge(ridge)
     ffns = fit_plan(model, plan)
     result = copy.deepcopy(model)
     if compensation == "none":

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from vitprune.errors import VitpruneError
 from vitprune.feed_forward import FeedForward, find_feed_forwards
 from vitprune.files import read_tensors, write_tensors
-
-PLAN_FILE = "plan.safetensors"
+from vitprune.models import PLAN_FILE, architecture
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,11 @@ class Plan:
         """Share of neurons removed, in [0, 1)."""
         return 1 - self.num_neurons / self.num_neurons_dense
 
+    @property
+    def calibration(self) -> frozenset[str]:
+        """Content hashes of every image that had a say in the plan or its compensation."""
+        return frozenset(self.facts.get("calibration", {}).get("sha256", ()))
+
     def kept(self, name: str) -> Tensor:
         """Return the indices of the neurons that an FFN keeps, ascending (int64)."""
         return self.keep[name].nonzero().squeeze(1)
@@ -81,6 +85,9 @@ def fit_plan(model: nn.Module, plan: Plan) -> list[FeedForward]:
         VitpruneError: naming both sides of the first mismatch.
     """
     ffns = find_feed_forwards(model)
+    made_for = plan.facts.get("architecture", architecture(model))
+    if made_for != architecture(model):
+        raise VitpruneError(f"plan does not fit this model: it is for {made_for}, the model is {architecture(model)}")
     names = [ffn.name for ffn in ffns]
     if names != list(plan.keep):
         raise VitpruneError(

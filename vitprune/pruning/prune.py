@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitprune.discovery.criteria import REGISTRY, score_neurons
+from vitprune.data import Batches
+from vitprune.discovery.criteria import REGISTRY, check_needs, score_neurons
 from vitprune.discovery.discover import Discovery
 from vitprune.discovery.moments import Moments, measure_moments
 from vitprune.errors import VitpruneError
@@ -16,7 +17,6 @@ from vitprune.feed_forward import find_feed_forwards
 from vitprune.models import architecture, hash_weights
 from vitprune.options import (
     COMPENSATIONS,
-    CRITERIA,
     DEFAULT_ALLOCATION,
     DEFAULT_COMPENSATION,
     DEFAULT_CRITERION,
@@ -28,10 +28,8 @@ from vitprune.options import (
 )
 from vitprune.pruning.allocate import allocate
 from vitprune.pruning.apply import mask_neurons, remove_neurons
-from vitprune.pruning.compensate import compensate
+from vitprune.pruning.compensate import check_ridge, compensate
 from vitprune.pruning.plan import Plan, fit_plan, plan_from_widths
-
-Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 def plan_pruning(
@@ -147,8 +145,8 @@ def prune(
         found: a discovery on this model, for criterion ``jas``.
         round_to: every width is a multiple of it.
         floor: share of its neurons that ``global`` leaves to each FFN at least.
-        ridge: λ of ``ridge``, relative to the mean variance of the hidden neurons.
-        seed: of criterion ``random``.
+        ridge: λ of ``ridge`` and ``obs``, relative to the mean variance of the hidden neurons.
+        seed: of criteria that draw at random.
 
     Returns:
         The pruned model and its plan.
@@ -158,11 +156,17 @@ def prune(
     """
     check_choice("mode", mode, MODES)
     check_choice("compensation", compensation, COMPENSATIONS)
-    check_choice("criterion", criterion, CRITERIA)
+    check_needs(model, criterion, batches=batches, found=found)
     dense = {ffn.name: torch.zeros(ffn.num_neurons) for ffn in find_feed_forwards(model)}
     # Refuse an impossible target before any image is read.
     allocate(dense, pruning_ratio, allocation=allocation, across_ffns=True, round_to=round_to, floor=floor)
-    scores = score_neurons(model, criterion, batches=batches, found=found, seed=seed)
+    check_ridge(ridge)
+    if compensation != "none" and batches is None:
+        raise VitpruneError(f"compensation {compensation} needs calibration images; pass --data DIR")
+    moments = None
+    if batches is not None and (compensation != "none" or "moments" in REGISTRY[criterion].needs):
+        moments = measure_moments(model, find_feed_forwards(model), batches)
+    scores = score_neurons(model, criterion, batches=batches, found=found, moments=moments, ridge=ridge, seed=seed)
     plan = plan_pruning(
         model,
         scores,
@@ -171,7 +175,7 @@ def prune(
         allocation=allocation,
         round_to=round_to,
         floor=floor,
-        facts={"compensation": compensation, "mode": mode, "seed": seed},
+        facts={"compensation": compensation, "mode": mode, "ridge": ridge, "seed": seed},
     )
-    pruned = apply_plan(model, plan, mode=mode, compensation=compensation, ridge=ridge, batches=batches)
+    pruned = apply_plan(model, plan, mode=mode, compensation=compensation, ridge=ridge, moments=moments)
     return pruned, plan

@@ -10,15 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitprune.discovery.criteria import score_neurons
+from vitprune.data import Batches
+from vitprune.discovery.criteria import REGISTRY, score_neurons
 from vitprune.discovery.discover import Discovery
 from vitprune.discovery.moments import measure_moments
 from vitprune.evaluation.accuracy import Accuracy, compare, evaluate
 from vitprune.feed_forward import find_feed_forwards
 from vitprune.files import atomic_file
 from vitprune.pruning.prune import apply_plan, plan_pruning
-
-Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -76,13 +75,15 @@ def measure_curve(
     """
     dense = evaluate(model, evaluation)
     moments = None
-    if set(compensations) - {"none"}:
+    if set(compensations) - {"none"} or any("moments" in REGISTRY[criterion].needs for criterion in criteria):
         moments = measure_moments(model, find_feed_forwards(model), calibration)
     scores_of: dict[str, dict[str, Tensor]] = {}
     points = []
     for criterion, allocation, ratio in track(list(product(criteria, allocations, ratios))):
         if criterion not in scores_of:
-            scores_of[criterion] = score_neurons(model, criterion, batches=calibration, found=found, seed=seed)
+            scores_of[criterion] = score_neurons(
+                model, criterion, batches=calibration, found=found, moments=moments, seed=seed
+            )
         plan = plan_pruning(
             model, scores_of[criterion], pruning_ratio=ratio, criterion=criterion, allocation=allocation
         )
