@@ -51,6 +51,13 @@ def test_the_file_knows_its_transform_and_not_this_machine(exported):
     assert [file.name for file in path.parent.iterdir()] == ["pruned.onnx"]
 
 
+def test_the_batch_dimension_has_a_name(exported):
+    _model, path, _report = exported
+    graph = onnx.load(path).graph
+    for value in (*graph.input, *graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
 def test_accuracy_of_the_file_is_the_models(exported, image_folder):
     model, path, _report = exported
     images = vitprune.find_images(image_folder, 5)

@@ -7,10 +7,10 @@ import difflib
 import hashlib
 import json
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import timm
 import torch
@@ -155,9 +155,9 @@ def _load_npz(name: str, path: Path) -> nn.Module:
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as arrays:
             head = next((arrays[key] for key in arrays.files if key.endswith("head/bias")), None)
-    except (ValueError, OSError, EOFError, TypeError, BadZipFile) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise VitpruneError(f"checkpoint {path} is not a plain .npz of arrays ({error})") from error
     if head is None:
         raise VitpruneError(f"checkpoint {path} has no 'head/bias': not a google-research ViT with a classifier")
