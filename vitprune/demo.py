@@ -32,7 +32,7 @@ from vitprune.report.curve import measure_curve, render_curve
 RATIOS = (0.5, 0.75, 0.9)
 NUM_TEST_IMAGES = 500
 IMAGES_PER_CLASS = 20
-EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING = 60, 64, 2e-3, 0.2, 0.1
+EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING = 110, 64, 2e-3, 0.05, 0.1
 DEMO_FILES = frozenset({"curve.png", "demo.json", "pruned", "pruned.onnx", "run"})
 MODEL_ARGS = {
     "img_size": 8,
@@ -222,7 +222,7 @@ def _train(data: Path, *, seed: int, track: Track) -> nn.Module:
     return model.eval()
 
 
-def _distort(images: Tensor, *, degrees: float = 8, scale: float = 0.08, pixels: float = 0.3) -> Tensor:
+def _distort(images: Tensor, *, degrees: float = 10, scale: float = 0.1, pixels: float = 0.5) -> Tensor:
     """Turn, scale and move each image a little; what comes in from outside is background (-1)."""
     count = len(images)
 
