@@ -10,7 +10,7 @@ import torch
 from families import half_plan
 
 import vitprune
-from vitprune.discovery.moments import Moments, measure_moments
+from vitprune.discovery.statistics import MOMENTS, Statistics, measure_statistics
 from vitprune.feed_forward import find_feed_forwards, hook_hidden
 from vitprune.pruning.compensate import compensate, reconstruct
 
@@ -26,9 +26,9 @@ def hidden_of(model, images):
 
 def test_streamed_moments_are_those_of_all_tokens_at_once(tiny_vit, tiny_images):
     batches = [(tiny_images[:2], LABELS[:2]), (tiny_images[2:], LABELS[2:])]
-    moments = measure_moments(tiny_vit, find_feed_forwards(tiny_vit), batches)
+    moments = measure_statistics(tiny_vit, find_feed_forwards(tiny_vit), batches, {MOMENTS})
     for name, rows in hidden_of(tiny_vit, tiny_images).items():
-        assert moments[name].count == len(rows)
+        assert moments[name].num_tokens == len(rows)
         torch.testing.assert_close(moments[name].mean_H, rows.mean(0))
         expected = torch.from_numpy(np.cov(rows.numpy().T, bias=True))
         torch.testing.assert_close(moments[name].covariance_HH, expected, rtol=1e-9, atol=1e-12)
@@ -37,7 +37,8 @@ def test_streamed_moments_are_those_of_all_tokens_at_once(tiny_vit, tiny_images)
 def test_ridge_is_least_squares_on_the_calibration_tokens(tiny_vit, tiny_images):
     images = torch.randn(20, 3, 32, 32, dtype=torch.float64)
     rows = hidden_of(tiny_vit, images)["blocks.1.mlp"]
-    moments = measure_moments(tiny_vit, find_feed_forwards(tiny_vit), [(images, torch.zeros(20))])["blocks.1.mlp"]
+    batches = [(images, torch.zeros(20))]
+    moments = measure_statistics(tiny_vit, find_feed_forwards(tiny_vit), batches, {MOMENTS})["blocks.1.mlp"]
     keep = torch.rand(48, generator=torch.Generator().manual_seed(0)) > 0.5
     centred = (rows - rows.mean(0)).numpy()
     expected = np.linalg.lstsq(centred[:, keep.numpy()], centred[:, ~keep.numpy()], rcond=None)[0].T
@@ -72,7 +73,7 @@ def test_bias_restores_the_mean_output(tiny_vit, tiny_images):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("compensation", ["bias", "ridge"])
+@pytest.mark.parametrize("compensation", ["bias", "ridge", "sequential-ffn", "sequential", "distill"])
 def test_masking_equals_removal_after_compensation(compensation, tiny_vit, tiny_images):
     plan, batches = half_plan(tiny_vit), [(tiny_images, LABELS)]
     removed, masked = (
@@ -86,9 +87,10 @@ def test_masking_equals_removal_after_compensation(compensation, tiny_vit, tiny_
 def test_dead_and_duplicate_neurons_keep_the_solution_finite():
     covariance = torch.zeros(4, 4, dtype=torch.float64)
     covariance[:2, :2] = 1.0  # two copies of one neuron, two dead ones
-    moments = Moments(10, torch.zeros(4, dtype=torch.float64), covariance)
+    zeros = torch.zeros(4, dtype=torch.float64)
+    moments = Statistics(1, 10, mean_H=zeros, covariance_HH=covariance)
     assert reconstruct(moments, torch.tensor([True, False, True, False])).isfinite().all()
-    dead = Moments(10, torch.zeros(4, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64))
+    dead = Statistics(1, 10, mean_H=zeros, covariance_HH=torch.zeros(4, 4, dtype=torch.float64))
     assert torch.equal(reconstruct(dead, torch.tensor([True, False, True, True])), torch.zeros(1, 3).double())
 
 
@@ -98,7 +100,7 @@ def test_an_output_projection_without_bias_gets_one(tiny_vit, tiny_images, tmp_p
         block.mlp.fc2.bias = None
     dense = copy.deepcopy(tiny_vit)
     plan, ffns = half_plan(tiny_vit), find_feed_forwards(tiny_vit)
-    result = compensate(tiny_vit, plan, measure_moments(tiny_vit, ffns, [(tiny_images, LABELS)]))
+    result = compensate(tiny_vit, plan, measure_statistics(tiny_vit, ffns, [(tiny_images, LABELS)], {MOMENTS}))
     assert all(block.mlp.fc2.bias is not None for block in result.blocks)
     assert all(block.mlp.fc2.bias is None for block in tiny_vit.blocks)
     torch.testing.assert_close(tiny_vit(tiny_images), dense(tiny_images), rtol=0, atol=0)

@@ -70,6 +70,7 @@ def find_images(
     num_classes: int | None,
     *,
     class_map: str | Path | None = None,
+    label_names: Sequence[str] | None = None,
     classes: Sequence[str] | None = None,
     images_per_class: int | None = None,
     seed: int = 0,
@@ -84,6 +85,8 @@ def find_images(
         num_classes: outputs of the model; None where labels will not be used: folders are then numbered as sorted.
         class_map: a text file with one folder name per line (line number = class index), or a JSON object
             {folder name: class index}.
+        label_names: folder names of the model's classes, in order, where it knows them (``model.label_names``); other
+            folders are left out.
         classes: keep only these, by folder name or class index.
         images_per_class: keep a random sample of this size of each class (all, where a class has fewer).
         seed: of that sample.
@@ -103,7 +106,13 @@ def find_images(
         raise VitpruneError(
             f"{root} holds the splits {', '.join(folders)}; name one of them, such as {root / folders[0]}"
         )
-    index_of = _number_classes(root, folders, num_classes, class_map)
+    if label_names is not None and class_map is None:
+        folders = [folder for folder in folders if folder in label_names]
+        if not folders:
+            raise VitpruneError(f"{root} has none of the model's {len(label_names)} classes ({label_names[0]}, ...)")
+        index_of = {folder: label_names.index(folder) for folder in folders}
+    else:
+        index_of = _number_classes(root, folders, num_classes, class_map)
     if classes:
         folders = _pick_classes(root, folders, index_of, classes)
     files, labels = [], []

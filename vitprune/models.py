@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import difflib
 import hashlib
 import json
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,8 @@ def _build(config: Mapping[str, Any]) -> nn.Module:
     except (KeyError, RuntimeError, TypeError) as error:
         raise VitpruneError(f"timm {timm.__version__} cannot build the model of {CONFIG_FILE} ({error!r})") from error
     model.model_args = model_args
+    if isinstance(config.get("label_names"), list):
+        model.label_names = tuple(config["label_names"])
     return model
 
 
@@ -259,7 +262,7 @@ def save(model: nn.Module, folder: str | Path, *, plan: Any = None) -> None:
 
     Args:
         model: a timm model, dense or pruned. If it was created with arguments that timm does not record, they are read
-            from its attribute ``model_args`` (a dict).
+            from its attribute ``model_args`` (a dict); names of its classes from ``label_names`` (a sequence).
         folder: replaced if it exists.
         plan: a ``vitprune.Plan``, written to ``plan.safetensors``.
 
@@ -267,10 +270,64 @@ def save(model: nn.Module, folder: str | Path, *, plan: Any = None) -> None:
         VitpruneError: if the folder would not load again, or cannot be written.
     """
     with atomic_folder(folder) as temporary:
-        save_for_hf(model, temporary, model_args=getattr(model, "model_args", None) or None, safe_serialization=True)
+        names = getattr(model, "label_names", None)
+        save_for_hf(
+            model,
+            temporary,
+            model_config={"label_names": list(names)} if names else None,
+            model_args=getattr(model, "model_args", None) or None,
+            safe_serialization=True,
+        )
         if plan is not None:
             plan.write(temporary / PLAN_FILE)
         _load_folder(temporary)
+
+
+def keep_classes(model: nn.Module, classes: Sequence[int], *, label_names: Sequence[str] | None = None) -> nn.Module:
+    """Return a copy whose classifier answers only some of the classes.
+
+    Args:
+        model: timm model with a classifier; stays as it is.
+        classes: class indices to keep, each once; output i of the result is class ``classes[i]``.
+        label_names: what the kept classes are called (folder names of their images), recorded as ``label_names``.
+
+    Raises:
+        VitpruneError: if the classifier is not linear, or a class is unknown, doubled or the only one.
+
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    >>> keep_classes(model, [7, 3], label_names=["cock", "shark"]).head.out_features
+    2
+    """
+    num_classes = getattr(model, "num_classes", 0)
+    unknown = [index for index in classes if not 0 <= index < num_classes]
+    if unknown:
+        raise VitpruneError(f"class {unknown[0]} cannot be kept: the model has {num_classes}")
+    if len(set(classes)) < max(2, len(classes)):
+        raise VitpruneError(f"keep at least two different classes, each once; got {list(classes)}")
+    result = copy.deepcopy(model)
+    heads = result.get_classifier()
+    heads = heads if isinstance(heads, tuple | list) else (heads,)
+    for name, module in list(result.named_modules()):
+        if any(module is head for head in heads):
+            if not isinstance(module, nn.Linear):
+                raise VitpruneError(f"{name}: only linear classifiers can be reduced, this is a {type(module).__name__}")
+            result.set_submodule(name, _keep_rows(module, list(classes)))
+        if getattr(module, "num_classes", None) == num_classes:
+            module.num_classes = len(classes)
+    result.model_args = {**(getattr(model, "model_args", None) or {}), "num_classes": len(classes)}
+    if label_names is not None:
+        result.label_names = tuple(label_names)
+    return result
+
+
+def _keep_rows(linear: nn.Linear, rows: list[int]) -> nn.Linear:
+    weight, bias = linear.weight, linear.bias
+    kept = nn.Linear(linear.in_features, len(rows), bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        kept.weight.copy_(weight[rows])
+        if bias is not None:
+            kept.bias.copy_(bias[rows])
+    return kept.train(linear.training).requires_grad_(weight.requires_grad)
 
 
 def hash_weights(model: nn.Module) -> str:

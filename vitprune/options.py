@@ -23,9 +23,13 @@ CRITERIA: Mapping[str, str] = {
     "random": "random scores, the baseline",
     "magnitude": "norm of all weights of a neuron",
     "activation": "mean absolute activation",
-    "taylor": "first-order change of the loss",
-    "obs": "loss that removal costs after compensation, neurons eliminated one by one",
+    "variance": "variance that a neuron brings into the FFN's output (CORP)",
+    "wanda": "size of the activation times size of its weights",
+    "taylor": "first-order change of the loss (needs labels)",
+    "fisher": "second-order change of the loss, diagonal",
+    "integrated-gradients": "change of the loss along the way from a silent FFN (needs labels; slow)",
     "jas": "mean score of the path search over classes (needs a run)",
+    "obs": "loss that removal costs after compensation, neurons eliminated one by one",
 }
 
 ALLOCATIONS: Mapping[str, str] = {
@@ -37,6 +41,16 @@ COMPENSATIONS: Mapping[str, str] = {
     "none": "leave the kept weights as they are",
     "bias": "add the removed neurons' mean output to the bias",
     "ridge": "least-squares reconstruction from the kept neurons",
+    "sequential-ffn": "the same block by block, on the states of the already pruned blocks",
+    "sequential": "the same, and steer the residual stream back to the dense model's",
+    "distill": "sequential, then match the dense model's answers by gradient descent (no labels; minutes)",
+}
+
+TARGETS: Mapping[str, str] = {
+    "neurons": "FFN neurons",
+    "parameters": "parameters",
+    "macs": "multiply-accumulates",
+    "latency": "ms",
 }
 
 MODES: Mapping[str, str] = {
@@ -56,6 +70,8 @@ DEFAULT_ALLOCATION = "global"
 DEFAULT_COMPENSATION = "ridge"
 DEFAULT_FLOOR = 0.1
 DEFAULT_RIDGE = 1e-3
+DEFAULT_DRIFT_RIDGE = 1.0
+DEFAULT_STEP = 0.1
 
 
 def check_choice(what: str, value: str, choices: Mapping[str, str]) -> None:

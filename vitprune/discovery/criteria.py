@@ -5,7 +5,7 @@ Letters: B images, N tokens, H hidden neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,20 @@ from torch import Tensor, nn
 
 from vitprune.data import Batches, on_device
 from vitprune.discovery.discover import Discovery
-from vitprune.discovery.moments import Moments
+from vitprune.discovery.quadrature import parse_quadrature
 from vitprune.discovery.second_order import obs
+from vitprune.discovery.statistics import (
+    ABSOLUTE,
+    FISHER,
+    GRADIENTS,
+    MOMENTS,
+    TAYLOR,
+    Statistics,
+    measure_statistics,
+)
 from vitprune.errors import VitpruneError
-from vitprune.feed_forward import FeedForward, capture, find_feed_forwards, hook_hidden
-from vitprune.options import CRITERIA, DEFAULT_RIDGE, check_choice
+from vitprune.feed_forward import FeedForward, find_feed_forwards, hook_hidden
+from vitprune.options import CRITERIA, DEFAULT_QUADRATURE, DEFAULT_RIDGE, check_choice
 
 Scores = dict[str, Tensor]
 
@@ -66,71 +75,162 @@ def magnitude(model: nn.Module) -> Scores:
     return scores
 
 
-@torch.no_grad()
-def activation(model: nn.Module, batches: Batches) -> Scores:
+def activation(model: nn.Module, statistics: Mapping[str, Statistics]) -> Scores:
     r"""Take the mean absolute hidden activation.
 
     .. math:: s_i = \frac{1}{BN} \sum_{b,n} |h_{bni}|
 
     Args:
-        model: timm Vision Transformer in eval mode.
-        batches: pairs of images [B, 3, height, width] (normalised by the model's own transform) and labels, which are
-            not used. Read once.
+        model: timm Vision Transformer.
+        statistics: of its FFNs, with ``absolute``.
 
     Returns:
-        FFN name -> scores [H]; float32, non-negative; higher is more important.
-
-    Raises:
-        VitpruneError: if the model has no supported FFN, or ``batches`` is empty.
+        FFN name -> scores [H]; float64, non-negative; higher is more important.
     """
-    ffns = find_feed_forwards(model)
-    sums, counts = _zeros(ffns), dict.fromkeys((ffn.name for ffn in ffns), 0)
-
-    def add(name: str, h_BNH: Tensor) -> None:
-        rows = h_BNH.reshape(-1, h_BNH.shape[-1])
-        sums[name] += rows.abs().double().sum(0).cpu()
-        counts[name] += len(rows)
-
-    for images, _labels in on_device(model, batches):
-        with hook_hidden(model, ffns, add):
-            model(images)
-    _refuse_empty(counts)
-    return {name: (total / counts[name]).float() for name, total in sums.items()}
+    return {name: of_ffn.absolute_H for name, of_ffn in statistics.items()}
 
 
-def taylor(model: nn.Module, batches: Batches) -> Scores:
+@torch.no_grad()
+def variance(model: nn.Module, statistics: Mapping[str, Statistics]) -> Scores:
+    r"""Take the variance that a neuron brings into the FFN's output.
+
+    .. math:: s_i = \mathrm{Var}(h_i) \, \|W^{down}_{:,i}\|^2
+
+    It is the squared error that removal leaves once the mean has moved into the bias.
+
+    Args:
+        model: timm Vision Transformer.
+        statistics: of its FFNs, with ``moments``.
+
+    Returns:
+        FFN name -> scores [H]; float64, non-negative; higher is more important.
+
+    Source:
+        The ranking of CORP (arXiv:2602.05243) and of variance-based pruning (arXiv:2507.12988).
+    """
+    return {
+        name: of_ffn.covariance_HH.diagonal().clamp_min(0) * down.square().sum(0)
+        for name, of_ffn, down in _with_down_projs(model, statistics)
+    }
+
+
+@torch.no_grad()
+def wanda(model: nn.Module, statistics: Mapping[str, Statistics]) -> Scores:
+    r"""Take the size of the weights that read a neuron times the size of the neuron.
+
+    .. math:: s_i = \sum_d |W^{down}_{di}| \cdot \sqrt{\mathbb{E}[h_i^2]}
+
+    Args:
+        model: timm Vision Transformer.
+        statistics: of its FFNs, with ``moments``.
+
+    Returns:
+        FFN name -> scores [H]; float64, non-negative; higher is more important.
+
+    Source:
+        Sun et al., ICLR 2024 (arXiv:2306.11695), who rank single weights; here a neuron's weights are summed.
+    """
+    return {
+        name: (of_ffn.covariance_HH.diagonal().clamp_min(0) + of_ffn.mean_H.square()).sqrt() * down.abs().sum(0)
+        for name, of_ffn, down in _with_down_projs(model, statistics)
+    }
+
+
+def taylor(model: nn.Module, statistics: Mapping[str, Statistics]) -> Scores:
     r"""Estimate how much the loss changes when a neuron is zeroed.
 
     .. math:: s_i = \frac{1}{B} \sum_b \Big| \sum_n h_{bni} \, \frac{\partial L_b}{\partial h_{bni}} \Big|
 
-    Tokens are summed inside the absolute value: removing a neuron removes it from every token at once.
+    Tokens are summed inside the absolute value: removing a neuron removes it from every token at once. L is the
+    cross-entropy with the labels given.
 
     Args:
-        model: timm Vision Transformer in eval mode; images -> logits [B, C].
-        batches: pairs of images [B, 3, height, width] (normalised by the model's own transform) and class labels [B]
-            (int64). Read once.
+        model: timm Vision Transformer.
+        statistics: of its FFNs, with ``taylor``.
 
     Returns:
-        FFN name -> scores [H]; float32, nats per image, non-negative; higher is more important.
-
-    Raises:
-        VitpruneError: if the model has no supported FFN or no classifier, or ``batches`` is empty.
+        FFN name -> scores [H]; float64, nats per image, non-negative; higher is more important.
 
     Source:
         Molchanov et al., ICLR 2017 (arXiv:1611.06440).
     """
+    return {name: of_ffn.taylor_H for name, of_ffn in statistics.items()}
+
+
+def fisher(model: nn.Module, statistics: Mapping[str, Statistics]) -> Scores:
+    r"""Estimate to second order how much the loss rises when a neuron is zeroed.
+
+    .. math:: s_i = \frac{1}{2B} \sum_b \Big( \sum_n h_{bni} \, \frac{\partial L_b}{\partial h_{bni}} \Big)^2
+
+    Labels are drawn from the model's own answer, so this is the diagonal of the true Fisher information and needs no
+    labels.
+
+    Args:
+        model: timm Vision Transformer.
+        statistics: of its FFNs, with ``fisher``.
+
+    Returns:
+        FFN name -> scores [H]; float64, nats per image, non-negative; higher is more important.
+
+    Source:
+        Theis et al., arXiv:1801.05787, and Liu et al., ICML 2021 (arXiv:2108.00708), who use the given labels.
+    """
+    return {name: of_ffn.fisher_H / 2 for name, of_ffn in statistics.items()}
+
+
+def integrated_gradients(model: nn.Module, batches: Batches, *, quadrature: str = DEFAULT_QUADRATURE) -> Scores:
+    r"""Attribute the loss to neurons along the way from a silent FFN to the real one.
+
+    .. math:: s_i = \frac{1}{B} \sum_b \Big| \sum_n h_{bni} \int_0^1
+        \frac{\partial L_b}{\partial h_{bni}}(\alpha h) \, d\alpha \Big|
+
+    One FFN is scaled at a time and later FFNs run free. Before the absolute value, an image's sum over neurons is the
+    loss with the FFN minus the loss with its hidden vector at zero (completeness).
+
+    Args:
+        model: timm Vision Transformer in eval mode; images -> logits [B, C].
+        batches: pairs of images [B, 3, height, width] (normalised by the model's own transform) and class labels [B]
+            (int64). Read once; each batch costs a forward and a backward pass per FFN and node.
+        quadrature: ``gauss-legendre:NODES`` or ``riemann:STEPS``.
+
+    Returns:
+        FFN name -> scores [H]; float64, nats per image, non-negative; higher is more important.
+
+    Raises:
+        VitpruneError: if ``batches`` is empty.
+
+    Source:
+        Sundararajan et al., ICML 2017 (arXiv:1703.01365), on hidden neurons as in Dai et al., ACL 2022
+        (arXiv:2104.08696, knowledge neurons), who attribute the probability.
+    """
     ffns = find_feed_forwards(model)
-    sums, count = _zeros(ffns), 0
+    rule = parse_quadrature(quadrature)
+    sums = {ffn.name: torch.zeros(ffn.num_neurons, dtype=torch.float64) for ffn in ffns}
+    count = 0
     for images, labels in on_device(model, batches):
-        with capture(model, ffns) as hidden:
-            loss = nn.functional.cross_entropy(model(images), labels, reduction="sum")
-            gradients = torch.autograd.grad(loss, list(hidden.values()))
-        for (name, h_BNH), gradient in zip(hidden.items(), gradients, strict=True):
-            product = (h_BNH.detach() * gradient).flatten(1, -2).sum(1)
-            sums[name] += product.abs().double().sum(0).cpu()
+        for ffn in ffns:
+            slopes = 0
+            for node, weight in zip(rule.nodes, rule.weights, strict=True):
+                loss, hidden, scaled = _loss_at(model, ffn, images, labels, node)
+                slopes = slopes + weight * torch.autograd.grad(loss, scaled)[0]
+            sums[ffn.name] += (hidden * slopes).flatten(1, -2).sum(1).abs().sum(0, dtype=torch.float64).cpu()
         count += len(images)
-    _refuse_empty({"images": count})
-    return {name: (total / count).float() for name, total in sums.items()}
+    if count == 0:
+        raise VitpruneError("no calibration images")
+    return {name: total / count for name, total in sums.items()}
+
+
+def _loss_at(model: nn.Module, ffn: FeedForward, images: Tensor, labels: Tensor, scale: float):
+    """Return the summed loss with one FFN's hidden vector scaled, that vector, and the leaf that was put in."""
+    seen: list[Tensor] = []
+
+    def replace(_name: str, hidden: Tensor) -> Tensor:
+        seen.extend((hidden.detach(), (hidden.detach() * scale).requires_grad_()))
+        return seen[1]
+
+    with torch.enable_grad(), hook_hidden(model, [ffn], replace):
+        loss = nn.functional.cross_entropy(model(images), labels, reduction="sum")
+    return loss, *seen
 
 
 def jas(found: Discovery) -> Scores:
@@ -155,23 +255,37 @@ class Criterion:
     Attributes:
         score: the function.
         needs: names of the arguments that it takes beside the model, as in ``score_neurons``.
+        statistics: what ``statistics`` must hold, in the words of ``measure_statistics``.
         across_ffns: True where scores of different FFNs share a unit, so that one ranking needs no normalisation.
         needs_classifier: True where the score comes from the loss.
     """
 
     score: Callable[..., Scores]
-    needs: tuple[str, ...]
-    across_ffns: bool
+    needs: tuple[str, ...] = ("statistics",)
+    statistics: frozenset[str] = frozenset()
+    across_ffns: bool = False
     needs_classifier: bool = False
 
 
 REGISTRY: Mapping[str, Criterion] = {
-    "random": Criterion(random, ("seed",), True),
-    "magnitude": Criterion(magnitude, (), False),
-    "activation": Criterion(activation, ("batches",), False),
-    "taylor": Criterion(taylor, ("batches",), True, needs_classifier=True),
-    "obs": Criterion(obs, ("batches", "moments", "ridge", "seed"), True, needs_classifier=True),
-    "jas": Criterion(jas, ("found",), False),
+    "random": Criterion(random, needs=("seed",), across_ffns=True),
+    "magnitude": Criterion(magnitude, needs=()),
+    "activation": Criterion(activation, statistics=frozenset({ABSOLUTE})),
+    "variance": Criterion(variance, statistics=frozenset({MOMENTS})),
+    "wanda": Criterion(wanda, statistics=frozenset({MOMENTS})),
+    "taylor": Criterion(taylor, statistics=frozenset({TAYLOR}), across_ffns=True, needs_classifier=True),
+    "fisher": Criterion(fisher, statistics=frozenset({FISHER}), across_ffns=True, needs_classifier=True),
+    "integrated-gradients": Criterion(
+        integrated_gradients, needs=("batches",), across_ffns=True, needs_classifier=True
+    ),
+    "jas": Criterion(jas, needs=("found",)),
+    "obs": Criterion(
+        obs,
+        needs=("statistics", "ridge"),
+        statistics=frozenset({MOMENTS, GRADIENTS}),
+        across_ffns=True,
+        needs_classifier=True,
+    ),
 }
 
 
@@ -190,7 +304,7 @@ def check_needs(
             f"criterion {criterion} needs the scores of a run; "
             "run 'vitprune discover MODEL --data DIR -o RUN' first and prune RUN"
         )
-    if "batches" in row.needs and batches is None:
+    if {"batches", "statistics"} & set(row.needs) and batches is None:
         raise VitpruneError(f"criterion {criterion} needs calibration images; pass --data DIR")
     if row.needs_classifier and getattr(model, "num_classes", 1) < 1:
         raise VitpruneError(f"criterion {criterion} needs a classifier, but the model has none (num_classes=0)")
@@ -202,7 +316,7 @@ def score_neurons(
     *,
     batches: Batches | None = None,
     found: Discovery | None = None,
-    moments: Mapping[str, Moments] | None = None,
+    statistics: Mapping[str, Statistics] | None = None,
     ridge: float = DEFAULT_RIDGE,
     seed: int = 0,
 ) -> Scores:
@@ -213,9 +327,10 @@ def score_neurons(
         criterion: key of ``CRITERIA``.
         batches: calibration images with labels; only for criteria that need them.
         found: a discovery on this model; only for ``jas``.
-        moments: from ``measure_moments`` on this model; ``obs`` measures them itself where they are not given.
+        statistics: from ``measure_statistics`` on this model, with what the criterion's row in ``REGISTRY`` says;
+            measured here from ``batches`` where they are not given.
         ridge: λ of ``obs``, relative to the mean variance of the hidden neurons; positive.
-        seed: only for criteria that draw at random.
+        seed: of random scores and of sampled labels.
 
     Returns:
         FFN name -> scores [H]; higher is more important.
@@ -223,18 +338,18 @@ def score_neurons(
     Raises:
         VitpruneError: if the criterion is unknown or lacks what it needs.
     """
-    check_needs(model, criterion, batches=batches, found=found)
-    row = REGISTRY[criterion]
-    if "found" in row.needs:
+    row = REGISTRY.get(criterion)
+    given = {"batches": batches, "found": found, "statistics": statistics, "ridge": ridge, "seed": seed}
+    if row is None or statistics is None or "statistics" not in row.needs:
+        check_needs(model, criterion, batches=batches, found=found)
+        if "statistics" in row.needs:
+            ffns = find_feed_forwards(model)
+            given["statistics"] = measure_statistics(model, ffns, batches, row.statistics, seed=seed)
+    if criterion == "jas":
         return row.score(found)
-    given = {"batches": batches, "moments": moments, "ridge": ridge, "seed": seed}
     return row.score(model, **{name: given[name] for name in row.needs})
 
 
-def _zeros(ffns: list[FeedForward]) -> dict[str, Tensor]:
-    return {ffn.name: torch.zeros(ffn.num_neurons, dtype=torch.float64) for ffn in ffns}
-
-
-def _refuse_empty(counts: Mapping[str, int]) -> None:
-    if 0 in counts.values():
-        raise VitpruneError("no calibration images")
+def _with_down_projs(model: nn.Module, statistics: Mapping[str, Statistics]) -> Iterator[tuple[str, Statistics, Tensor]]:
+    for ffn in find_feed_forwards(model):
+        yield ffn.name, statistics[ffn.name], model.get_submodule(ffn.down_proj).weight.double().cpu()

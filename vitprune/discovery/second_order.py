@@ -13,15 +13,13 @@ Letters: N tokens, D embedding width, H hidden neurons.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from vitprune.data import Batches, on_device
-from vitprune.discovery.moments import Moments, measure_moments
-from vitprune.errors import VitpruneError
-from vitprune.feed_forward import FeedForward, capture, find_feed_forwards
+from vitprune.discovery.statistics import Statistics
+from vitprune.feed_forward import find_feed_forwards
 from vitprune.options import DEFAULT_RIDGE
 
 # Removals between two full updates of the inverse: matrix products instead of one rank-1 update per neuron.
@@ -29,74 +27,31 @@ BLOCK = 64
 
 
 def obs(
-    model: nn.Module,
-    batches: Batches,
-    *,
-    moments: Mapping[str, Moments] | None = None,
-    ridge: float = DEFAULT_RIDGE,
-    seed: int = 0,
+    model: nn.Module, statistics: Mapping[str, Statistics], *, ridge: float = DEFAULT_RIDGE
 ) -> dict[str, Tensor]:
     """Rank neurons by the loss that their removal costs after compensation, eliminating them one by one.
 
     Args:
-        model: timm Vision Transformer in eval mode; images -> logits [B, C].
-        batches: pairs of images [B, 3, height, width] (normalised by the model's own transform) and labels, which are
-            not used. Read once, and once more if ``moments`` is not given.
-        moments: from ``measure_moments`` on this model, to share them with the compensation.
+        model: timm Vision Transformer.
+        statistics: of its FFNs, with ``moments`` and ``gradients``.
         ridge: λ relative to the mean variance of the hidden neurons, as in the compensation that follows; positive.
-        seed: of the sampled labels.
 
     Returns:
         FFN name -> scores [H]; float64, nats per image, positive; the neuron eliminated last has the highest. A score
         is the largest cost met until the neuron went, so scores order neurons as the elimination did.
 
-    Raises:
-        VitpruneError: if the model has no supported FFN or no classifier, or ``batches`` is empty.
-
     Source:
         Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", NIPS 1992, with the
         layer-wise Kronecker form of the Fisher information (arXiv:1503.05671).
     """
-    ffns = find_feed_forwards(model)
-    gradients = measure_output_gradients(model, ffns, batches, seed=seed)
-    if moments is None:
-        moments = measure_moments(model, ffns, batches)
     scores = {}
-    for ffn in ffns:
-        values, vectors = torch.linalg.eigh(gradients[ffn.name])
+    for ffn in find_feed_forwards(model):
+        of_ffn = statistics[ffn.name]
+        values, vectors = torch.linalg.eigh(of_ffn.gradient_DD)
         root_DD = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
         weight_DH = model.get_submodule(ffn.down_proj).weight.detach().double().cpu()
-        scores[ffn.name] = _as_scores(*eliminate(root_DD @ weight_DH, moments[ffn.name].covariance_HH, ridge=ridge))
+        scores[ffn.name] = _as_scores(*eliminate(root_DD @ weight_DH, of_ffn.covariance_HH, ridge=ridge))
     return scores
-
-
-def measure_output_gradients(
-    model: nn.Module, ffns: Sequence[FeedForward], batches: Batches, *, seed: int = 0
-) -> dict[str, Tensor]:
-    """Return G, the second moment of the loss gradient at each FFN's output, with labels sampled from the model.
-
-    Returns:
-        FFN name -> [D, D]; float64, summed over tokens, mean over images.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    sums: dict[str, Tensor] = {}
-    count = 0
-    for images, _labels in on_device(model, batches):
-        with capture(model, ffns, outputs=True) as outputs:
-            logits = model(images)
-            sampled = torch.multinomial(logits.detach().float().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
-            loss = nn.functional.cross_entropy(logits, sampled.to(logits.device), reduction="sum")
-            gradients = torch.autograd.grad(loss, list(outputs.values()))
-        for name, gradient in zip(outputs, gradients, strict=True):
-            rows_ND = gradient.reshape(-1, gradient.shape[-1])
-            if rows_ND.dtype in (torch.float16, torch.bfloat16):
-                rows_ND = rows_ND.float()
-            square_DD = (rows_ND.T @ rows_ND).double().cpu()
-            sums[name] = sums[name] + square_DD if name in sums else square_DD
-        count += len(images)
-    if count == 0:
-        raise VitpruneError("no calibration images")
-    return {name: total / count for name, total in sums.items()}
 
 
 def eliminate(a_DH: Tensor, covariance_HH: Tensor, *, ridge: float = DEFAULT_RIDGE) -> tuple[Tensor, Tensor]:

@@ -103,6 +103,7 @@ def _write(model: nn.Module, path: Path, calibration: Iterable[str]) -> None:
         "version": FORMAT_VERSION,
         "architecture": architecture(model),
         "num_classes": model.num_classes,
+        "label_names": list(getattr(model, "label_names", None) or ()),
         "data_config": config,
         "calibration_sha256": sorted(calibration),
         "widths": {ffn.name: ffn.num_neurons for ffn in find_feed_forwards(model)},

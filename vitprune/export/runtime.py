@@ -22,6 +22,7 @@ class OnnxModel:
     Attributes:
         data_config: the transform that its images need, as ``timm.data.resolve_model_data_config`` gives it.
         num_classes: length of the logits.
+        label_names: folder names of its classes, or None where the file does not tell.
         calibration: content hashes of the images that the pruned model was calibrated on.
     """
 
@@ -29,6 +30,7 @@ class OnnxModel:
         self.session = session
         self.data_config: Mapping[str, Any] = facts["data_config"]
         self.num_classes: int = facts["num_classes"]
+        self.label_names: tuple[str, ...] | None = tuple(facts.get("label_names", ())) or None
         self.calibration = frozenset(facts["calibration_sha256"])
 
     def __call__(self, images: Tensor) -> Tensor:

@@ -19,31 +19,43 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from vitprune.discovery.moments import Moments
+from vitprune.discovery.statistics import Statistics
 from vitprune.errors import VitpruneError
 from vitprune.options import COMPENSATIONS, DEFAULT_RIDGE, check_choice
 from vitprune.pruning.plan import Plan, fit_plan
 
 
-def reconstruct(moments: Moments, keep_H: Tensor, *, ridge: float = DEFAULT_RIDGE) -> Tensor:
+def reconstruct(statistics: Statistics, keep_H: Tensor, *, ridge: float = DEFAULT_RIDGE) -> Tensor:
     """Return B [P, S], the best linear map from centred kept neurons to centred removed ones.
 
     Args:
-        moments: of the hidden neurons.
+        statistics: of the hidden neurons, with ``moments``.
         keep_H: bool.
         ridge: λ relative to the mean variance; positive.
     """
-    covariance_HH = moments.covariance_HH
+    return regress(statistics, keep_H, statistics.covariance_HH[keep_H][:, ~keep_H], ridge=ridge)
+
+
+def regress(statistics: Statistics, keep_H: Tensor, cross_SX: Tensor, *, ridge: float) -> Tensor:
+    """Return the coefficients [X, S] of a ridge regression on the centred kept neurons.
+
+    Args:
+        statistics: of the hidden neurons, with ``moments``.
+        keep_H: bool.
+        cross_SX: covariance of the kept neurons with what is to be explained; float64.
+        ridge: λ relative to the mean variance of all neurons; positive.
+    """
+    covariance_HH = statistics.covariance_HH
     kept_SS = covariance_HH[keep_H][:, keep_H].clone()
-    scale = float(covariance_HH.diagonal().mean())
-    # A dead FFN has no variance at all; the smallest normal number keeps its system solvable (B = 0).
-    kept_SS.diagonal().add_(max(ridge * scale, torch.finfo(torch.float64).tiny))
+    # A dead FFN has no variance at all; the smallest normal number keeps its system solvable (coefficients 0).
+    damping = max(ridge * float(covariance_HH.diagonal().mean()), torch.finfo(torch.float64).tiny)
+    kept_SS.diagonal().add_(damping)
     factor, failed = torch.linalg.cholesky_ex(kept_SS)
-    cross_SP = covariance_HH[keep_H][:, ~keep_H]
     if int(failed) == 0:
-        return torch.cholesky_solve(cross_SP, factor).T
+        return torch.cholesky_solve(cross_SX, factor).T
+    # Rounding made a nearly singular matrix indefinite: solve it by its eigenvalues, none below the damping.
     values, vectors = torch.linalg.eigh(kept_SS)
-    return (vectors @ ((vectors.T @ cross_SP) / values.clamp_min(max(ridge * scale, 1e-300)).unsqueeze(1))).T
+    return (vectors @ ((vectors.T @ cross_SX) / values.clamp_min(max(damping, 1e-300)).unsqueeze(1))).T
 
 
 def check_ridge(ridge: float) -> None:
@@ -56,10 +68,19 @@ def check_ridge(ridge: float) -> None:
         raise VitpruneError(f"ridge must be positive, got {ridge}")
 
 
+def write_down_proj(down: nn.Linear, weight_DH: Tensor, shift_D: Tensor) -> None:
+    """Set an output projection's weight in place and add to its bias, which it gets if it has none."""
+    down.weight.copy_(weight_DH)
+    if down.bias is None:
+        down.bias = nn.Parameter(torch.zeros_like(down.weight[:, 0]))
+    down.bias.add_(shift_D.to(down.bias.device, down.bias.dtype))
+
+
+@torch.no_grad()
 def compensate(
     model: nn.Module,
     plan: Plan,
-    moments: Mapping[str, Moments],
+    statistics: Mapping[str, Statistics],
     *,
     compensation: str = "ridge",
     ridge: float = DEFAULT_RIDGE,
@@ -72,8 +93,8 @@ def compensate(
     Args:
         model: the dense model.
         plan: which neurons stay.
-        moments: from ``measure_moments`` on the dense model.
-        compensation: key of ``COMPENSATIONS``.
+        statistics: of the dense model's FFNs, with ``moments``.
+        compensation: ``none``, ``bias`` or ``ridge``.
         ridge: λ relative to the mean variance of the hidden neurons; positive.
 
     Raises:
@@ -83,28 +104,23 @@ def compensate(
         Second-order reconstruction as in Optimal Brain Surgeon, applied to FFN neurons by CORP (arXiv:2602.05243) and
         others; ``bias`` is its special case B = 0.
     """
-    check_choice("compensation", compensation, COMPENSATIONS)
+    check_choice("compensation", compensation, {name: COMPENSATIONS[name] for name in ("none", "bias", "ridge")})
     check_ridge(ridge)
     ffns = fit_plan(model, plan)
     result = copy.deepcopy(model)
     if compensation == "none":
         return result
-    with torch.no_grad():
-        for ffn in ffns:
-            keep_H = plan.keep[ffn.name]
-            if bool(keep_H.all()):
-                continue
-            of_ffn = moments[ffn.name]
-            down = result.get_submodule(ffn.down_proj)
-            weight_DH = down.weight.double().cpu()
-            mean_P = of_ffn.mean_H[~keep_H]
-            if compensation == "ridge":
-                map_PS = reconstruct(of_ffn, keep_H, ridge=ridge)
-                mean_P = mean_P - map_PS @ of_ffn.mean_H[keep_H]
-                weight_DH[:, keep_H] += weight_DH[:, ~keep_H] @ map_PS
-            shift_D = weight_DH[:, ~keep_H] @ mean_P
-            down.weight.copy_(weight_DH)
-            if down.bias is None:
-                down.bias = nn.Parameter(torch.zeros_like(down.weight[:, 0]))
-            down.bias.add_(shift_D.to(down.bias.device, down.bias.dtype))
+    for ffn in ffns:
+        keep_H = plan.keep[ffn.name]
+        if bool(keep_H.all()):
+            continue
+        of_ffn = statistics[ffn.name]
+        down = result.get_submodule(ffn.down_proj)
+        weight_DH = down.weight.double().cpu()
+        mean_P = of_ffn.mean_H[~keep_H]
+        if compensation == "ridge":
+            map_PS = reconstruct(of_ffn, keep_H, ridge=ridge)
+            mean_P = mean_P - map_PS @ of_ffn.mean_H[keep_H]
+            weight_DH[:, keep_H] += weight_DH[:, ~keep_H] @ map_PS
+        write_down_proj(down, weight_DH, weight_DH[:, ~keep_H] @ mean_P)
     return result

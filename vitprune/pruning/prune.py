@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitprune.data import Batches
-from vitprune.discovery.criteria import REGISTRY, check_needs, score_neurons
+from vitprune.discovery.criteria import REGISTRY, check_needs
 from vitprune.discovery.discover import Discovery
-from vitprune.discovery.moments import Moments, measure_moments
+from vitprune.discovery.statistics import MOMENTS, Statistics, measure_statistics
 from vitprune.errors import VitpruneError
 from vitprune.feed_forward import find_feed_forwards
 from vitprune.models import architecture, hash_weights
@@ -23,21 +23,33 @@ from vitprune.options import (
     DEFAULT_FLOOR,
     DEFAULT_RATIO,
     DEFAULT_RIDGE,
+    DEFAULT_STEP,
     MODES,
     check_choice,
 )
 from vitprune.pruning.allocate import allocate
 from vitprune.pruning.apply import mask_neurons, remove_neurons
 from vitprune.pruning.compensate import check_ridge, compensate
+from vitprune.pruning.distill import distill
 from vitprune.pruning.plan import Plan, fit_plan, plan_from_widths
+from vitprune.pruning.schedule import bridge_of, list_stops, plan_in_steps
+from vitprune.pruning.sequential import compensate_sequentially
+from vitprune.pruning.target import Target, target_neurons
+
+Track = Callable[[Sequence[Any], str], Iterable[Any]]
+
+
+def _untracked(items: Sequence[Any], _description: str) -> Iterable[Any]:
+    return items
 
 
 def plan_pruning(
     model: nn.Module,
     scores: Mapping[str, Tensor],
     *,
-    pruning_ratio: float,
     criterion: str,
+    pruning_ratio: float | None = None,
+    target: Target | None = None,
     allocation: str = DEFAULT_ALLOCATION,
     round_to: int = 1,
     floor: float = DEFAULT_FLOOR,
@@ -48,8 +60,9 @@ def plan_pruning(
     Args:
         model: the model that the scores are of.
         scores: FFN name -> scores [H]; higher is more important.
-        pruning_ratio: share of all FFN neurons to remove, in [0, 1); the plan never removes less.
         criterion: key of ``CRITERIA``; says whether scores of different FFNs compare.
+        pruning_ratio: share of all FFN neurons to remove, in [0, 1); the plan never removes less.
+        target: what the model may cost instead.
         allocation: ``uniform`` or ``global``.
         round_to: every width is a multiple of it.
         floor: share of its neurons that ``global`` leaves to each FFN at least.
@@ -58,27 +71,12 @@ def plan_pruning(
     Raises:
         VitpruneError: if an argument is out of range, or an FFN would be left empty.
     """
-    widths = allocate(
-        scores,
-        pruning_ratio,
-        allocation=allocation,
-        across_ffns=REGISTRY[criterion].across_ffns,
-        round_to=round_to,
-        floor=floor,
-    )
-    recorded = {
-        "architecture": architecture(model),
-        "weights_sha256": hash_weights(model),
-        "criterion": criterion,
-        "allocation": allocation,
-        "pruning_ratio_asked": pruning_ratio,
-        "round_to": round_to,
-        "floor": floor,
-        **(facts or {}),
-    }
-    plan = plan_from_widths(scores, widths, recorded)
-    fit_plan(model, plan)
-    return plan
+    target = _target(model, pruning_ratio, target)
+    across = REGISTRY[criterion].across_ffns
+    widths = allocate(scores, target, allocation=allocation, across_ffns=across, round_to=round_to, floor=floor)
+    plan = plan_from_widths(scores, widths, {})
+    decisions = {"criterion": criterion, "allocation": allocation, "round_to": round_to, "floor": floor}
+    return _with_facts(model, plan, target, pruning_ratio, {**decisions, **(facts or {})})
 
 
 def apply_plan(
@@ -89,7 +87,9 @@ def apply_plan(
     compensation: str = "none",
     ridge: float = DEFAULT_RIDGE,
     batches: Batches | None = None,
-    moments: Mapping[str, Moments] | None = None,
+    statistics: Mapping[str, Statistics] | None = None,
+    seed: int = 0,
+    track: Track = _untracked,
 ) -> nn.Module:
     """Return a pruned copy of the model.
 
@@ -98,30 +98,48 @@ def apply_plan(
         plan: which neurons stay.
         mode: ``remove`` makes the linear layers smaller; ``mask`` keeps their shapes.
         compensation: key of ``COMPENSATIONS``.
-        ridge: λ of ``ridge``, relative to the mean variance of the hidden neurons.
-        batches: calibration images, for ``bias`` and ``ridge`` where ``moments`` is not given.
-        moments: from ``measure_moments`` on this model, to share them between plans.
+        ridge: λ relative to the mean variance of the hidden neurons.
+        batches: calibration images, for any compensation but ``none``; ``distill`` reads them more than once.
+        statistics: of this model, with ``moments``, to share them between plans; ``bias`` and ``ridge`` then need no
+            images.
+        seed: of ``distill``.
+        track: wraps (items, description) of long loops, for progress.
 
     Raises:
         VitpruneError: if the plan is not for this model, an argument is out of range, or images are missing.
     """
     check_choice("mode", mode, MODES)
     check_choice("compensation", compensation, COMPENSATIONS)
+    check_ridge(ridge)
     ffns = fit_plan(model, plan)
-    if compensation != "none":
-        if moments is None:
-            if batches is None:
-                raise VitpruneError(f"compensation {compensation} needs calibration images; pass --data DIR")
-            moments = measure_moments(model, ffns, batches)
-        model = compensate(model, plan, moments, compensation=compensation, ridge=ridge)
-    return remove_neurons(model, plan) if mode == "remove" else mask_neurons(model, plan)
+    one_shot = compensation in ("bias", "ridge")
+    if compensation != "none" and batches is None and not (one_shot and statistics is not None):
+        raise VitpruneError(f"compensation {compensation} needs calibration images; pass --data DIR")
+    result = model
+    if one_shot:
+        if statistics is None:
+            statistics = measure_statistics(model, ffns, batches, {MOMENTS})
+        result = compensate(model, plan, statistics, compensation=compensation, ridge=ridge)
+    elif compensation != "none":
+        result = compensate_sequentially(
+            model,
+            plan,
+            batches,
+            towards_stream=compensation != "sequential-ffn",
+            ridge=ridge,
+            track=lambda blocks: track(blocks, "compensate"),
+        )
+        if compensation == "distill":
+            result = distill(model, result, plan, batches, seed=seed, track=lambda steps: track(steps, "distill"))
+    return remove_neurons(result, plan) if mode == "remove" else mask_neurons(result, plan)
 
 
 def prune(
     model: nn.Module,
     batches: Batches | None = None,
     *,
-    pruning_ratio: float = DEFAULT_RATIO,
+    pruning_ratio: float | None = None,
+    target: Target | None = None,
     criterion: str = DEFAULT_CRITERION,
     allocation: str = DEFAULT_ALLOCATION,
     compensation: str = DEFAULT_COMPENSATION,
@@ -130,23 +148,29 @@ def prune(
     round_to: int = 1,
     floor: float = DEFAULT_FLOOR,
     ridge: float = DEFAULT_RIDGE,
+    step: float = DEFAULT_STEP,
     seed: int = 0,
+    track: Track = _untracked,
 ) -> tuple[nn.Module, Plan]:
     """Remove the FFN neurons that matter least, in one call.
 
     Args:
         model: timm Vision Transformer in eval mode; stays as it is.
         batches: calibration images and labels, readable more than once (scores and compensation each read them).
-        pruning_ratio: share of all FFN neurons to remove, in [0, 1).
+        pruning_ratio: share of all FFN neurons to remove, in [0, 1); half of them if neither this nor ``target`` is
+            given.
+        target: what the model may cost instead.
         criterion: key of ``CRITERIA``.
         allocation: ``uniform`` or ``global``.
-        compensation: ``none``, ``bias`` or ``ridge``.
+        compensation: key of ``COMPENSATIONS``.
         mode: ``remove`` or ``mask``.
         found: a discovery on this model, for criterion ``jas``.
         round_to: every width is a multiple of it.
         floor: share of its neurons that ``global`` leaves to each FFN at least.
-        ridge: λ of ``ridge`` and ``obs``, relative to the mean variance of the hidden neurons.
-        seed: of criteria that draw at random.
+        ridge: λ relative to the mean variance of the hidden neurons.
+        step: share that goes between two measurements of the scores, in (0, 1]; 1 measures once.
+        seed: of everything drawn at random.
+        track: wraps (items, description) of long loops, for progress.
 
     Returns:
         The pruned model and its plan.
@@ -157,25 +181,63 @@ def prune(
     check_choice("mode", mode, MODES)
     check_choice("compensation", compensation, COMPENSATIONS)
     check_needs(model, criterion, batches=batches, found=found)
-    dense = {ffn.name: torch.zeros(ffn.num_neurons) for ffn in find_feed_forwards(model)}
-    # Refuse an impossible target before any image is read.
-    allocate(dense, pruning_ratio, allocation=allocation, across_ffns=True, round_to=round_to, floor=floor)
     check_ridge(ridge)
+    if pruning_ratio is None and target is None:
+        pruning_ratio = DEFAULT_RATIO
+    target = _target(model, pruning_ratio, target)
+    # Refuse an impossible target before any image is read.
+    level = {ffn.name: torch.zeros(ffn.num_neurons) for ffn in find_feed_forwards(model)}
+    allocate(level, target, allocation=allocation, across_ffns=True, round_to=round_to, floor=floor)
+    list_stops(target.share, step)
     if compensation != "none" and batches is None:
         raise VitpruneError(f"compensation {compensation} needs calibration images; pass --data DIR")
-    moments = None
-    if batches is not None and (compensation != "none" or "moments" in REGISTRY[criterion].needs):
-        moments = measure_moments(model, find_feed_forwards(model), batches)
-    scores = score_neurons(model, criterion, batches=batches, found=found, moments=moments, ridge=ridge, seed=seed)
-    plan = plan_pruning(
+    plan, statistics = plan_in_steps(
         model,
-        scores,
-        pruning_ratio=pruning_ratio,
+        target,
+        batches=batches,
         criterion=criterion,
         allocation=allocation,
+        compensation=bridge_of(compensation),
+        found=found,
         round_to=round_to,
         floor=floor,
-        facts={"compensation": compensation, "mode": mode, "ridge": ridge, "seed": seed},
+        ridge=ridge,
+        step=step,
+        seed=seed,
+        wanted=frozenset({MOMENTS}) if compensation in ("bias", "ridge") else frozenset(),
     )
-    pruned = apply_plan(model, plan, mode=mode, compensation=compensation, ridge=ridge, moments=moments)
+    decisions = {"criterion": criterion, "allocation": allocation, "round_to": round_to, "floor": floor}
+    applied = {"compensation": compensation, "mode": mode, "ridge": ridge, "step": step, "seed": seed}
+    plan = _with_facts(model, plan, target, pruning_ratio, {**decisions, **applied})
+    pruned = apply_plan(
+        model,
+        plan,
+        mode=mode,
+        compensation=compensation,
+        ridge=ridge,
+        batches=batches,
+        statistics=statistics or None,
+        seed=seed,
+        track=track,
+    )
     return pruned, plan
+
+
+def _target(model: nn.Module, pruning_ratio: float | None, target: Target | None) -> Target:
+    if (pruning_ratio is None) == (target is None):
+        raise VitpruneError("say how far to prune: either pruning_ratio or target")
+    return target_neurons(model, pruning_ratio) if target is None else target
+
+
+def _with_facts(model: nn.Module, plan: Plan, target: Target, pruning_ratio: float | None, facts) -> Plan:
+    asked = {"kind": target.kind, "limit": target.limit, "predicted": target.predict(plan.widths)}
+    recorded = {
+        "architecture": architecture(model),
+        "weights_sha256": hash_weights(model),
+        "pruning_ratio_asked": pruning_ratio,
+        "target": asked,
+        **facts,
+    }
+    plan = Plan(plan.keep, recorded)
+    fit_plan(model, plan)
+    return plan

@@ -1,0 +1,173 @@
+"""What criteria and compensation need to know of an FFN, measured in one pass over the calibration images.
+
+Letters: B images, N tokens, D embedding width, H hidden neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vitprune.data import Batches, on_device
+from vitprune.errors import VitpruneError
+from vitprune.feed_forward import FeedForward, capture, hook_hidden
+
+# What can be asked for. The last three need a backward pass: taylor with the given labels, the others with sampled ones.
+MOMENTS, ABSOLUTE, TAYLOR, FISHER, GRADIENTS = "moments", "absolute", "taylor", "fisher", "gradients"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    r"""Statistics of one FFN's hidden neurons h and of the loss gradient g at its output; float64, on the CPU.
+
+    What was not asked for is None.
+
+    Attributes:
+        num_images: images seen.
+        num_tokens: tokens seen in all images.
+        mean_H: mean over tokens; with ``moments``.
+        covariance_HH: centred, divided by ``num_tokens``; with ``moments``.
+        absolute_H: mean of \|h\| over tokens; with ``absolute``.
+        taylor_H: mean over images of \|Σ_n h ∂L/∂h\|, L the cross-entropy with the given labels; with ``taylor``.
+        fisher_H: mean over images of (Σ_n h ∂L/∂h)², labels sampled from the model's answer; with ``fisher``.
+        gradient_DD: E[g gᵀ], summed over tokens, mean over images, labels sampled; with ``gradients``.
+    """
+
+    num_images: int
+    num_tokens: int
+    mean_H: Tensor | None = None
+    covariance_HH: Tensor | None = None
+    absolute_H: Tensor | None = None
+    taylor_H: Tensor | None = None
+    fisher_H: Tensor | None = None
+    gradient_DD: Tensor | None = None
+
+
+def measure_statistics(
+    model: nn.Module, ffns: Sequence[FeedForward], batches: Batches, wanted: Collection[str], *, seed: int = 0
+) -> dict[str, Statistics]:
+    """Stream the calibration images once and return the statistics of every FFN.
+
+    Products are taken in the model's dtype (float32 for 16-bit models), second moments around the first batch's mean,
+    and summed in float64.
+
+    Args:
+        model: timm Vision Transformer in eval mode.
+        ffns: its FFNs.
+        batches: pairs of images [B, 3, height, width] (normalised by the model's own transform) and class labels [B]
+            (int64), which only ``taylor`` uses. Read once.
+        wanted: any of ``moments``, ``absolute``, ``taylor``, ``fisher``, ``gradients``.
+        seed: of the sampled labels.
+
+    Returns:
+        FFN name -> statistics.
+
+    Raises:
+        VitpruneError: if ``batches`` is empty.
+    """
+    wanted = frozenset(wanted)
+    sums = {ffn.name: _Sums(model.get_submodule(ffn.down_proj).weight.detach(), wanted) for ffn in ffns}
+    generator = torch.Generator().manual_seed(seed)
+    num_images = 0
+    for images, labels in on_device(model, batches):
+        with hook_hidden(model, ffns, lambda name, hidden: sums[name].add_hidden(hidden.detach())):
+            if wanted & {TAYLOR, FISHER, GRADIENTS}:
+                with capture(model, ffns, outputs=True) as outputs:
+                    logits = model(images)
+                _add_gradients(sums, outputs, logits, labels, wanted, generator)
+            else:
+                with torch.no_grad():
+                    model(images)
+        num_images += len(images)
+    if num_images == 0:
+        raise VitpruneError("no calibration images")
+    return {name: sums.pop(name).finish(num_images) for name in list(sums)}
+
+
+def sample_labels(logits_BC: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a class for each image from the model's own answer, one random number per image.
+
+    Returns:
+        int64 [B], on the device of the logits.
+    """
+    cumulative_BC = logits_BC.detach().double().softmax(-1).cumsum(-1).cpu()
+    draws_B1 = torch.rand(len(logits_BC), 1, generator=generator, dtype=torch.float64) * cumulative_BC[:, -1:]
+    return torch.searchsorted(cumulative_BC, draws_B1, right=True).squeeze(1).to(logits_BC.device)
+
+
+def _add_gradients(sums, outputs, logits, labels, wanted, generator) -> None:
+    def gradients_of(target: Tensor, *, last: bool):
+        loss = nn.functional.cross_entropy(logits, target, reduction="sum")
+        return torch.autograd.grad(loss, list(outputs.values()), retain_graph=not last)
+
+    if wanted & {FISHER, GRADIENTS}:
+        sampled = sample_labels(logits, generator)
+        for name, gradient in zip(outputs, gradients_of(sampled, last=TAYLOR not in wanted), strict=True):
+            sums[name].add_sampled(gradient)
+    if TAYLOR in wanted:
+        for name, gradient in zip(outputs, gradients_of(labels, last=True), strict=True):
+            sums[name].add_taylor(gradient)
+
+
+class _Sums:
+    """Running sums of one FFN, in float64 on the model's device."""
+
+    def __init__(self, weight_DH: Tensor, wanted: frozenset[str]) -> None:
+        self.weight_DH, self.wanted = weight_DH, wanted
+        self.num_tokens = 0
+        self.shift_H = self.hidden = None
+        self.sums: dict[str, Tensor] = {}
+
+    def _add(self, name: str, value: Tensor) -> None:
+        if name in self.sums:
+            self.sums[name] += value
+        else:
+            self.sums[name] = value.double()
+
+    def add_hidden(self, hidden: Tensor) -> None:
+        hidden = _at_least_float32(hidden)
+        rows_NH = hidden.reshape(-1, hidden.shape[-1])
+        self.num_tokens += len(rows_NH)
+        if self.wanted & {TAYLOR, FISHER}:
+            self.hidden = hidden
+        if ABSOLUTE in self.wanted:
+            self._add("absolute_H", rows_NH.abs().sum(0, dtype=torch.float64))
+        if MOMENTS in self.wanted:
+            if self.shift_H is None:
+                self.shift_H = rows_NH.mean(0)
+            rows_NH = rows_NH - self.shift_H
+            self._add("sum_H", rows_NH.sum(0))
+            self._add("square_HH", rows_NH.T @ rows_NH)
+
+    def _slopes(self, gradient: Tensor) -> Tensor:
+        """Return the derivative of each image's loss along each neuron [B, H], tokens summed."""
+        slopes = self.hidden * (_at_least_float32(gradient) @ self.weight_DH.to(self.hidden.dtype))
+        return slopes.flatten(1, -2).sum(1)
+
+    def add_sampled(self, gradient: Tensor) -> None:
+        if FISHER in self.wanted:
+            self._add("fisher_H", self._slopes(gradient).square().sum(0))
+        if GRADIENTS in self.wanted:
+            rows_ND = _at_least_float32(gradient).reshape(-1, gradient.shape[-1])
+            self._add("gradient_DD", rows_ND.T @ rows_ND)
+
+    def add_taylor(self, gradient: Tensor) -> None:
+        self._add("taylor_H", self._slopes(gradient).abs().sum(0))
+
+    def finish(self, num_images: int) -> Statistics:
+        sums, count = self.sums, self.num_tokens
+        found = {name: (sums[name] / num_images).cpu() for name in ("fisher_H", "gradient_DD", "taylor_H") if name in sums}
+        if ABSOLUTE in self.wanted:
+            found["absolute_H"] = (sums["absolute_H"] / count).cpu()
+        if MOMENTS in self.wanted:
+            offset_H = sums["sum_H"] / count
+            found["mean_H"] = (self.shift_H.double() + offset_H).cpu()
+            found["covariance_HH"] = sums.pop("square_HH").div_(count).sub_(torch.outer(offset_H, offset_H)).cpu()
+        return Statistics(num_images, count, **found)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
