@@ -183,6 +183,17 @@ def _add_prune(parser: ArgumentParser) -> None:
     _add_images(parser, required=False, batch_size=32, what="calibration images (default: those of the run)")
     # No defaults here: a plan that is given decides these, and what was asked for beside it must not be ignored.
     parser.add_argument("--ratio", type=float, help=f"share of FFN neurons to remove ({options.DEFAULT_RATIO})")
+    parser.add_argument("--target-params", type=float, help="parameters of the whole model instead, such as 4.5e6")
+    parser.add_argument("--target-macs", type=float, help="multiply-accumulates of one image instead, such as 0.9e9")
+    parser.add_argument("--target-latency", type=float, help="ms per run on --backend instead, measured here")
+    parser.add_argument("--backend", type=str, help=f"of --target-latency: {_listed(options.BACKENDS)}")
+    parser.add_argument("--latency-batch-size", type=int, help="images per run of --target-latency (1)")
+    parser.add_argument(
+        "--keep-classes",
+        type=str,
+        nargs="+",
+        help="only these classes will be asked for, by folder name or class index; 'data': those of --data",
+    )
     parser.add_argument(
         "--criterion",
         choices=tuple(options.CRITERIA),
@@ -196,6 +207,9 @@ def _add_prune(parser: ArgumentParser) -> None:
     parser.add_argument("--round-to", type=int, help="every width is a multiple of it (1)")
     parser.add_argument(
         "--floor", type=float, help=f"share that global leaves to each FFN at least ({options.DEFAULT_FLOOR})"
+    )
+    parser.add_argument(
+        "--step", type=float, help=f"share that goes before scores are measured anew; 1: never ({options.DEFAULT_STEP})"
     )
     parser.add_argument(
         "--compensate",
@@ -217,6 +231,40 @@ def _add_evaluate(parser: ArgumentParser) -> None:
     _add_checkpoint(parser)
     _add_images(parser, required=True, batch_size=64, what="evaluation images")
     _add_device(parser)
+
+
+def _add_curve(parser: ArgumentParser) -> None:
+    parser.add_argument("source", type=str, help="run folder of 'discover', timm name, or folder of a saved model")
+    _add_checkpoint(parser)
+    _add_images(parser, required=False, batch_size=32, what="calibration images (default: those of the run)")
+    parser.add_argument("--eval-data", type=str, required=True, help="folder of class folders: evaluation images")
+    parser.add_argument(
+        "--ratios", type=str, nargs="+", default=["0.1:0.8:0.1"], help="shares to remove: numbers or FIRST:LAST:STEP"
+    )
+    parser.add_argument(
+        "--criteria", type=str, nargs="+", default=[options.DEFAULT_CRITERION], help=_listed(options.CRITERIA)
+    )
+    parser.add_argument(
+        "--allocations", type=str, nargs="+", default=[options.DEFAULT_ALLOCATION], help=_listed(options.ALLOCATIONS)
+    )
+    parser.add_argument(
+        "--compensations",
+        type=str,
+        nargs="+",
+        default=[options.DEFAULT_COMPENSATION],
+        help=_listed(options.COMPENSATIONS),
+    )
+    parser.add_argument(
+        "--step", type=float, default=options.DEFAULT_STEP, help="share that goes before scores are measured anew"
+    )
+    parser.add_argument(
+        "--max-drop",
+        type=float,
+        help="find the largest ratio that costs less top-1 than this at 95 %% confidence, instead of --ratios",
+    )
+    _add_device(parser)
+    parser.add_argument("-o", "--output", type=str, required=True, help="folder to write; a killed run goes on there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output of other arguments")
 
 
 def _add_export(parser: ArgumentParser) -> None:
@@ -262,6 +310,7 @@ _ARGUMENTS: dict[str, tuple[str, Callable[[ArgumentParser], None]]] = {
     "demo": ("everything on a small ViT and scanned digits, no downloads", _add_demo),
     "discover": ("find the neuron paths of images and the scores of every class", _add_discover),
     "prune": ("remove the FFN neurons that matter least", _add_prune),
+    "curve": ("measure accuracy at many sizes", _add_curve),
     "evaluate": ("measure accuracy", _add_evaluate),
     "export": ("write an ONNX file and check it against torch", _add_export),
     "bench": ("time models in torch and ONNX Runtime", _add_bench),
@@ -339,14 +388,26 @@ def _pick_device(device: str | None) -> str:
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _find_images(num_classes: int, data: str, class_map, classes, images_per_class, seed: int):
+def _find_images(network, data: str, class_map, classes, images_per_class, seed: int, *, labels_matter: bool = True):
     from vitprune.data import find_images
 
     if images_per_class is not None and images_per_class < 1:
         raise VitpruneError(f"images_per_class must be at least 1, got {images_per_class}")
-    return find_images(
-        data, num_classes, class_map=class_map, classes=classes, images_per_class=images_per_class, seed=seed
+    label_names = getattr(network, "label_names", None)
+    images = find_images(
+        data,
+        network.num_classes if labels_matter else network.num_classes or None,
+        class_map=class_map,
+        label_names=label_names,
+        classes=classes,
+        images_per_class=images_per_class,
+        seed=seed,
     )
+    if label_names is not None:
+        others = [entry.name for entry in Path(data).iterdir() if entry.is_dir() and entry.name not in label_names]
+        if others and class_map is None:
+            _note(f"left out {len(others)} folders of {data} that are none of the model's {len(label_names)} classes")
+    return images
 
 
 def _batches(images, model, *, batch_size: int, workers: int, strict: bool):
@@ -387,7 +448,7 @@ def _discover(
 
     refuse_existing(output, overwrite=overwrite, owned=RUN_FILES)
     network = load(model, checkpoint=checkpoint, device=_pick_device(device))
-    images = _find_images(network.num_classes, data, class_map, classes, images_per_class, seed)
+    images = _find_images(network, data, class_map, classes, images_per_class, seed)
     batches = _batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
     started = time.perf_counter()
     found = discover(
@@ -442,12 +503,14 @@ def _discover(
 
 def _prune(
     source, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, ratio,
-    criterion, allocation, compensate, mode, round_to, floor, ridge, plan, device, output, overwrite,
+    target_params, target_macs, target_latency, backend, latency_batch_size, keep_classes, criterion, allocation,
+    compensate, mode, round_to, floor, step, ridge, plan, device, output, overwrite,
 ):  # fmt: skip
-    from vitprune.discovery.run import is_run, load_run
+    import time
+
     from vitprune.evaluation.macs import amdahl_ceiling, count_macs, count_parameters, ffn_share
     from vitprune.files import refuse_existing
-    from vitprune.models import FOLDER_FILES, hash_weights, load, save
+    from vitprune.models import FOLDER_FILES, hash_weights, save
     from vitprune.pruning.plan import Plan, read_plan
     from vitprune.pruning.prune import apply_plan, prune
 
@@ -455,48 +518,51 @@ def _prune(
     if Path(output).resolve() == Path(source).resolve():
         raise VitpruneError(f"{output} is the model itself; choose another output")
     decisions = {"pruning_ratio": ratio, "criterion": criterion, "allocation": allocation}
-    decisions = {**decisions, "round_to": round_to, "floor": floor}
+    decisions = {**decisions, "round_to": round_to, "floor": floor, "step": step}
     decisions = {name: value for name, value in decisions.items() if value is not None}
+    targets = {"target_params": target_params, "target_macs": target_macs, "target_latency": target_latency}
+    targets = {name: value for name, value in targets.items() if value is not None}
     given_plan = None if plan is None else read_plan(plan)
-    if given_plan is not None and decisions:
-        raise VitpruneError(f"--plan decides which neurons stay; leave {', '.join(decisions)} out")
-    run = load_run(source) if is_run(source) else None
-    if run is not None:
-        if checkpoint is not None:
-            raise VitpruneError(f"{source} is a run and names its own weights; leave --checkpoint out")
-        network = load(run.model, checkpoint=run.checkpoint, device=_pick_device(device))
-        if hash_weights(network) != run.weights_sha256:
-            raise VitpruneError(
-                f"{source}: its scores are of other weights than {run.checkpoint or run.model} holds; discover again"
-            )
-    else:
-        network = load(source, checkpoint=checkpoint, device=_pick_device(device))
+    if given_plan is not None and (decisions or targets):
+        raise VitpruneError(f"--plan decides which neurons stay; leave {', '.join({**decisions, **targets})} out")
+    if len(targets) + (ratio is not None) > 1:
+        raise VitpruneError(
+            f"one target at a time, got {', '.join([*targets, *(['ratio'] if ratio is not None else [])])}"
+        )
+    if target_latency is None and (backend, latency_batch_size) != (None, None):
+        raise VitpruneError("--backend and --latency-batch-size go with --target-latency, which is missing")
+    run, network = _open_source(source, checkpoint, device)
     _refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
-    images = batches = None
-    if data is not None:
-        images = _find_images(network.num_classes or None, data, class_map, classes, images_per_class, seed)
-    elif run is not None:
-        if not run.images.root.is_dir():
-            raise VitpruneError(f"the images of {source} are no longer at {run.images.root}; pass --data DIR")
-        images = run.images
+    images = _images_of(source, run, network, data, class_map, classes, images_per_class, seed)
+    found = None if run is None else run.found
+    if keep_classes is not None:
+        network, images, found = _keep_classes(network, images, found, keep_classes, data_given=data is not None)
+    batches = None
     if images is not None:
         batches = _batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
     tracked = None if batches is None else _Tracked(batches, "calibrate")
+    started = time.perf_counter()
     if given_plan is None:
+        target = _make_target(network, backend or "onnxruntime-cpu", latency_batch_size or 1, **targets)
         pruned, made = prune(
             network,
             tracked,
             **decisions,
+            target=target,
             compensation=compensate,
             mode=mode,
-            found=None if run is None else run.found,
+            found=found,
             ridge=ridge,
             seed=seed,
+            track=_track,
         )
     else:
         applied = {"compensation": compensate, "mode": mode, "ridge": ridge, "weights_sha256": hash_weights(network)}
         made = Plan(given_plan.keep, {**given_plan.facts, **applied})
-        pruned = apply_plan(network, made, mode=mode, compensation=compensate, ridge=ridge, batches=tracked)
+        pruned = apply_plan(
+            network, made, mode=mode, compensation=compensate, ridge=ridge, batches=tracked, seed=seed, track=_track
+        )
+    seconds = time.perf_counter() - started
     skipped = _report_skipped(batches) if tracked is not None and tracked.passes else []
     used = images.only(batches.files_read) if tracked is not None and tracked.passes else None
     scored_on = run.images if run is not None and made.facts["criterion"] == "jas" else None
@@ -509,20 +575,32 @@ def _prune(
         "num_neurons": made.num_neurons,
         "num_neurons_dense": made.num_neurons_dense,
         "pruning_ratio": made.pruning_ratio,
+        "target": made.facts.get("target"),
+        "classes": list(getattr(network, "label_names", None) or ()),
         "num_parameters": count_parameters(pruned),
         "num_parameters_dense": count_parameters(network),
         "macs": macs,
         "macs_dense": macs_dense,
         "ffn_share": ffn_share(network),
         "speedup_ceiling": amdahl_ceiling(macs_dense, macs),
+        "seconds": seconds,
         "skipped": skipped,
     }
 
     def show() -> None:
+        from vitprune.data import describe_class
+
         dense_widths = {name: len(keep) for name, keep in made.keep.items()}
         rows = [(name, str(dense_widths[name]), str(width)) for name, width in made.widths.items()]
         _table("neurons", ("FFN", "dense", "kept"), rows)
-        print(f"removed {made.pruning_ratio:.1%} of {made.num_neurons_dense} FFN neurons ({mode})")
+        print(f"removed {made.pruning_ratio:.1%} of {made.num_neurons_dense} FFN neurons ({mode}) in {seconds:.0f} s")
+        if targets:
+            asked = made.facts["target"]
+            unit = options.TARGETS[asked["kind"]]
+            print(f"target {asked['limit']:g} {unit}; predicted {asked['predicted']:.6g}")
+        if answer["classes"]:
+            shown = ", ".join(map(describe_class, answer["classes"][:10]))
+            print(f"answers {len(answer['classes'])} classes: {shown}{', ...' if len(answer['classes']) > 10 else ''}")
         print(f"parameters {answer['num_parameters_dense']:,} -> {answer['num_parameters']:,}")
         print(
             f"multiply-accumulates {macs_dense / 1e6:,.1f} -> {macs / 1e6:,.1f} M: "
@@ -534,12 +612,163 @@ def _prune(
     return answer, show
 
 
+def _open_source(source: str, checkpoint: str | None, device: str | None):
+    """Open what 'prune' and 'curve' start from: a run (with its model) or a model."""
+    from vitprune.discovery.run import is_run, load_run
+    from vitprune.models import hash_weights, load
+
+    if not is_run(source):
+        return None, load(source, checkpoint=checkpoint, device=_pick_device(device))
+    run = load_run(source)
+    if checkpoint is not None:
+        raise VitpruneError(f"{source} is a run and names its own weights; leave --checkpoint out")
+    network = load(run.model, checkpoint=run.checkpoint, device=_pick_device(device))
+    if hash_weights(network) != run.weights_sha256:
+        raise VitpruneError(
+            f"{source}: its scores are of other weights than {run.checkpoint or run.model} holds; discover again"
+        )
+    return run, network
+
+
+def _images_of(source: str, run, network, data, class_map, classes, images_per_class, seed: int):
+    """Find the calibration images: those of --data, else those of the run, else None."""
+    if data is not None:
+        return _find_images(network, data, class_map, classes, images_per_class, seed, labels_matter=False)
+    if run is None:
+        return None
+    if not run.images.root.is_dir():
+        raise VitpruneError(f"the images of {source} are no longer at {run.images.root}; pass --data DIR")
+    return run.images
+
+
+def _keep_classes(network, images, found, wanted: Sequence[str], *, data_given: bool):
+    """Reduce a model's classifier, its calibration images and its discovery to some classes."""
+    from vitprune.discovery.discover import only_classes
+    from vitprune.models import keep_classes
+
+    if images is None:
+        raise VitpruneError("--keep-classes needs images of these classes; pass --data DIR")
+    index_of = {name: index for index, name in images.class_names.items()}
+    if list(wanted) == ["data"]:
+        if not data_given:
+            raise VitpruneError("--keep-classes data takes the classes of --data DIR, which is missing")
+        indices = sorted(images.class_names)
+    else:
+        by_index = {str(index): index for index in images.class_names}
+        unknown = [name for name in wanted if name not in index_of and name not in by_index]
+        if unknown:
+            raise VitpruneError(f"--keep-classes: {images.root} has no images of class '{unknown[0]}'")
+        indices = sorted({index_of.get(name, by_index.get(name)) for name in wanted})
+    reduced = keep_classes(network, indices, label_names=[images.class_names[index] for index in indices])
+    return reduced, images.only_classes(indices), None if found is None else only_classes(found, indices)
+
+
+def _make_target(network, backend: str, batch_size: int, **targets: float):
+    """Build the target that was asked for; None where the ratio decides."""
+    from vitprune.evaluation.macs import count_macs
+    from vitprune.pruning.target import target_latency, target_macs, target_parameters
+
+    if not targets:
+        return None
+    ((name, limit),) = targets.items()
+    if name == "target_params":
+        return target_parameters(network, limit)
+    if name == "target_macs":
+        return target_macs(network, limit, total=count_macs(network))
+    from vitprune.export.ffn_latency import measure_ffn_latency
+
+    total, tables = measure_ffn_latency(network, backend=backend, batch_size=batch_size, track=_track)
+    return target_latency(network, limit, total=total, tables=tables)
+
+
+def _curve(
+    source, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, eval_data,
+    ratios, criteria, allocations, compensations, step, max_drop, device, output, overwrite,
+):  # fmt: skip
+    from dataclasses import asdict
+
+    from vitprune.data import hash_images
+    from vitprune.evaluation.curve import Curve, find_largest_ratio, measure_curve, parse_ratios
+    from vitprune.files import open_resumable, write_json
+    from vitprune.models import hash_weights
+    from vitprune.report.curve import render_curve, write_table
+
+    shares = parse_ratios(ratios)
+    run, network = _open_source(source, checkpoint, device)
+    _refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
+    images = _images_of(source, run, network, data, class_map, classes, images_per_class, seed)
+    if images is None:
+        raise VitpruneError("curve needs calibration images; pass --data DIR")
+    others = _find_images(network, eval_data, class_map, None, None, seed)
+    hashes = [hash_images(each) for each in (images, others)]
+    shared = set(hashes[0]) & set(hashes[1])
+    if shared:
+        raise VitpruneError(f"{len(shared)} images of {eval_data} are calibration images as well; evaluate on others")
+    calibration, evaluation = (
+        _batches(each, network, batch_size=batch_size, workers=workers, strict=strict) for each in (images, others)
+    )
+    request = {
+        "weights_sha256": hash_weights(network),
+        "calibration_sha256": sorted(hashes[0]),
+        "evaluation_sha256": sorted(hashes[1]),
+        "step": step,
+        "seed": seed,
+        "run": None if run is None else str(Path(source).resolve()),
+    }
+    folder = open_resumable(output, request, overwrite=overwrite)
+    curve = Curve(criteria, allocations, compensations, step=step, seed=seed, folder=folder / "points")
+    found = None if run is None else run.found
+    largest = None
+    if max_drop is None:
+        points = measure_curve(network, calibration, evaluation, curve, ratios=shares, found=found, track=_track)
+    else:
+        largest, points = find_largest_ratio(
+            network, calibration, evaluation, curve, max_drop=max_drop, found=found, track=_track
+        )
+    rows = [asdict(point) for point in points]
+    answer = {"output": output, "points": rows, "max_drop": max_drop, "largest_ratio": largest}
+    answer["num_calibration_images"], answer["num_evaluation_images"] = len(images), len(others)
+    answer["evaluation_data"] = str(others.root)
+    write_json(folder / "curve.json", {"kind": "curve", "version": 1, **answer, "evaluation_files": others.files})
+    write_table(points, folder / "curve.csv")
+    title = f"{Path(source).name}, {points[0].num_images} images, no retraining"
+    for suffix in ("png", "svg"):
+        render_curve(points, folder / f"curve.{suffix}", title=title)
+
+    def show() -> None:
+        cells = [
+            (
+                point.criterion,
+                point.allocation,
+                point.compensation,
+                f"{point.pruning_ratio:.2f}",
+                f"{point.num_parameters / 1e6:.2f} M",
+                f"{point.macs / 1e6:,.0f} M",
+                f"{point.size_bytes / 1e6:.1f}",
+                f"{point.top1:.4f}",
+                f"{point.top1_low:.3f} .. {point.top1_high:.3f}",
+                f"{point.drop:+.4f}",
+                f"{point.drop_bound:+.4f}",
+                f"{point.p_value:.2g}",
+            )
+            for point in points
+        ]
+        columns = ("criterion", "allocation", "compensation", "removed", "parameters", "MACs", "MB", "top-1")
+        _table("accuracy against size", (*columns, "95 % interval", "drop", "at most", "p"), cells)
+        print("at most: 95 % upper bound of the drop, paired with the dense model; p: McNemar")
+        if largest is not None:
+            print(f"largest ratio that costs at most {max_drop:g} top-1: {largest:.2f} ({len(others)} images)")
+        print(f"wrote {output}: curve.csv, curve.json, curve.png, curve.svg")
+
+    return answer, show
+
+
 def _evaluate(model, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, device):
     from vitprune.data import describe_class
     from vitprune.evaluation.accuracy import evaluate
 
     network = _open(model, checkpoint, device)
-    images = _find_images(network.num_classes, data, class_map, classes, images_per_class, seed)
+    images = _find_images(network, data, class_map, classes, images_per_class, seed)
     _refuse_overlap(model, network, images)
     batches = _batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
     measured = evaluate(network, _Tracked(batches, "evaluate"))
@@ -643,7 +872,7 @@ def _export(
     plan = _plan_of(model)
     _refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
     if data is not None:
-        images = _find_images(network.num_classes or None, data, class_map, classes, images_per_class, seed)
+        images = _find_images(network, data, class_map, classes, images_per_class, seed, labels_matter=False)
     else:
         images = _calibration_images(model, plan)
     batches = _batches(images.head(num_images), network, batch_size=batch_size, workers=workers, strict=strict)
@@ -744,6 +973,7 @@ _COMMANDS: dict[str, Callable[..., tuple[dict[str, Any], Callable[[], None]]]] =
     "demo": _demo,
     "discover": _discover,
     "prune": _prune,
+    "curve": _curve,
     "evaluate": _evaluate,
     "export": _export,
     "bench": _bench,

@@ -59,6 +59,14 @@ class ImageSet:
         wanted = set(files)
         return self._at([index for index, name in enumerate(self.files) if name in wanted])
 
+    def only_classes(self, classes: Sequence[int]) -> ImageSet:
+        """Return the images of some classes, renumbered: ``classes[i]`` becomes i."""
+        position = {index: place for place, index in enumerate(classes)}
+        picked = [index for index, label in enumerate(self.labels) if label in position]
+        labels = tuple(position[self.labels[index]] for index in picked)
+        names = {position[index]: name for index, name in self.class_names.items() if index in position}
+        return replace(self, files=tuple(self.files[i] for i in picked), labels=labels, class_names=names)
+
     def _at(self, picked: Sequence[int]) -> ImageSet:
         labels = tuple(self.labels[index] for index in picked)
         names = {label: name for label, name in self.class_names.items() if label in set(labels)}

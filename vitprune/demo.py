@@ -21,13 +21,14 @@ from vitprune.data import ImageBatches, ImageSet, find_images
 from vitprune.discovery.discover import Discovery, class_paths, discover
 from vitprune.discovery.run import Run, save_run
 from vitprune.evaluation.accuracy import compare, evaluate
+from vitprune.evaluation.curve import Curve, measure_curve
 from vitprune.evaluation.macs import count_parameters
 from vitprune.export.bench import BenchRow, bench
 from vitprune.export.onnx_file import export_onnx
 from vitprune.files import FORMAT_VERSION, atomic_folder, refuse_existing, write_json
 from vitprune.models import hash_weights, load, save
 from vitprune.pruning.prune import prune
-from vitprune.report.curve import measure_curve, render_curve
+from vitprune.report.curve import render_curve
 
 RATIOS = (0.5, 0.75, 0.9)
 NUM_TEST_IMAGES = 500
@@ -96,17 +97,9 @@ def run_demo(output: str | Path, *, seed: int, track: Track, note: Callable[[str
     evaluation = list(ImageBatches(find_images(data / "test", 10), model, batch_size=128))
     path_images = find_images(data / "train", 10, images_per_class=IMAGES_PER_CLASS, seed=seed)
     found = discover(model, track(list(ImageBatches(path_images, model, batch_size=20)), "paths"))
-    dense, points = measure_curve(
-        model,
-        calibration,
-        evaluation,
-        ratios=RATIOS,
-        criteria=("jas", "taylor", "obs"),
-        allocations=("uniform",),
-        compensations=("none", "ridge"),
-        found=found,
-        track=lambda items: track(items, "prune and evaluate"),
-    )
+    curve = Curve(("jas", "taylor", "obs"), ("uniform",), ("none", "ridge"), step=1.0, seed=seed)
+    points = measure_curve(model, calibration, evaluation, curve, ratios=RATIOS, found=found, track=track)
+    dense = evaluate(model, evaluation)
     pruned, plan = prune(model, calibration, seed=seed)
     after = evaluate(pruned, evaluation)
     with atomic_folder(output) as folder:
@@ -121,7 +114,7 @@ def run_demo(output: str | Path, *, seed: int, track: Track, note: Callable[[str
             seconds=1.0,
             track=lambda pairs: track(pairs, "time"),
         )
-        render_curve(dense.top1, points, folder / "curve.png", title="ViT on scanned digits, 500 test images")
+        render_curve(points, folder / "curve.png", title="ViT on scanned digits, 500 test images")
         answer = {
             "dense_top1": dense.top1,
             "pruned_top1": after.top1,
@@ -130,7 +123,7 @@ def run_demo(output: str | Path, *, seed: int, track: Track, note: Callable[[str
             "num_parameters_dense": count_parameters(model),
             "num_parameters": count_parameters(pruned),
             "mean_joint_score": found.joint_scores.mean().item(),
-            "curve": [vars(point) for point in points],
+            "curve": [vars(point) for point in points[1:]],
             "max_abs_diff": report.max_abs_diff,
             "top1_agreement": report.top1_agreement,
             "size_bytes": report.size_bytes,

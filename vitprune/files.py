@@ -16,6 +16,7 @@ from typing import Any
 from vitprune.errors import VitpruneError
 
 FORMAT_VERSION = 1
+REQUEST_FILE = "request.json"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -187,6 +188,38 @@ def _check_kind(path: str | Path, content: Any, kind: str) -> None:
         raise VitpruneError(f"{path}: expected a vitprune file of kind '{kind}', found {found!r}")
     if content.get("version", 0) > FORMAT_VERSION:
         raise VitpruneError(f"{path}: format version {content['version']} is newer than this vitprune; upgrade it")
+
+
+def open_resumable(folder: str | Path, request: Mapping[str, Any], *, overwrite: bool) -> Path:
+    """Open a folder that a killed run may have left, if it was made by the same request.
+
+    Args:
+        folder: made if it does not exist.
+        request: everything that its content depends on; JSON values.
+        overwrite: start anew where it was made by another request.
+
+    Raises:
+        VitpruneError: if it was made by another request and ``overwrite`` is off, or is no such folder.
+    """
+    folder = Path(folder)
+    path = folder / REQUEST_FILE
+    wanted = json.loads(json.dumps(request))
+    if folder.is_dir() and any(folder.iterdir()):
+        if not path.is_file():
+            raise VitpruneError(f"{folder} holds something else; choose another output")
+        before = read_json(path, kind="request")["request"]
+        if before == wanted:
+            return folder
+        changed = sorted(key for key in {**before, **wanted} if before.get(key) != wanted.get(key))
+        if not overwrite:
+            raise VitpruneError(
+                f"{folder} was made with another {', '.join(changed)}; choose another output or add --overwrite"
+            )
+        shutil.rmtree(folder)
+    refuse_existing(folder, overwrite=False, owned=frozenset())
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"kind": "request", "version": FORMAT_VERSION, "request": wanted})
+    return folder
 
 
 def hash_file(path: str | Path) -> str:

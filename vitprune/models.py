@@ -310,7 +310,9 @@ def keep_classes(model: nn.Module, classes: Sequence[int], *, label_names: Seque
     for name, module in list(result.named_modules()):
         if any(module is head for head in heads):
             if not isinstance(module, nn.Linear):
-                raise VitpruneError(f"{name}: only linear classifiers can be reduced, this is a {type(module).__name__}")
+                raise VitpruneError(
+                    f"{name}: only linear classifiers can be reduced, this is a {type(module).__name__}"
+                )
             result.set_submodule(name, _keep_rows(module, list(classes)))
         if getattr(module, "num_classes", None) == num_classes:
             module.num_classes = len(classes)

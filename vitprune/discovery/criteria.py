@@ -350,6 +350,8 @@ def score_neurons(
     return row.score(model, **{name: given[name] for name in row.needs})
 
 
-def _with_down_projs(model: nn.Module, statistics: Mapping[str, Statistics]) -> Iterator[tuple[str, Statistics, Tensor]]:
+def _with_down_projs(
+    model: nn.Module, statistics: Mapping[str, Statistics]
+) -> Iterator[tuple[str, Statistics, Tensor]]:
     for ffn in find_feed_forwards(model):
         yield ffn.name, statistics[ffn.name], model.get_submodule(ffn.down_proj).weight.double().cpu()

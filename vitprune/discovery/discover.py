@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -171,3 +171,30 @@ def class_paths(found: Discovery) -> dict[int, Tensor]:
             layers.append(by_score[visits[by_score].sort(descending=True, stable=True).indices][:top_k])
         paths[index] = torch.stack(layers)
     return paths
+
+
+def only_classes(found: Discovery, classes: Sequence[int]) -> Discovery:
+    """Return what was found on the images of some classes, renumbered: ``classes[i]`` becomes i.
+
+    Predictions keep the numbers of all classes.
+
+    Raises:
+        VitpruneError: if a class has no image in the discovery.
+    """
+    absent = [index for index in classes if index not in found.classes]
+    if absent:
+        raise VitpruneError(f"class {absent[0]} has no image in the run; discover its images as well")
+    position = {index: place for place, index in enumerate(classes)}
+    of_class = torch.tensor([int(label) in position for label in found.labels])
+    rows = [found.classes.index(index) for index in classes]
+    errors = found.completeness_errors
+    return replace(
+        found,
+        neurons=found.neurons[of_class],
+        joint_scores=found.joint_scores[of_class],
+        labels=torch.tensor([position[int(label)] for label in found.labels[of_class]]),
+        predictions=found.predictions[of_class],
+        completeness_errors=None if errors is None else errors[of_class],
+        classes=tuple(range(len(classes))),
+        class_scores={name: scores[rows] for name, scores in found.class_scores.items()},
+    )

@@ -26,9 +26,7 @@ from vitprune.options import DEFAULT_RIDGE
 BLOCK = 64
 
 
-def obs(
-    model: nn.Module, statistics: Mapping[str, Statistics], *, ridge: float = DEFAULT_RIDGE
-) -> dict[str, Tensor]:
+def obs(model: nn.Module, statistics: Mapping[str, Statistics], *, ridge: float = DEFAULT_RIDGE) -> dict[str, Tensor]:
     """Rank neurons by the loss that their removal costs after compensation, eliminating them one by one.
 
     Args:

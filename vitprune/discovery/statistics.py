@@ -15,7 +15,7 @@ from vitprune.data import Batches, on_device
 from vitprune.errors import VitpruneError
 from vitprune.feed_forward import FeedForward, capture, hook_hidden
 
-# What can be asked for. The last three need a backward pass: taylor with the given labels, the others with sampled ones.
+# What can be asked for; the last three need a backward pass, taylor with the given labels, the others with drawn ones.
 MOMENTS, ABSOLUTE, TAYLOR, FISHER, GRADIENTS = "moments", "absolute", "taylor", "fisher", "gradients"
 
 
@@ -100,7 +100,8 @@ def sample_labels(logits_BC: Tensor, generator: torch.Generator) -> Tensor:
 
 def _add_gradients(sums, outputs, logits, labels, wanted, generator) -> None:
     def gradients_of(target: Tensor, *, last: bool):
-        loss = nn.functional.cross_entropy(logits, target, reduction="sum")
+        with torch.enable_grad():
+            loss = nn.functional.cross_entropy(logits, target, reduction="sum")
         return torch.autograd.grad(loss, list(outputs.values()), retain_graph=not last)
 
     if wanted & {FISHER, GRADIENTS}:
@@ -159,7 +160,9 @@ class _Sums:
 
     def finish(self, num_images: int) -> Statistics:
         sums, count = self.sums, self.num_tokens
-        found = {name: (sums[name] / num_images).cpu() for name in ("fisher_H", "gradient_DD", "taylor_H") if name in sums}
+        found = {
+            name: (sums[name] / num_images).cpu() for name in ("fisher_H", "gradient_DD", "taylor_H") if name in sums
+        }
         if ABSOLUTE in self.wanted:
             found["absolute_H"] = (sums["absolute_H"] / count).cpu()
         if MOMENTS in self.wanted:

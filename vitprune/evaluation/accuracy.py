@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import binomtest
+from scipy.optimize import brentq
+from scipy.stats import binomtest, norm
 from torch import Tensor, nn
 
 from vitprune.data import Batches, on_device
@@ -113,3 +115,35 @@ def compare(first: Accuracy, second: Accuracy) -> Comparison:
     lost = sum(before and not after for before, after in pairs)
     p_value = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     return Comparison(gained, lost, p_value)
+
+
+def drop_bound(dense: Accuracy, pruned: Accuracy, *, confidence: float = CONFIDENCE) -> float:
+    """Return an upper confidence bound of the accuracy that pruning costs, from the same images.
+
+    Args:
+        dense: of the dense model.
+        pruned: of the pruned model on the same images in the same order.
+        confidence: of the one-sided bound, in (0.5, 1).
+
+    Returns:
+        The largest drop of top-1 that the images do not speak against, in [-1, 1].
+
+    Raises:
+        VitpruneError: if they cover different numbers of images.
+
+    Source:
+        Score interval of Tango, Statistics in Medicine 1998, for the difference of paired proportions.
+    """
+    paired = compare(dense, pruned)
+    count, lost, gained = dense.num_images, paired.lost, paired.gained
+    limit = norm.ppf(confidence)
+
+    def score(drop: float) -> float:
+        linear = -lost - gained + (2 * count - lost + gained) * drop
+        constant = -gained * drop * (1 - drop)
+        share = (math.sqrt(linear**2 - 8 * count * constant) - linear) / (4 * count)
+        variance = count * (2 * share + drop * (1 - drop))
+        return (lost - gained - count * drop) / math.sqrt(max(variance, 1e-300)) + limit
+
+    lowest = (lost - gained) / count
+    return 1.0 if score(1 - 1e-12) > 0 else float(brentq(score, lowest, 1 - 1e-12))

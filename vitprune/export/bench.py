@@ -79,12 +79,11 @@ def bench(
             if backend == "onnxruntime-cpu" and not exported:
                 for position, (name, model) in enumerate(models.items()):
                     path = Path(folder) / f"{position}.onnx"
-                    export_onnx(model, path, [_random_batch(model, 2)])
+                    export_onnx(model, path, [random_batch(model, 2)])
                     exported[name] = open_onnx(path, num_threads=threads)
             runnable = exported if backend == "onnxruntime-cpu" else models
             runners = {
-                name: _make_runner(runnable[name], _random_batch(model, batch_size)[0])
-                for name, model in models.items()
+                name: make_runner(runnable[name], random_batch(model, batch_size)[0]) for name, model in models.items()
             }
             measured = measure_latency(runners, seconds=seconds)
             first = next(iter(measured.values()))
@@ -104,12 +103,15 @@ def bench(
     return rows
 
 
-def _random_batch(model: nn.Module, batch_size: int) -> tuple[Tensor, Tensor]:
+def random_batch(model: nn.Module, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Return random images of the model's own size, and labels that mean nothing."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(batch_size, *data_config(model)["input_size"], generator=generator), torch.zeros(batch_size)
 
 
-def _make_runner(model: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], Tensor]:
+def make_runner(model: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], Tensor]:
+    """Return a program that runs a model once."""
+
     @torch.inference_mode()
     def run() -> Tensor:
         return model(images)

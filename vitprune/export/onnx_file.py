@@ -83,7 +83,7 @@ def _write(model: nn.Module, path: Path, calibration: Iterable[str]) -> None:
     config = data_config(model)
     # Two images: torch.export takes a dimension of size 1 for a constant.
     example = torch.zeros(2, *config["input_size"])
-    with _quiet():
+    with quiet():
         torch.onnx.export(
             model,
             (example,),
@@ -137,7 +137,7 @@ def _name_batch_dimension(graph_model: onnx.ModelProto) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back the exporter's progress messages and warnings; its errors stay exceptions."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

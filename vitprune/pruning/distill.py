@@ -86,7 +86,9 @@ def distill(
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
             answers = answers_I2C[picked, mirrored.long()]
             logits = student(images.to(device)).float()
-            loss = nn.functional.kl_div(logits.log_softmax(-1), answers.to(device), reduction="batchmean", log_target=True)
+            loss = nn.functional.kl_div(
+                logits.log_softmax(-1), answers.to(device), reduction="batchmean", log_target=True
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

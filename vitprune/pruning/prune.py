@@ -32,7 +32,7 @@ from vitprune.pruning.apply import mask_neurons, remove_neurons
 from vitprune.pruning.compensate import check_ridge, compensate
 from vitprune.pruning.distill import distill
 from vitprune.pruning.plan import Plan, fit_plan, plan_from_widths
-from vitprune.pruning.schedule import bridge_of, list_stops, plan_in_steps
+from vitprune.pruning.schedule import Recipe, bridge_of, list_stops, plan_in_steps
 from vitprune.pruning.sequential import compensate_sequentially
 from vitprune.pruning.target import Target, target_neurons
 
@@ -76,7 +76,7 @@ def plan_pruning(
     widths = allocate(scores, target, allocation=allocation, across_ffns=across, round_to=round_to, floor=floor)
     plan = plan_from_widths(scores, widths, {})
     decisions = {"criterion": criterion, "allocation": allocation, "round_to": round_to, "floor": floor}
-    return _with_facts(model, plan, target, pruning_ratio, {**decisions, **(facts or {})})
+    return with_facts(model, plan, target, pruning_ratio, {**decisions, **(facts or {})})
 
 
 def apply_plan(
@@ -191,24 +191,12 @@ def prune(
     list_stops(target.share, step)
     if compensation != "none" and batches is None:
         raise VitpruneError(f"compensation {compensation} needs calibration images; pass --data DIR")
-    plan, statistics = plan_in_steps(
-        model,
-        target,
-        batches=batches,
-        criterion=criterion,
-        allocation=allocation,
-        compensation=bridge_of(compensation),
-        found=found,
-        round_to=round_to,
-        floor=floor,
-        ridge=ridge,
-        step=step,
-        seed=seed,
-        wanted=frozenset({MOMENTS}) if compensation in ("bias", "ridge") else frozenset(),
-    )
+    recipe = Recipe(criterion, allocation, bridge_of(compensation), round_to, floor, ridge, seed)
+    wanted = frozenset({MOMENTS}) if compensation in ("bias", "ridge") else frozenset()
+    plan, statistics = plan_in_steps(model, target, recipe, batches=batches, found=found, step=step, wanted=wanted)
     decisions = {"criterion": criterion, "allocation": allocation, "round_to": round_to, "floor": floor}
     applied = {"compensation": compensation, "mode": mode, "ridge": ridge, "step": step, "seed": seed}
-    plan = _with_facts(model, plan, target, pruning_ratio, {**decisions, **applied})
+    plan = with_facts(model, plan, target, pruning_ratio, {**decisions, **applied})
     pruned = apply_plan(
         model,
         plan,
@@ -229,7 +217,10 @@ def _target(model: nn.Module, pruning_ratio: float | None, target: Target | None
     return target_neurons(model, pruning_ratio) if target is None else target
 
 
-def _with_facts(model: nn.Module, plan: Plan, target: Target, pruning_ratio: float | None, facts) -> Plan:
+def with_facts(
+    model: nn.Module, plan: Plan, target: Target, pruning_ratio: float | None, facts: Mapping[str, Any]
+) -> Plan:
+    """Record in a plan what it was made for, and check that it fits the model."""
     asked = {"kind": target.kind, "limit": target.limit, "predicted": target.predict(plan.widths)}
     recorded = {
         "architecture": architecture(model),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -41,22 +43,56 @@ def list_stops(share: float, step: float) -> list[float]:
     return [*below, share]
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How neurons are ranked and what happens between two rankings; the same at every stop.
+
+    Attributes:
+        criterion: key of ``CRITERIA``.
+        allocation: key of ``ALLOCATIONS``.
+        bridge: compensation between stops: ``none``, ``bias`` or ``ridge``.
+        round_to: every width is a multiple of it.
+        floor: share of its dense neurons that ``global`` leaves to each FFN at least.
+        ridge: λ of the compensation and of ``obs``, relative to the mean variance of the hidden neurons.
+        seed: of random scores and of sampled labels.
+    """
+
+    criterion: str
+    allocation: str
+    bridge: str
+    round_to: int = 1
+    floor: float = DEFAULT_FLOOR
+    ridge: float = DEFAULT_RIDGE
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a schedule stands.
+
+    Attributes:
+        number: stops passed.
+        kept: FFN name -> indices of the dense model's neurons that are left (int64).
+        scores: of these neurons, measured on the model as pruned so far.
+        statistics: measured there as well.
+    """
+
+    number: int
+    kept: Mapping[str, Tensor]
+    scores: Mapping[str, Tensor]
+    statistics: Mapping[str, Statistics]
+
+
 def plan_in_steps(
     model: nn.Module,
     target: Target,
+    recipe: Recipe,
     *,
     batches: Batches | None,
-    criterion: str,
-    allocation: str,
-    compensation: str,
     found: Discovery | None = None,
-    round_to: int = 1,
-    floor: float = DEFAULT_FLOOR,
-    ridge: float = DEFAULT_RIDGE,
     step: float = DEFAULT_STEP,
-    seed: int = 0,
     wanted: frozenset[str] = frozenset(),
-) -> tuple[Plan, dict[str, Statistics]]:
+) -> tuple[Plan, Mapping[str, Statistics]]:
     """Remove a share, compensate, measure and score what is left, and go on until the target is met.
 
     The steps only find out which neurons stay; compensating the dense model for the whole plan comes after. Criteria
@@ -65,16 +101,10 @@ def plan_in_steps(
     Args:
         model: timm Vision Transformer in eval mode; stays as it is.
         target: what the model may cost.
-        batches: calibration images and labels; read once per step and criterion.
-        criterion: key of ``CRITERIA``.
-        allocation: key of ``ALLOCATIONS``.
-        compensation: ``none``, ``bias`` or ``ridge``: of the steps in between.
+        recipe: how to rank and what to do between stops.
+        batches: calibration images and labels; read once per step.
         found: a discovery on this model, for criterion ``jas``.
-        round_to: every width is a multiple of it.
-        floor: share of its dense neurons that ``global`` leaves to each FFN at least.
-        ridge: λ of the compensation and of ``obs``, relative to the mean variance of the hidden neurons.
         step: share of what the FFN neurons cost that goes between two measurements, in (0, 1]; 1 measures once.
-        seed: of random scores and of sampled labels.
         wanted: further statistics of the dense model to measure on the way.
 
     Returns:
@@ -83,46 +113,119 @@ def plan_in_steps(
     Raises:
         VitpruneError: if an argument is out of range, an FFN would be left empty, or images are missing.
     """
-    row = REGISTRY[criterion]
-    check_needs(model, criterion, batches=batches, found=found)
-    ffns = find_feed_forwards(model)
-    looks_at_images = bool({"statistics", "batches"} & set(row.needs))
-    stops = list_stops(target.share, step if looks_at_images else 1.0)
-    kept = {ffn.name: torch.arange(ffn.num_neurons) for ffn in ffns}
-    current, dense_statistics = model, {}
-    for number, share in enumerate(stops):
-        last = number == len(stops) - 1
-        measured = row.statistics | (wanted if number == 0 else frozenset())
-        if not last and compensation != "none":
-            measured |= {MOMENTS}
-        statistics = {}
-        if measured:
-            if batches is None:
-                raise VitpruneError(f"compensation {compensation} needs calibration images; pass --data DIR")
-            statistics = measure_statistics(current, find_feed_forwards(current), batches, measured, seed=seed + number)
-        if number == 0:
-            dense_statistics = statistics
-        scores = score_neurons(
-            current, criterion, batches=batches, found=found, statistics=statistics or None, ridge=ridge, seed=seed
-        )
-        part = target if last else target.partly(share)
-        widths = allocate(
-            scores, part, allocation=allocation, across_ffns=row.across_ffns, round_to=round_to, floor=floor
-        )
-        inner = plan_from_widths(scores, widths, {})
-        kept = {name: index[inner.keep[name]] for name, index in kept.items()}
-        if not last:
-            bridged = compensate(current, inner, statistics, compensation=compensation, ridge=ridge)
-            current = remove_neurons(bridged, inner)
-    return Plan({ffn.name: _mask(ffn.num_neurons, kept[ffn.name]) for ffn in ffns}), dense_statistics
+    stops = list_stops(target.share, step if needs_steps(recipe.criterion) else 1.0)
+    several = len(stops) > 1
+    stage = first_stage(model, recipe, batches=batches, found=found, bridged=several, wanted=wanted)
+    dense_statistics, current = stage.statistics, model
+    for share in stops[:-1]:
+        current, stage = advance(current, stage, target.partly(share), recipe, batches=batches, bridged=True)
+    return finish(model, stage, target, recipe), dense_statistics
 
 
-def _mask(num_neurons: int, kept: Tensor) -> Tensor:
-    mask = torch.zeros(num_neurons, dtype=torch.bool)
-    mask[kept] = True
-    return mask
+def needs_steps(criterion: str) -> bool:
+    """Tell whether a criterion's scores change as the model is pruned: those of images do."""
+    return bool({"statistics", "batches"} & set(REGISTRY[criterion].needs))
+
+
+def first_stage(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    batches: Batches | None,
+    found: Discovery | None = None,
+    bridged: bool,
+    wanted: frozenset[str] = frozenset(),
+    statistics: Mapping[str, Statistics] | None = None,
+) -> Stage:
+    """Score the dense model.
+
+    Args:
+        model: the dense model.
+        recipe: how to rank.
+        batches: calibration images and labels.
+        found: a discovery on this model, for criterion ``jas``.
+        bridged: whether ``advance`` will follow.
+        wanted: further statistics to measure.
+        statistics: of the dense model, where they are there already.
+    """
+    check_needs(model, recipe.criterion, batches=batches, found=found)
+    kept = {ffn.name: torch.arange(ffn.num_neurons) for ffn in find_feed_forwards(model)}
+    if statistics is None:
+        statistics = _measure(model, recipe, batches, number=0, bridged=bridged, wanted=wanted)
+    scores = _score(model, recipe, batches, found, statistics)
+    return Stage(0, kept, scores, statistics)
+
+
+def advance(
+    current: nn.Module, stage: Stage, target: Target, recipe: Recipe, *, batches: Batches | None, bridged: bool
+) -> tuple[nn.Module, Stage]:
+    """Prune the current model down to a target, compensate it, and score what is left.
+
+    Returns:
+        The smaller model, and where the schedule stands now.
+    """
+    inner = _decide(stage, target, recipe)
+    bridged_model = compensate(current, inner, stage.statistics, compensation=recipe.bridge, ridge=recipe.ridge)
+    current = remove_neurons(bridged_model, inner)
+    kept = {name: index[inner.keep[name]] for name, index in stage.kept.items()}
+    number = stage.number + 1
+    statistics = _measure(current, recipe, batches, number=number, bridged=bridged)
+    return current, Stage(number, kept, _score(current, recipe, batches, None, statistics), statistics)
+
+
+def finish(model: nn.Module, stage: Stage, target: Target, recipe: Recipe) -> Plan:
+    """Return the plan, without facts, that meets the target from here.
+
+    Args:
+        model: the dense model.
+        stage: where the schedule stands.
+        target: what the model may cost; at most what the stage has left.
+        recipe: how the stage was ranked.
+    """
+    inner = _decide(stage, target, recipe)
+    keep = {}
+    for ffn in find_feed_forwards(model):
+        keep[ffn.name] = torch.zeros(ffn.num_neurons, dtype=torch.bool)
+        keep[ffn.name][stage.kept[ffn.name][inner.keep[ffn.name]]] = True
+    return Plan(keep)
 
 
 def bridge_of(compensation: str) -> str:
     """Return the compensation between steps that comes nearest to a final one."""
     return compensation if compensation in ("none", "bias") else "ridge"
+
+
+def _decide(stage: Stage, target: Target, recipe: Recipe) -> Plan:
+    widths = allocate(
+        stage.scores,
+        target,
+        allocation=recipe.allocation,
+        across_ffns=REGISTRY[recipe.criterion].across_ffns,
+        round_to=recipe.round_to,
+        floor=recipe.floor,
+    )
+    return plan_from_widths(stage.scores, widths, {})
+
+
+def _measure(model, recipe: Recipe, batches, *, number: int, bridged: bool, wanted=frozenset()):
+    measured = REGISTRY[recipe.criterion].statistics | wanted
+    if bridged and recipe.bridge != "none":
+        measured |= {MOMENTS}
+    if not measured:
+        return {}
+    if batches is None:
+        raise VitpruneError("compensation needs calibration images; pass --data DIR")
+    # Labels are drawn anew at each stop, or one draw would decide them all.
+    return measure_statistics(model, find_feed_forwards(model), batches, measured, seed=recipe.seed + number)
+
+
+def _score(model, recipe: Recipe, batches, found, statistics):
+    return score_neurons(
+        model,
+        recipe.criterion,
+        batches=batches,
+        found=found,
+        statistics=statistics or None,
+        ridge=recipe.ridge,
+        seed=recipe.seed,
+    )

@@ -186,7 +186,10 @@ def _probe(model: nn.Module, blocks: list[str], batches: Batches) -> tuple[dict[
     followed, extras, previous = {}, {}, None
     for name in blocks:
         args, kwargs, output = two[name]
-        shapes = [[tuple(v.shape) for v in (*a[1:], *k.values()) if isinstance(v, Tensor)] for a, k, _ in (one[name], two[name])]
+        shapes = [
+            [tuple(v.shape) for v in (*a[1:], *k.values()) if isinstance(v, Tensor)]
+            for a, k, _ in (one[name], two[name])
+        ]
         if shapes[0] != shapes[1]:
             raise VitpruneError(f"{name} is called with more than its states for each image; use ridge compensation")
         followed[name] = previous is not None and args[0].shape == previous.shape and torch.equal(args[0], previous)
@@ -209,7 +212,7 @@ def _record_calls(model: nn.Module, blocks: list[str], images: Tensor) -> dict[s
     return calls
 
 
-class _Stop(Exception):  # noqa: N818 (control flow, never seen outside)
+class _Stop(Exception):
     pass
 
 

@@ -68,7 +68,7 @@ def target_neurons(model: nn.Module, pruning_ratio: float) -> Target:
         raise VitpruneError(f"pruning_ratio must be in [0, 1), got {pruning_ratio}")
     ffns = find_feed_forwards(model)
     limit = sum(ffn.num_neurons for ffn in ffns) * (1 - pruning_ratio)
-    return Target("neurons", limit, 0.0, _linear({ffn: 1 for ffn in ffns}))
+    return Target("neurons", limit, 0.0, _linear(dict.fromkeys(ffns, 1)))
 
 
 def target_parameters(model: nn.Module, limit: float) -> Target:
@@ -147,7 +147,7 @@ def _checked(kind: str, limit: float, total: float, per_neuron: Mapping[FeedForw
 
 
 def _check(target: Target) -> Target:
-    smallest = target.predict({name: 1 for name in target.costs})
+    smallest = target.predict(dict.fromkeys(target.costs, 1))
     what = TARGETS[target.kind]
     if target.limit > target.dense:
         raise VitpruneError(f"target of {target.limit:g} {what}: the model has {target.dense:.6g} already")

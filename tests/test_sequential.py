@@ -1,0 +1,130 @@
+"""Sequential compensation against a program that solves every block by ordinary least squares on stored states."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import make_vit
+from families import half_plan
+
+import vitprune
+from vitprune.pruning import sequential
+from vitprune.pruning.sequential import compensate_sequentially
+
+IMAGES = torch.randn(12, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+BATCHES = [(IMAGES[:5], torch.zeros(5)), (IMAGES[5:], torch.zeros(7))]
+SWIN = {"img_size": 32, "patch_size": 2, "embed_dim": 12, "depths": (2, 1), "num_heads": (2, 2), "window_size": 4}
+
+
+def solve_ridge(rows, targets, penalty):
+    """Ridge regression on centred rows as least squares with extra rows."""
+    centred, mean = rows - rows.mean(0), targets - targets.mean(0)
+    extra = np.sqrt(penalty * len(rows)) * np.eye(rows.shape[1])
+    stacked = np.concatenate([mean, np.zeros((rows.shape[1], targets.shape[1]))])
+    return np.linalg.lstsq(np.concatenate([centred, extra]), stacked, rcond=None)[0]
+
+
+@torch.no_grad()
+def compensate_slowly(model, plan, images, *, towards_stream, ridge, drift_ridge):
+    """Every block by itself on states kept whole; returns the logits of the compensated model on the same images."""
+    start = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    dense = pruned = start
+    for index, block in enumerate(model.blocks):
+        keep = plan.keep[f"blocks.{index}.mlp"].numpy()
+        gain = block.ls2.gamma.numpy() if hasattr(block.ls2, "gamma") else 1.0
+        weight, bias = block.mlp.fc2.weight.numpy(), block.mlp.fc2.bias.numpy()
+        dense = block(dense)
+        attended = pruned + block.ls1(block.attn(block.norm1(pruned)))
+        hidden = block.mlp.act(block.mlp.fc1(block.norm2(attended))).flatten(0, 1).numpy()
+        flat = attended.flatten(0, 1).numpy()
+        drift = (dense.flatten(0, 1).numpy() - flat - gain * (hidden @ weight.T + bias)) / gain
+        scale = hidden.var(0).mean()
+        stand_in = solve_ridge(hidden[:, keep], hidden[:, ~keep], ridge * scale)
+        output = (hidden[:, keep] - hidden[:, keep].mean(0)) @ (weight[:, keep].T + stand_in @ weight[:, ~keep].T)
+        output = output + (hidden @ weight.T + bias).mean(0)
+        if towards_stream:
+            steer = solve_ridge(hidden[:, keep], drift, drift_ridge * scale)
+            output = output + (hidden[:, keep] - hidden[:, keep].mean(0)) @ steer + drift.mean(0)
+        pruned = torch.from_numpy(flat + gain * output).view_as(attended)
+    return model.forward_head(model.norm(pruned))
+
+
+@pytest.mark.parametrize("towards_stream", [True, False])
+@pytest.mark.parametrize("model_args", [{}, {"init_values": 0.3}], ids=["plain", "layerscale"])
+def test_equals_the_slow_program(towards_stream, model_args):
+    model = make_vit(**model_args)
+    plan = half_plan(model)
+    options = {"towards_stream": towards_stream, "ridge": 1e-3, "drift_ridge": 0.1}
+    with torch.no_grad():
+        got = compensate_sequentially(model, plan, BATCHES, **options)(IMAGES)
+    torch.testing.assert_close(got, compensate_slowly(model, plan, IMAGES, **options), rtol=1e-7, atol=1e-8)
+
+
+@torch.no_grad()
+def test_with_nothing_removed_the_model_stays_itself(tiny_vit):
+    plan = vitprune.Plan({name: torch.ones(48, dtype=torch.bool) for name in half_plan(tiny_vit).keep})
+    got = compensate_sequentially(tiny_vit, plan, BATCHES, towards_stream=True)
+    torch.testing.assert_close(got(IMAGES), tiny_vit(IMAGES), rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_the_size_of_the_batches_does_not_matter(tiny_vit):
+    plan = half_plan(tiny_vit)
+    whole = compensate_sequentially(tiny_vit, plan, [(IMAGES, torch.zeros(12))], towards_stream=True)
+    parts = compensate_sequentially(tiny_vit, plan, BATCHES, towards_stream=True)
+    torch.testing.assert_close(whole(IMAGES), parts(IMAGES), rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_stages_with_something_between_them_read_the_images_again(monkeypatch):
+    """Between the stages of a Swin Transformer lies a patch merging that belongs to no block."""
+    model = make_swin()
+    plan = half_plan(model)
+    followed, _extras = sequential._probe(model, [name.removesuffix(".mlp") for name in plan.keep], BATCHES)
+    assert list(followed.values()) == [False, True, False]
+    walked = compensate_sequentially(model, plan, BATCHES, towards_stream=True)
+    probe = sequential._probe
+    monkeypatch.setattr(sequential, "_probe", lambda *a: (dict.fromkeys(probe(*a)[0], False), probe(*a)[1]))
+    anew = compensate_sequentially(model, plan, BATCHES, towards_stream=True)
+    torch.testing.assert_close(walked(IMAGES), anew(IMAGES), rtol=1e-9, atol=1e-9)
+
+
+def make_swin(name="swin_tiny_patch4_window7_224"):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **SWIN).double().eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def test_an_ffn_whose_output_is_normalised_first_is_refused():
+    model = make_swin("swinv2_tiny_window8_256")
+    with pytest.raises(vitprune.VitpruneError, match="does not add its FFN's output to the residual stream"):
+        compensate_sequentially(model, half_plan(model), BATCHES, towards_stream=True)
+
+
+def test_no_hook_survives(tiny_vit):
+    work = compensate_sequentially(tiny_vit, half_plan(tiny_vit), BATCHES, towards_stream=True)
+    for model in (tiny_vit, work):
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@torch.no_grad()
+def test_distilling_brings_the_answers_nearer_and_touches_output_projections_alone(tiny_vit):
+    plan = half_plan(tiny_vit)
+    images = torch.randn(64, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    options = {"num_steps": 40, "learning_rate": 1e-2}
+    learned = vitprune.distill(tiny_vit, tiny_vit, plan, [(images, torch.zeros(64))], **options)
+
+    def gap(model):
+        expected, got = (each(images).log_softmax(-1) for each in (tiny_vit, vitprune.mask_neurons(model, plan)))
+        return torch.nn.functional.kl_div(got, expected, log_target=True, reduction="batchmean")
+
+    assert gap(learned) < 0.3 * gap(tiny_vit)
+    again = vitprune.distill(tiny_vit, tiny_vit, plan, [(images, torch.zeros(64))], **options)
+    assert all(torch.equal(a, b) for a, b in zip(learned.parameters(), again.parameters(), strict=True))
+    pairs = zip(learned.named_parameters(), tiny_vit.parameters(), strict=True)
+    changed = {name for (name, after), before in pairs if not torch.equal(after, before)}
+    assert changed == {f"blocks.{index}.mlp.fc2.{what}" for index in range(3) for what in ("weight", "bias")}

@@ -1,0 +1,376 @@
+"""Accuracy against size, for many ways to prune over shared statistics; resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vitprune.data import Batches
+from vitprune.discovery.criteria import REGISTRY, check_needs
+from vitprune.discovery.discover import Discovery
+from vitprune.discovery.statistics import MOMENTS, Statistics, measure_statistics
+from vitprune.errors import VitpruneError
+from vitprune.evaluation.accuracy import Accuracy, compare, drop_bound, evaluate
+from vitprune.evaluation.macs import count_macs, count_parameters
+from vitprune.feed_forward import find_feed_forwards
+from vitprune.files import read_json, write_json
+from vitprune.options import (
+    ALLOCATIONS,
+    COMPENSATIONS,
+    CRITERIA,
+    DEFAULT_FLOOR,
+    DEFAULT_RIDGE,
+    DEFAULT_STEP,
+    check_choice,
+)
+from vitprune.pruning.plan import Plan
+from vitprune.pruning.prune import apply_plan
+from vitprune.pruning.schedule import Recipe, Stage, advance, bridge_of, finish, first_stage, list_stops, needs_steps
+from vitprune.pruning.target import Target, target_neurons
+
+DENSE = "dense"
+SEARCH_GRID, SEARCH_PRECISION = 0.1, 0.01
+Evaluated = Callable[[nn.Module], Accuracy]
+Track = Callable[[Sequence[Any], str], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Accuracy and size of one pruned model, beside the dense model.
+
+    Attributes:
+        criterion: how neurons were ranked; ``dense`` for the dense model.
+        allocation: ``uniform`` or ``global``.
+        compensation: key of ``COMPENSATIONS``.
+        step: share that went between two rankings.
+        pruning_ratio: share of FFN neurons removed, in [0, 1).
+        num_parameters: of the pruned model.
+        macs: multiply-accumulates of one image.
+        size_bytes: of the weights, as stored.
+        top1: accuracy on the evaluation images, in [0, 1].
+        top1_low, top1_high: its 95 % Wilson interval.
+        drop: top-1 of the dense model minus this one's.
+        drop_bound: 95 % upper bound of the drop, paired.
+        p_value: of the paired comparison with the dense model (McNemar).
+        num_images: evaluated.
+    """
+
+    criterion: str
+    allocation: str
+    compensation: str
+    step: float
+    pruning_ratio: float
+    num_parameters: int
+    macs: int
+    size_bytes: int
+    top1: float
+    top1_low: float
+    top1_high: float
+    drop: float
+    drop_bound: float
+    p_value: float
+    num_images: int
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What to prune and how, and where finished points are kept.
+
+    Attributes:
+        criteria: keys of ``CRITERIA``.
+        allocations: keys of ``ALLOCATIONS``.
+        compensations: keys of ``COMPENSATIONS``.
+        step: share that goes between two rankings, in (0, 1]; 1 ranks once.
+        floor: share of its dense neurons that ``global`` leaves to each FFN at least.
+        ridge: λ relative to the mean variance of the hidden neurons.
+        seed: of everything drawn at random.
+        folder: where finished points are written and found again; None keeps them in memory alone.
+    """
+
+    criteria: Sequence[str]
+    allocations: Sequence[str]
+    compensations: Sequence[str]
+    step: float = DEFAULT_STEP
+    floor: float = DEFAULT_FLOOR
+    ridge: float = DEFAULT_RIDGE
+    seed: int = 0
+    folder: Path | None = None
+
+
+def measure_curve(
+    model: nn.Module,
+    calibration: Batches,
+    evaluation: Batches,
+    curve: Curve,
+    *,
+    ratios: Sequence[float],
+    found: Discovery | None = None,
+    track: Track = lambda items, _description: items,
+) -> list[CurvePoint]:
+    """Prune at every combination of ratio, criterion, allocation and compensation, and evaluate.
+
+    Statistics of the dense model are measured once for all criteria, and schedules of several steps are walked once for
+    all ratios.
+
+    Args:
+        model: timm Vision Transformer in eval mode.
+        calibration: images and labels that scores and compensation come from; readable more than once.
+        evaluation: other images and labels; readable more than once.
+        curve: what to combine.
+        ratios: shares of FFN neurons to remove, each in [0, 1).
+        found: a discovery on this model, for criterion ``jas``.
+        track: wraps (items, description) of long loops, for progress.
+
+    Returns:
+        The dense model's point first, then one per combination.
+
+    Raises:
+        VitpruneError: if an argument is out of range or images are missing.
+    """
+    _check(model, curve, calibration, found)
+    targets = [target_neurons(model, ratio) for ratio in sorted(set(ratios))]
+    shared = _Shared(model, calibration, evaluation, curve)
+    points = [shared.dense_point()]
+    combinations = list(product(curve.criteria, curve.allocations, targets))
+    walks: dict[tuple[str, str, str], _Walk] = {}
+    for criterion, allocation, target in track(combinations, "curve"):
+        for compensation in curve.compensations:
+            key = (criterion, allocation, bridge_of(compensation))
+            if key not in walks:
+                # Combinations come criterion by criterion: the models of an earlier one are not needed again.
+                walks = {known: walk for known, walk in walks.items() if known[:2] == key[:2]}
+                walks[key] = _Walk(shared, Recipe(*key, floor=curve.floor, ridge=curve.ridge, seed=curve.seed), found)
+            points.append(shared.point(walks[key], compensation, target))
+    return points
+
+
+def find_largest_ratio(
+    model: nn.Module,
+    calibration: Batches,
+    evaluation: Batches,
+    curve: Curve,
+    *,
+    max_drop: float,
+    found: Discovery | None = None,
+    track: Track = lambda items, _description: items,
+) -> tuple[float, list[CurvePoint]]:
+    """Find the largest pruning ratio whose accuracy loss stays below a budget at 95 % confidence.
+
+    Ratios 0.1, 0.2 .. are tried until one fails; bisection then narrows the last step down to 0.01. The first
+    criterion, allocation and compensation of ``curve`` are used. Every ratio tried is tested at 95 % by itself, so the
+    answer leans on the same images a few times: check it on others before relying on it.
+
+    Args:
+        model: timm Vision Transformer in eval mode.
+        calibration: images and labels that scores and compensation come from; readable more than once.
+        evaluation: other images and labels; readable more than once.
+        curve: how to prune.
+        found: a discovery on this model, for criterion ``jas``.
+        track: wraps (items, description) of long loops, for progress.
+        max_drop: of top-1, in (0, 1); the 95 % paired upper bound of the drop must not exceed it.
+
+    Returns:
+        The ratio (0 where even 0.01 fails), and the points tried, the dense model's first.
+
+    Raises:
+        VitpruneError: if an argument is out of range.
+    """
+    if not 0 < max_drop < 1:
+        raise VitpruneError(f"max_drop must be in (0, 1), got {max_drop}")
+    _check(model, curve, calibration, found)
+    shared = _Shared(model, calibration, evaluation, curve)
+    compensation = curve.compensations[0]
+    recipe = Recipe(curve.criteria[0], curve.allocations[0], bridge_of(compensation), floor=curve.floor)
+    walk = _Walk(shared, recipe, found)
+    points = [shared.dense_point()]
+
+    def holds(ratio: float) -> bool:
+        points.append(shared.point(walk, compensation, target_neurons(model, ratio)))
+        return points[-1].drop_bound <= max_drop
+
+    low, high = 0, round(1 / SEARCH_PRECISION)
+    for tenth in track(range(1, round(1 / SEARCH_GRID)), "find the largest ratio"):
+        if not holds(round(tenth * SEARCH_GRID, 6)):
+            high = round(tenth * SEARCH_GRID / SEARCH_PRECISION)
+            break
+        low = round(tenth * SEARCH_GRID / SEARCH_PRECISION)
+    while high - low > 1 and high < round(1 / SEARCH_PRECISION):
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle * SEARCH_PRECISION) else (low, middle)
+    return low * SEARCH_PRECISION, points
+
+
+def _check(model: nn.Module, curve: Curve, calibration: Batches, found: Discovery | None) -> None:
+    for criterion in curve.criteria:
+        check_choice("criterion", criterion, CRITERIA)
+        check_needs(model, criterion, batches=calibration, found=found)
+    for allocation in curve.allocations:
+        check_choice("allocation", allocation, ALLOCATIONS)
+    for compensation in curve.compensations:
+        check_choice("compensation", compensation, COMPENSATIONS)
+    list_stops(0.5, curve.step)
+
+
+class _Shared:
+    """What all points of a curve share; finished points are read back rather than measured again."""
+
+    def __init__(self, model: nn.Module, calibration: Batches, evaluation: Batches, curve: Curve) -> None:
+        self.model, self.calibration, self.evaluation, self.curve = model, calibration, evaluation, curve
+        self.dense, self.size = self._evaluated(DENSE, lambda: model)
+        self._statistics: dict[str, Statistics] = {}
+
+    def statistics(self) -> Mapping[str, Statistics]:
+        """Measure the dense model once for all criteria and compensations."""
+        wanted = set().union(*(REGISTRY[criterion].statistics for criterion in self.curve.criteria))
+        if set(self.curve.compensations) - {"none"}:
+            wanted.add(MOMENTS)
+        if wanted and not self._statistics:
+            ffns = find_feed_forwards(self.model)
+            self._statistics = measure_statistics(self.model, ffns, self.calibration, wanted, seed=self.curve.seed)
+        return self._statistics
+
+    def dense_point(self) -> CurvePoint:
+        return self._point((DENSE, "", "none"), 0.0, self.dense, self.size)
+
+    def point(self, walk: _Walk, compensation: str, target: Target) -> CurvePoint:
+        recipe = walk.recipe
+        name = f"{recipe.criterion}-{recipe.allocation}-{compensation}-{target.share:.6f}"
+
+        def make() -> nn.Module:
+            return apply_plan(
+                self.model,
+                walk.plan(target),
+                compensation=compensation,
+                ridge=recipe.ridge,
+                batches=self.calibration,
+                statistics=self.statistics() or None,
+                seed=recipe.seed,
+            )
+
+        accuracy, size = self._evaluated(name, make)
+        ratio = size["pruning_ratio"]
+        return self._point((recipe.criterion, recipe.allocation, compensation), ratio, accuracy, size)
+
+    def _point(self, names: tuple[str, str, str], ratio: float, accuracy: Accuracy, size: Mapping[str, Any]):
+        return CurvePoint(
+            *names,
+            step=self.curve.step if names[0] != DENSE and needs_steps(names[0]) else 1.0,
+            pruning_ratio=ratio,
+            num_parameters=size["num_parameters"],
+            macs=size["macs"],
+            size_bytes=size["size_bytes"],
+            top1=accuracy.top1,
+            top1_low=accuracy.top1_interval[0],
+            top1_high=accuracy.top1_interval[1],
+            drop=self.dense.top1 - accuracy.top1,
+            drop_bound=drop_bound(self.dense, accuracy),
+            p_value=compare(self.dense, accuracy).p_value,
+            num_images=accuracy.num_images,
+        )
+
+    def _evaluated(self, name: str, make: Callable[[], nn.Module]) -> tuple[Accuracy, Mapping[str, Any]]:
+        path = None if self.curve.folder is None else self.curve.folder / f"{name}.json"
+        if path is not None and path.is_file():
+            content = read_json(path, kind="curve point")
+            return _read_accuracy(content["accuracy"]), content["size"]
+        pruned = make()
+        accuracy = evaluate(pruned, self.evaluation)
+        neurons, dense = (sum(f.num_neurons for f in find_feed_forwards(each)) for each in (pruned, self.model))
+        size = {
+            "num_parameters": count_parameters(pruned),
+            "macs": count_macs(pruned),
+            "size_bytes": sum(value.numel() * value.element_size() for value in pruned.state_dict().values()),
+            "pruning_ratio": 1 - neurons / dense,
+        }
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = {"kind": "curve point", "version": 1, "accuracy": _write_accuracy(accuracy), "size": size}
+            write_json(path, content)
+        return accuracy, size
+
+
+class _Walk:
+    """A schedule walked once for rising ratios, one stop after another."""
+
+    def __init__(self, shared: _Shared, recipe: Recipe, found: Discovery | None) -> None:
+        self.shared, self.recipe, self.found = shared, recipe, found
+        self.step = shared.curve.step if needs_steps(recipe.criterion) else 1.0
+        self.current: nn.Module = shared.model
+        self.stage: Stage | None = None
+
+    def plan(self, target: Target) -> Plan:
+        before = len(list_stops(target.share, self.step)) - 1
+        if self.stage is None or self.stage.number > before:
+            self.current = self.shared.model
+            self.stage = first_stage(
+                self.shared.model,
+                self.recipe,
+                batches=self.shared.calibration,
+                found=self.found,
+                bridged=before > 0,
+                statistics=self.shared.statistics(),
+            )
+        while self.stage.number < before:
+            part = target.partly(list_stops(target.share, self.step)[self.stage.number])
+            self.current, self.stage = advance(
+                self.current, self.stage, part, self.recipe, batches=self.shared.calibration, bridged=True
+            )
+        return finish(self.shared.model, self.stage, target, self.recipe)
+
+
+def _write_accuracy(accuracy: Accuracy) -> dict[str, Any]:
+    content = asdict(accuracy)
+    content["correct"] = "".join("01"[right] for right in accuracy.correct)
+    return content
+
+
+def _read_accuracy(content: Mapping[str, Any]) -> Accuracy:
+    def numbered(mapping: Mapping[str, Any]) -> dict[int, Any]:
+        return {int(index): value for index, value in mapping.items()}
+
+    return Accuracy(
+        **{
+            **content,
+            "top1_interval": tuple(content["top1_interval"]),
+            "top1_by_class": numbered(content["top1_by_class"]),
+            "images_by_class": numbered(content["images_by_class"]),
+            "correct": tuple(mark == "1" for mark in content["correct"]),
+        }
+    )
+
+
+def parse_ratios(texts: Sequence[str]) -> list[float]:
+    """Read ratios and ranges FIRST:LAST:STEP, both ends included.
+
+    Raises:
+        VitpruneError: naming the text that is neither.
+
+    >>> parse_ratios(["0.05", "0.1:0.3:0.1"])
+    [0.05, 0.1, 0.2, 0.3]
+    """
+    ratios: list[float] = []
+    for text in texts:
+        try:
+            parts = [float(part) for part in text.split(":")]
+        except ValueError as error:
+            raise VitpruneError(f"ratios: '{text}' is no number and no FIRST:LAST:STEP") from error
+        if len(parts) == 1:
+            ratios.append(parts[0])
+        elif len(parts) == 3 and parts[2] > 0 and parts[0] <= parts[1]:
+            ratios += list(_count_up(*parts))
+        else:
+            raise VitpruneError(f"ratios: '{text}' is no number and no FIRST:LAST:STEP")
+    bad = [ratio for ratio in ratios if not 0 <= ratio < 1]
+    if bad:
+        raise VitpruneError(f"ratios must be in [0, 1), got {bad[0]}")
+    return sorted(set(ratios))
+
+
+def _count_up(first: float, last: float, step: float) -> Iterator[float]:
+    for number in range(int((last - first) / step + 1e-9) + 1):
+        yield round(first + number * step, 12)
