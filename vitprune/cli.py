@@ -267,6 +267,22 @@ def _add_curve(parser: ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an output of other arguments")
 
 
+def _add_analyze(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=str, help="run folder of 'discover'")
+    _add_images(parser, required=True, batch_size=50, what="test images, other than the run's")
+    parser.add_argument(
+        "--top-k", type=int, nargs="+", default=[1, 5, 10, 20, 50], help="neurons per FFN that are never masked"
+    )
+    parser.add_argument(
+        "--mask-share", type=float, nargs="+", default=[0.1, 0.3, 0.5, 1.0], help="shares of the others to mask"
+    )
+    parser.add_argument(
+        "--tokens", type=str, nargs="+", default=["cls", "all"], help=f"where to mask: {_listed(options.TOKENS)}"
+    )
+    parser.add_argument("--depth", type=int, help="mask in the first so many FFNs only")
+    _add_device(parser)
+
+
 def _add_export(parser: ArgumentParser) -> None:
     parser.add_argument("model", type=str, help="folder of a saved model, or timm name")
     parser.add_argument("output", type=str, help="ONNX file to write")
@@ -312,6 +328,7 @@ _ARGUMENTS: dict[str, tuple[str, Callable[[ArgumentParser], None]]] = {
     "prune": ("remove the FFN neurons that matter least", _add_prune),
     "curve": ("measure accuracy at many sizes", _add_curve),
     "evaluate": ("measure accuracy", _add_evaluate),
+    "analyze": ("mask all but the top neurons of each class, as the paper does", _add_analyze),
     "export": ("write an ONNX file and check it against torch", _add_export),
     "bench": ("time models in torch and ONNX Runtime", _add_bench),
     "run": ("execute the commands of a recipe", _add_run),
@@ -801,6 +818,57 @@ def _evaluate(model, checkpoint, data, class_map, classes, images_per_class, str
     return answer, show
 
 
+def _analyze(
+    run, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, top_k, mask_share, tokens,
+    depth, device,
+):  # fmt: skip
+    from dataclasses import asdict
+
+    from vitprune.data import hash_images
+    from vitprune.evaluation.topk_mask import measure_topk_mask
+
+    source, (run, network) = run, _open_source(run, None, device)
+    if run is None:
+        raise VitpruneError(f"{source} is no run; run 'vitprune discover MODEL --data DIR -o RUN' first")
+    for scope in tokens:
+        options.check_choice("tokens", scope, options.TOKENS)
+    images = _find_images(network, data, class_map, classes, images_per_class, seed)
+    shared = set(hash_images(images)) & set(hash_images(run.images))
+    if shared:
+        raise VitpruneError(f"{len(shared)} of {len(images)} images are those of {source}; test on others")
+    batches = _batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
+    rows = measure_topk_mask(
+        network,
+        batches,
+        run.found,
+        top_ks=top_k,
+        mask_shares=mask_share,
+        tokens=tokens,
+        depth=depth,
+        track=_track,
+    )
+    answer = {"rows": [asdict(row) for row in rows], "skipped": _report_skipped(batches)}
+
+    def show() -> None:
+        cells = [
+            (
+                row.mask,
+                row.tokens,
+                str(row.top_k),
+                f"{row.mask_share:.0%}",
+                str(row.num_neurons_masked),
+                f"{row.probability:.4f}",
+                f"{row.top1:.4f}",
+            )
+            for row in rows
+        ]
+        columns = ("mask", "tokens", "top-K", "masked of others", "neurons", "probability", "top-1")
+        _table(f"top-K neurons of each class ({rows[0].num_images} images)", columns, cells)
+        print("oracle class: each image is masked by the scores of its true class, which no deployed model knows")
+
+    return answer, show
+
+
 def _open(model: str, checkpoint: str | None, device: str | None):
     if Path(model).suffix != ".onnx":
         from vitprune.models import load
@@ -975,6 +1043,7 @@ _COMMANDS: dict[str, Callable[..., tuple[dict[str, Any], Callable[[], None]]]] =
     "prune": _prune,
     "curve": _curve,
     "evaluate": _evaluate,
+    "analyze": _analyze,
     "export": _export,
     "bench": _bench,
 }
