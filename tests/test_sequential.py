@@ -56,10 +56,38 @@ def compensate_slowly(model, plan, images, *, towards_stream, ridge, drift_ridge
 def test_equals_the_slow_program(towards_stream, model_args):
     model = make_vit(**model_args)
     plan = half_plan(model)
-    options = {"towards_stream": towards_stream, "ridge": 1e-3, "drift_ridge": 0.1}
+    options = {"towards_stream": towards_stream, "ridge": 1e-3}
     with torch.no_grad():
-        got = compensate_sequentially(model, plan, BATCHES, **options)(IMAGES)
-    torch.testing.assert_close(got, compensate_slowly(model, plan, IMAGES, **options), rtol=1e-7, atol=1e-8)
+        got = compensate_sequentially(model, plan, BATCHES, **options, drift_ridges=[0.1])(IMAGES)
+    expected = compensate_slowly(model, plan, IMAGES, **options, drift_ridge=0.1)
+    torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-8)
+
+
+def test_the_drift_ridge_chosen_explains_most_of_the_images_it_was_not_fitted_to():
+    """From the rows themselves: fit on one half, sum the squares left on the other, both ways."""
+    generator = torch.Generator().manual_seed(2)
+    halves, rows = [], []
+    for _ in range(2):
+        hidden = torch.randn(40, 1, 12, dtype=torch.float64, generator=generator)
+        drift = hidden[..., :3] @ torch.ones(3, 6).double() + 4 * torch.randn(40, 1, 6, generator=generator)
+        half = sequential._DriftSums(torch.ones(6, dtype=torch.float64), torch.full((12,), 0.1, dtype=torch.float64))
+        half.add(hidden[:25], drift[:25])
+        half.add(hidden[25:], drift[25:])
+        halves.append(sequential._finish(half.sums, half.shift_H))
+        rows.append((hidden.squeeze(1).numpy(), drift.squeeze(1).numpy()))
+    keep, grid = torch.arange(12) != 5, [0.001, 0.1, 1.0, 3.0, 100.0, float("inf")]
+    left = []
+    for ridge in grid:
+        total = 0.0
+        for (fit_h, fit_e), (test_h, test_e) in (rows, rows[::-1]):
+            steer = np.zeros((11, 6))
+            if np.isfinite(ridge):
+                steer = solve_ridge(fit_h[:, keep.numpy()], fit_e, ridge * fit_h.var(0).mean())
+            rest = test_e - test_e.mean(0) - (test_h - test_h.mean(0))[:, keep.numpy()] @ steer
+            total += (rest**2).sum()
+        left.append(total)
+    assert sequential._choose_ridge(keep, halves, grid) == grid[int(np.argmin(left))]
+    assert grid[int(np.argmin(left))] not in (grid[0], grid[-1])
 
 
 @torch.no_grad()

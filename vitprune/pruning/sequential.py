@@ -8,7 +8,8 @@ unpruned block l makes of the pruned prefix,
     B = C_{PS} (C_{SS} + \lambda I)^{-1}, \quad D = C_{eS} (C_{SS} + \kappa I)^{-1}, \quad W' = W_S + W_P B + D
 
 and the bias takes up the means. The first term stands in for the removed neurons, the second steers the residual stream
-back to the dense model's; calibration images are few and the drift is small, so κ is far larger than λ.
+back to the dense model's. Drift is small and calibration images are few, so κ is chosen for each block: the one of a
+grid (infinity among them) that explains most of the drift on images it was not fitted to.
 
 Letters: B images, N tokens, D embedding width, H hidden neurons, S kept.
 """
@@ -16,9 +17,11 @@ Letters: B images, N tokens, D embedding width, H hidden neurons, S kept.
 from __future__ import annotations
 
 import copy
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,9 +31,12 @@ from vitprune.data import Batches, on_device
 from vitprune.discovery.statistics import Statistics
 from vitprune.errors import VitpruneError
 from vitprune.feed_forward import FeedForward, hook_hidden
-from vitprune.options import DEFAULT_DRIFT_RIDGE, DEFAULT_RIDGE
+from vitprune.options import DEFAULT_RIDGE
 from vitprune.pruning.compensate import reconstruct, regress, write_down_proj
 from vitprune.pruning.plan import Plan, fit_plan
+
+# Relative to the mean variance of the hidden neurons; infinity leaves the drift alone but for its mean.
+DRIFT_RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, math.inf)
 
 
 @torch.no_grad()
@@ -41,7 +47,7 @@ def compensate_sequentially(
     *,
     towards_stream: bool,
     ridge: float = DEFAULT_RIDGE,
-    drift_ridge: float = DEFAULT_DRIFT_RIDGE,
+    drift_ridges: Sequence[float] = DRIFT_RIDGES,
     track: Callable[[list[FeedForward]], Any] = iter,
 ) -> nn.Module:
     """Return a copy whose kept neurons and biases stand in for the ones that the plan removes.
@@ -57,7 +63,7 @@ def compensate_sequentially(
             that does not (the stages of a Swin Transformer).
         towards_stream: aim at the dense residual stream; otherwise at what the unpruned FFN makes of the pruned prefix.
         ridge: λ relative to the mean variance of the hidden neurons; positive.
-        drift_ridge: κ relative to the same; positive.
+        drift_ridges: values of κ to choose from, relative to the same; positive.
         track: wraps the list of FFNs, for progress.
 
     Raises:
@@ -81,77 +87,106 @@ def compensate_sequentially(
         if not followed[name]:
             dense_states, work_states = _states_before(model, name, batches), _states_before(work, name, batches)
         gain_D = _measure_gain(dense, ffn.down_proj.removeprefix(f"{name}."), dense_states[0][:1].to(_device(model)))
-        sums = _DriftSums(gain_D)
+        halves: tuple[_DriftSums, ...] = ()
+        seen = 0
         hidden: dict[str, Tensor] = {}
         with hook_hidden(work, [ffn], lambda _name, h, hidden=hidden: hidden.update(h=h)):
             for index, (dense_state, work_state) in enumerate(zip(dense_states, work_states, strict=True)):
                 output = dense.run(dense_state.to(_device(model)))
-                sums.add(hidden, output - pruned.run(work_state.to(_device(model))))
+                drift = output - pruned.run(work_state.to(_device(model)))
+                # Even images and odd images: neighbours in a class folder fall into both halves.
+                if not halves:
+                    shift_H = hidden["h"].flatten(0, -2).mean(0)
+                    halves = (_DriftSums(gain_D, shift_H), _DriftSums(gain_D, shift_H))
+                for parity, sums in enumerate(halves):
+                    sums.add(hidden["h"][(parity + seen) % 2 :: 2], drift[(parity + seen) % 2 :: 2])
+                seen += len(drift)
                 dense_states[index] = output.to(dense_state.device)
         if not bool(plan.keep[ffn.name].all()) or towards_stream:
-            statistics, drift_D, drift_DH = sums.finish()
-            _solve(
-                work.get_submodule(ffn.down_proj),
-                plan.keep[ffn.name],
-                statistics,
-                (drift_D, drift_DH) if towards_stream else None,
-                ridge,
-                drift_ridge,
-            )
+            penalties = drift_ridges if towards_stream else None
+            _solve(work.get_submodule(ffn.down_proj), plan.keep[ffn.name], halves, ridge, penalties)
         for index, work_state in enumerate(work_states):
             work_states[index] = pruned.run(work_state.to(_device(model))).to(work_state.device)
     return work
 
 
-def _solve(down: nn.Linear, keep_H: Tensor, statistics: Statistics, drift, ridge: float, drift_ridge: float) -> None:
-    weight_DH = down.weight.double().cpu()
-    mean_H = statistics.mean_H
-    map_PS = reconstruct(statistics, keep_H, ridge=ridge)
+def _solve(down: nn.Linear, keep_H: Tensor, halves, ridge: float, drift_ridges: Sequence[float] | None) -> None:
+    even, odd = halves
+    whole = _finish([left + right for left, right in zip(even.sums, odd.sums, strict=True)], even.shift_H)
+    weight_DH, mean_H = down.weight.double().cpu(), whole.mean_H
+    map_PS = reconstruct(whole, keep_H, ridge=ridge)
     kept_DS = weight_DH[:, keep_H] + weight_DH[:, ~keep_H] @ map_PS
     shift_D = weight_DH[:, ~keep_H] @ (mean_H[~keep_H] - map_PS @ mean_H[keep_H])
-    if drift is not None:
-        drift_D, drift_DH = drift
-        steer_DS = regress(statistics, keep_H, drift_DH[:, keep_H].T, ridge=drift_ridge)
-        kept_DS += steer_DS
-        shift_D += drift_D - steer_DS @ mean_H[keep_H]
+    if drift_ridges is not None:
+        shift_D += whole.drift_D
+        penalty = _choose_ridge(keep_H, [_finish(half.sums, half.shift_H) for half in halves], drift_ridges)
+        if math.isfinite(penalty):
+            steer_DS = regress(whole, keep_H, whole.drift_DH[:, keep_H].T, ridge=penalty)
+            kept_DS += steer_DS
+            shift_D -= steer_DS @ mean_H[keep_H]
     solved_DH = torch.zeros_like(weight_DH)
     solved_DH[:, keep_H] = kept_DS
     write_down_proj(down, solved_DH, shift_D)
 
 
-class _DriftSums:
-    """Running sums of the hidden neurons and of the drift in units of the FFN's output, float64."""
+def _choose_ridge(keep_H: Tensor, halves: Sequence[_Drift], drift_ridges: Sequence[float]) -> float:
+    """Return the κ whose D, fitted on one half of the images, leaves least of the other half's drift; both ways."""
+    left = dict.fromkeys(drift_ridges, 0.0)
+    for fitted, tested in (halves, halves[::-1]):
+        scale = float(fitted.covariance_HH.diagonal().mean())
+        values_S, vectors_SS = torch.linalg.eigh(fitted.covariance_HH[keep_H][:, keep_H])
+        along_SD = vectors_SS.T @ fitted.drift_DH[:, keep_H].T
+        cross_SD = vectors_SS.T @ tested.drift_DH[:, keep_H].T
+        kept_SS = vectors_SS.T @ tested.covariance_HH[keep_H][:, keep_H] @ vectors_SS
+        for penalty in drift_ridges:
+            damping = max(penalty * scale, torch.finfo(torch.float64).tiny)
+            steer_SD = along_SD / (values_S.clamp_min(0) + damping).unsqueeze(1)
+            # |e - D h|² on the other half, less the part that is the same for all: |e|².
+            left[penalty] += float((steer_SD * (kept_SS @ steer_SD - 2 * cross_SD)).sum())
+    return min(left, key=left.get)
 
-    def __init__(self, gain_D: Tensor) -> None:
+
+@dataclass(frozen=True)
+class _Drift(Statistics):
+    """Statistics of the hidden neurons, the mean drift and its covariance with them; float64."""
+
+    drift_D: Tensor | None = None
+    drift_DH: Tensor | None = None
+
+
+class _DriftSums:
+    """Running sums of hidden neurons (around a shift), of the drift in units of the FFN's output, and of products.
+
+    Products are taken in the model's dtype, sums in float64.
+    """
+
+    def __init__(self, gain_D: Tensor, shift_H: Tensor) -> None:
+        self.shift_H = shift_H
         # A channel that never reaches the residual stream cannot be steered.
-        self.inverse_gain_D = torch.where(gain_D == 0, 0, 1 / gain_D).nan_to_num(posinf=0, neginf=0)
-        self.count = 0
-        self.shift_H: Tensor | None = None
+        self.inverse_gain_D = torch.where(gain_D == 0, 0, 1 / gain_D)
         self.sums: list[Tensor] = []
 
-    def add(self, hidden: dict[str, Tensor], drift: Tensor) -> None:
-        rows_NH = hidden["h"].reshape(-1, hidden["h"].shape[-1])
-        rows_NH = rows_NH.float() if rows_NH.dtype in (torch.float16, torch.bfloat16) else rows_NH
+    def add(self, hidden: Tensor, drift: Tensor) -> None:
+        hidden = hidden.float() if hidden.dtype in (torch.float16, torch.bfloat16) else hidden
+        rows_NH = hidden.reshape(-1, hidden.shape[-1]) - self.shift_H.to(hidden.dtype)
         drift_ND = drift.reshape(-1, drift.shape[-1]).to(rows_NH.dtype) * self.inverse_gain_D.to(rows_NH.dtype)
-        if self.shift_H is None:
-            self.shift_H = rows_NH.mean(0)
-        rows_NH = rows_NH - self.shift_H
-        parts = (rows_NH.sum(0), drift_ND.sum(0), rows_NH.T @ rows_NH, drift_ND.T @ rows_NH)
-        if self.sums:
-            for total, part in zip(self.sums, parts, strict=True):
-                total += part
-        else:
-            self.sums = [part.double() for part in parts]
-        self.count += len(rows_NH)
+        count = torch.tensor(float(len(rows_NH)))
+        parts = [count, rows_NH.sum(0), drift_ND.sum(0), rows_NH.T @ rows_NH, drift_ND.T @ rows_NH]
+        parts = [part.double() for part in parts]
+        self.sums = [total.add_(part) for total, part in zip(self.sums, parts, strict=True)] if self.sums else parts
 
-    def finish(self) -> tuple[Statistics, Tensor, Tensor]:
-        """Return the statistics, the mean drift [D] and its covariance with the hidden neurons [D, H]."""
-        offset_H, drift_D, square_HH, cross_DH = (total.div_(self.count).cpu() for total in self.sums)
-        covariance_HH = square_HH.sub_(torch.outer(offset_H, offset_H))
-        cross_DH = cross_DH.sub_(torch.outer(drift_D, offset_H))
-        mean_H = self.shift_H.double().cpu() + offset_H
-        statistics = Statistics(0, self.count, mean_H=mean_H, covariance_HH=covariance_HH)
-        return statistics, drift_D, cross_DH
+
+def _finish(sums: Sequence[Tensor], shift_H: Tensor) -> _Drift:
+    count = max(float(sums[0]), 1.0)
+    offset_H, drift_D, square_HH, cross_DH = ((total / count).cpu() for total in sums[1:])
+    return _Drift(
+        num_images=0,
+        num_tokens=int(sums[0]),
+        mean_H=shift_H.double().cpu() + offset_H,
+        covariance_HH=square_HH.sub_(torch.outer(offset_H, offset_H)),
+        drift_D=drift_D,
+        drift_DH=cross_DH.sub_(torch.outer(drift_D, offset_H)),
+    )
 
 
 # --- running one block at a time -------------------------------------------------------------------------------------

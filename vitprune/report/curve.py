@@ -30,6 +30,7 @@ def render_curve(points: Sequence[CurvePoint], path: str | Path, *, title: str) 
         path: file to write.
         title: above the picture.
     """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F", "#882255")
@@ -68,5 +69,6 @@ def render_curve(points: Sequence[CurvePoint], path: str | Path, *, title: str) 
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8, title="criterion, compensation", title_fontsize=8)
-    with atomic_file(path) as temporary:
+    # The salt makes the names inside an SVG file the same each time.
+    with atomic_file(path) as temporary, rc_context({"svg.hashsalt": "vitprune"}):
         figure.savefig(temporary, dpi=150, metadata={"Date": None} if str(path).endswith(".svg") else None)
