@@ -17,6 +17,7 @@ from conftest import TINY, make_vit
 from safetensors.torch import save_file
 
 import vitprune
+from vitprune import options
 from vitprune.cli import main
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -107,7 +108,7 @@ def test_the_same_seed_gives_the_same_bytes(saved_vit, image_folder, tmp_path):
         assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes(), file
 
 
-@pytest.mark.parametrize("criterion", ["random", "magnitude", "activation", "taylor", "obs", "jas"])
+@pytest.mark.parametrize("criterion", list(options.CRITERIA))
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 def test_every_criterion_prunes_a_run(criterion, allocation, run_folder, tmp_path, capsys):
     answer = run(
@@ -197,6 +198,19 @@ MISTAKES = [
     ("prune {run} --ratio 0.99 -o {out}", "empty; ask for less"),
     ("prune {run} --ridge 0 -o {out}", "ridge must be positive"),
     ("prune {run} --floor 3 -o {out}", "floor must be in [0, 1]"),
+    ("prune {run} --step 0 -o {out}", "step must be in (0, 1]"),
+    ("prune {run} --ratio 0.5 --target-macs 1e5 -o {out}", "one target at a time"),
+    ("prune {run} --target-params 10 -o {out}", "without its FFNs the model still has"),
+    ("prune {run} --target-macs 1e15 -o {out}", "already"),
+    ("prune {run} --backend onnxruntime-cpu -o {out}", "go with --target-latency"),
+    ("prune {run} --target-latency 1 --backend x -o {out}", "backend must be one of"),
+    ("prune {run} --keep-classes data -o {out}", "takes the classes of --data DIR"),
+    ("prune {run} --keep-classes class0 -o {out}", "keep at least two different classes"),
+    ("curve {vit} --eval-data {data} -o {out}", "curve needs calibration images"),
+    ("curve {vit} --data {data} --eval-data {data} -o {out}", "are calibration images as well"),
+    ("curve {run} --eval-data {data} --ratios 2 -o {out}", "ratios must be in [0, 1)"),
+    ("analyze {vit} --data {data}", "is no run"),
+    ("analyze {run} --data {data}", "test on others"),
     ("prune {vit} -o {out}", "pass --data DIR"),
     ("prune {vit} --criterion jas --data {data} -o {out}", "criterion jas needs the scores of a run"),
     ("prune {vit} --plan {otherplan} -o {out}", "plan does not fit this model"),

@@ -90,7 +90,7 @@ def test_taylor_works_with_frozen_parameters(tiny_vit, tiny_images):
 
 
 def test_fisher_is_half_the_mean_square_slope_with_the_models_own_labels(tiny_vit, tiny_images):
-    """With labels drawn again and again, the mean is the exact sum over all labels by their probability."""
+    """Drawn again and again, the mean is the exact sum over all labels by their probability."""
     neuron, fc2 = 11, tiny_vit.blocks[0].mlp.fc2
     expected = 0.0
     for image in tiny_images:

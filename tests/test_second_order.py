@@ -6,11 +6,10 @@ import itertools
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 
 from vitprune.discovery import second_order
 from vitprune.discovery.second_order import eliminate, obs
-from vitprune.discovery.statistics import GRADIENTS, MOMENTS, measure_statistics
+from vitprune.discovery.statistics import GRADIENTS, MOMENTS, draw_directions, measure_statistics
 from vitprune.feed_forward import find_feed_forwards
 
 IMAGES = torch.randn(12, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -74,22 +73,31 @@ def test_scores_rise_along_the_elimination(tiny_vit):
     assert (scores > 0).all()
 
 
-def test_output_gradients_are_those_of_a_loop_with_the_same_labels(tiny_vit):
-    got = measure_statistics(tiny_vit, find_feed_forwards(tiny_vit), BATCHES, {GRADIENTS}, seed=4)["blocks.2.mlp"]
-    generator = torch.Generator().manual_seed(4)
+def test_directions_have_the_fisher_information_as_second_moment():
+    logits = torch.tensor([[2.0, 0.0, -1.0, 0.5]], dtype=torch.float64).expand(20000, 4)
+    drawn = draw_directions(logits, torch.Generator().manual_seed(0))
+    share = logits[0].softmax(0)
+    expected = torch.diag(share) - torch.outer(share, share)
+    torch.testing.assert_close(drawn.T @ drawn / 20000, expected, rtol=0, atol=0.01)
+
+
+def test_output_gradients_are_those_of_the_exact_fisher_information(tiny_vit):
+    """Every class in turn, weighted by its probability, image by image; the estimate is averaged over seeds."""
     expected = torch.zeros(24, 24, dtype=torch.float64)
-    for images, _ in BATCHES:
+    for image in IMAGES:
         outputs = []
         handle = tiny_vit.blocks[2].mlp.register_forward_hook(lambda _m, _x, y, outputs=outputs: outputs.append(y))
-        logits = tiny_vit(images)
+        logits = tiny_vit(image[None])[0].log_softmax(-1)
         handle.remove()
-        draws = torch.rand(len(images), 1, generator=generator, dtype=torch.float64)
-        labels = (logits.detach().softmax(-1).cumsum(-1) <= draws).sum(1)
-        for index, label in enumerate(labels):
-            loss = cross_entropy(logits[index : index + 1], label[None])
-            rows = torch.autograd.grad(loss, outputs[0], retain_graph=True)[0][index]
-            expected += rows.T @ rows / len(IMAGES)
-    torch.testing.assert_close(got.gradient_DD, expected)
+        for class_log in logits:
+            rows = torch.autograd.grad(class_log, outputs[0], retain_graph=True)[0][0]
+            expected += class_log.detach().exp() * rows.T @ rows / len(IMAGES)
+    ffns = find_feed_forwards(tiny_vit)
+    draws = [measure_statistics(tiny_vit, ffns, BATCHES, {GRADIENTS}, seed=seed) for seed in range(300)]
+    values = torch.stack([draw["blocks.2.mlp"].gradient_DD for draw in draws])
+    error = (values.mean(0) - expected).abs() / (values.std(0) / 300**0.5 + 1e-12)
+    assert error.max() < 5
+    assert (values.mean(0) - expected).norm() < 0.05 * expected.norm()
 
 
 def test_predicted_cost_is_the_loss_of_removing_one_neuron(tiny_vit):

@@ -162,8 +162,8 @@ def fisher(model: nn.Module, statistics: Mapping[str, Statistics]) -> Scores:
 
     .. math:: s_i = \frac{1}{2B} \sum_b \Big( \sum_n h_{bni} \, \frac{\partial L_b}{\partial h_{bni}} \Big)^2
 
-    Labels are drawn from the model's own answer, so this is the diagonal of the true Fisher information and needs no
-    labels.
+    In expectation over labels drawn from the model's own answer: the diagonal of the true Fisher information, which
+    needs no labels.
 
     Args:
         model: timm Vision Transformer.
@@ -330,7 +330,7 @@ def score_neurons(
         statistics: from ``measure_statistics`` on this model, with what the criterion's row in ``REGISTRY`` says;
             measured here from ``batches`` where they are not given.
         ridge: λ of ``obs``, relative to the mean variance of the hidden neurons; positive.
-        seed: of random scores and of sampled labels.
+        seed: of random scores and of the estimate of the Fisher information.
 
     Returns:
         FFN name -> scores [H]; higher is more important.

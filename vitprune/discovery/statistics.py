@@ -15,7 +15,7 @@ from vitprune.data import Batches, on_device
 from vitprune.errors import VitpruneError
 from vitprune.feed_forward import FeedForward, capture, hook_hidden
 
-# What can be asked for; the last three need a backward pass, taylor with the given labels, the others with drawn ones.
+# What can be asked for; the last three need a backward pass, taylor with the given labels, the others without any.
 MOMENTS, ABSOLUTE, TAYLOR, FISHER, GRADIENTS = "moments", "absolute", "taylor", "fisher", "gradients"
 
 
@@ -32,8 +32,9 @@ class Statistics:
         covariance_HH: centred, divided by ``num_tokens``; with ``moments``.
         absolute_H: mean of \|h\| over tokens; with ``absolute``.
         taylor_H: mean over images of \|Σ_n h ∂L/∂h\|, L the cross-entropy with the given labels; with ``taylor``.
-        fisher_H: mean over images of (Σ_n h ∂L/∂h)², labels sampled from the model's answer; with ``fisher``.
-        gradient_DD: E[g gᵀ], summed over tokens, mean over images, labels sampled; with ``gradients``.
+        fisher_H: mean over images of (Σ_n h ∂L/∂h)², in expectation over labels drawn from the model's answer; with
+            ``fisher``.
+        gradient_DD: E[g gᵀ], in the same expectation, summed over tokens, mean over images; with ``gradients``.
     """
 
     num_images: int
@@ -49,7 +50,11 @@ class Statistics:
 def measure_statistics(
     model: nn.Module, ffns: Sequence[FeedForward], batches: Batches, wanted: Collection[str], *, seed: int = 0
 ) -> dict[str, Statistics]:
-    """Stream the calibration images once and return the statistics of every FFN.
+    r"""Stream the calibration images once and return the statistics of every FFN.
+
+    The Fisher information J^T (diag(p) - p p^T) J of the logits is estimated by one backward pass for each batch: from
+    z = √p ⊙ s - p (√p · s) with random signs s, whose second moment is diag(p) - p p^T. A label drawn from p would be
+    right on average as well, but on an image that the model is sure of it says nothing at all but for rare surprises.
 
     Products are taken in the model's dtype (float32 for 16-bit models), second moments around the first batch's mean,
     and summed in float64.
@@ -60,7 +65,7 @@ def measure_statistics(
         batches: pairs of images [B, 3, height, width] (normalised by the model's own transform) and class labels [B]
             (int64), which only ``taylor`` uses. Read once.
         wanted: any of ``moments``, ``absolute``, ``taylor``, ``fisher``, ``gradients``.
-        seed: of the sampled labels.
+        seed: of the random signs.
 
     Returns:
         FFN name -> statistics.
@@ -87,29 +92,31 @@ def measure_statistics(
     return {name: sums.pop(name).finish(num_images) for name in list(sums)}
 
 
-def sample_labels(logits_BC: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw a class for each image from the model's own answer, one random number per image.
+def draw_directions(logits_BC: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a direction of the logits for each image whose second moment is the Fisher information of its answer.
 
     Returns:
-        int64 [B], on the device of the logits.
+        [B, C], of the dtype and on the device of the logits.
     """
-    cumulative_BC = logits_BC.detach().double().softmax(-1).cumsum(-1).cpu()
-    draws_B1 = torch.rand(len(logits_BC), 1, generator=generator, dtype=torch.float64) * cumulative_BC[:, -1:]
-    return torch.searchsorted(cumulative_BC, draws_B1, right=True).squeeze(1).to(logits_BC.device)
+    share_BC = (
+        logits_BC.detach().float().softmax(-1) if logits_BC.element_size() < 4 else logits_BC.detach().softmax(-1)
+    )
+    signs_BC = torch.randint(0, 2, share_BC.shape, generator=generator).to(share_BC) * 2 - 1
+    root_BC = share_BC.sqrt() * signs_BC
+    return (root_BC - share_BC * root_BC.sum(-1, keepdim=True)).to(logits_BC.dtype)
 
 
 def _add_gradients(sums, outputs, logits, labels, wanted, generator) -> None:
-    def gradients_of(target: Tensor, *, last: bool):
-        with torch.enable_grad():
-            loss = nn.functional.cross_entropy(logits, target, reduction="sum")
-        return torch.autograd.grad(loss, list(outputs.values()), retain_graph=not last)
-
+    points = list(outputs.values())
     if wanted & {FISHER, GRADIENTS}:
-        sampled = sample_labels(logits, generator)
-        for name, gradient in zip(outputs, gradients_of(sampled, last=TAYLOR not in wanted), strict=True):
+        directions = draw_directions(logits, generator)
+        gradients = torch.autograd.grad(logits, points, grad_outputs=directions, retain_graph=TAYLOR in wanted)
+        for name, gradient in zip(outputs, gradients, strict=True):
             sums[name].add_sampled(gradient)
     if TAYLOR in wanted:
-        for name, gradient in zip(outputs, gradients_of(labels, last=True), strict=True):
+        with torch.enable_grad():
+            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        for name, gradient in zip(outputs, torch.autograd.grad(loss, points), strict=True):
             sums[name].add_taylor(gradient)
 
 

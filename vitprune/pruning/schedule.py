@@ -54,7 +54,7 @@ class Recipe:
         round_to: every width is a multiple of it.
         floor: share of its dense neurons that ``global`` leaves to each FFN at least.
         ridge: λ of the compensation and of ``obs``, relative to the mean variance of the hidden neurons.
-        seed: of random scores and of sampled labels.
+        seed: of random scores and of the estimate of the Fisher information.
     """
 
     criterion: str
@@ -215,7 +215,7 @@ def _measure(model, recipe: Recipe, batches, *, number: int, bridged: bool, want
         return {}
     if batches is None:
         raise VitpruneError("compensation needs calibration images; pass --data DIR")
-    # Labels are drawn anew at each stop, or one draw would decide them all.
+    # Signs are drawn anew at each stop, or one draw would decide them all.
     return measure_statistics(model, find_feed_forwards(model), batches, measured, seed=recipe.seed + number)
 
 

@@ -1,0 +1,143 @@
+"""Accuracy of every criterion and compensation on real weights and photos; writes a dated table, JSON and picture.
+
+    python benchmarks/quality.py --checkpoint deit_tiny_patch16_224.safetensors \
+        --calibration imagenet-train-1000 --evaluation nips17-1000 --folder /tmp/quality
+
+Hardware, versions and the command are recorded beside the figures. Finished points stay in --folder, so a stopped run
+goes on there. About 2 hours on 2 CPU cores, and less with fewer --ratios or --criteria. Integrated gradients and the
+path search see --slow-images of the calibration images only.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import sys
+import time
+from dataclasses import asdict, replace
+from datetime import date
+from pathlib import Path
+
+import timm
+import torch
+from jsonargparse import auto_cli
+
+import vitprune
+from vitprune.evaluation.curve import Curve, measure_curve
+from vitprune.options import CRITERIA
+from vitprune.report.curve import render_curve, write_table
+
+HERE = Path(__file__).resolve().parent
+SLOW = ("integrated-gradients", "jas")
+
+
+def main(
+    checkpoint: str,
+    calibration: str,
+    evaluation: str,
+    folder: str,
+    model: str = "deit_tiny_patch16_224",
+    ratios: list[float] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8],  # noqa: B006 (read only)
+    criteria: list[str] | None = None,
+    best_ratios: list[float] = [0.3, 0.5, 0.7],  # noqa: B006 (read only)
+    distill_ratios: list[float] = [0.5, 0.7],  # noqa: B006
+    slow_images: int = 250,
+    cost_images: int = 100,
+    picture: str | None = None,
+):
+    """Measure the table.
+
+    Args:
+        checkpoint: weights of the model.
+        calibration: folder of class folders that scores and compensation come from.
+        evaluation: folder of class folders with other images.
+        folder: where finished points are kept; of these arguments alone.
+        model: timm name.
+        ratios: shares of FFN neurons to remove.
+        criteria: how neurons are ranked (default: all): each with compensation none and ridge, in one shot.
+        best_ratios: at these ratios, every criterion with sequential compensation as well.
+        distill_ratios: at these ratios, the default with distill as well.
+        slow_images: images for the path search and integrated gradients.
+        cost_images: images to measure time and memory of every criterion with, in a process of its own; 0: do not.
+        picture: PNG or SVG file to write as well.
+    """
+    criteria = list(CRITERIA) if criteria is None else criteria
+    network = vitprune.load(model, checkpoint=checkpoint)
+    images = vitprune.find_images(calibration, network.num_classes)
+    full, few, others = (
+        list(vitprune.ImageBatches(chosen, network, batch_size=50))
+        for chosen in (images, images.head(slow_images), vitprune.find_images(evaluation, network.num_classes))
+    )
+    started = time.perf_counter()
+
+    def track(items, description):
+        for position, item in enumerate(items, 1):
+            _log(started, f"{description} {position}/{len(items)} {item if isinstance(item, tuple) else ''}"[:160])
+            yield item
+
+    found = vitprune.discover(network, track(few, "discover")) if "jas" in criteria else None
+    base = Curve([], ["global"], ["none", "ridge"], step=1.0, folder=Path(folder))
+    points = []
+    for group, batches in (([c for c in criteria if c not in SLOW], full), ([c for c in criteria if c in SLOW], few)):
+        for compensations, shares in ((["none", "ridge"], ratios), (["sequential"], best_ratios)):
+            if group and shares:
+                curve = replace(base, criteria=group, compensations=compensations)
+                points += measure_curve(network, batches, others, curve, ratios=shares, found=found, track=track)
+    uniform = replace(base, criteria=["variance"], allocations=["uniform"], compensations=["ridge"])
+    points += measure_curve(network, full, others, uniform, ratios=ratios, track=track)
+    gradual = Curve(["obs"], ["global"], ["sequential"], folder=Path(folder) / "default")
+    points += measure_curve(network, full, others, gradual, ratios=ratios, track=track)
+    if distill_ratios:
+        distilled = replace(gradual, compensations=["distill"])
+        points += measure_curve(network, full, others, distilled, ratios=distill_ratios, track=track)
+    points = [points[0], *(point for point in points if point.criterion != "dense")]
+    costs = {}
+    for criterion in criteria if cost_images else ():
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            costs[criterion] = pool.apply(_measure_cost, (model, checkpoint, calibration, criterion, cost_images))
+        _log(started, f"cost {criterion} {costs[criterion]}")
+    name = f"{date.today()}-quality-{model}"
+    result = {
+        "num_calibration_images": len(images),
+        "slow_criteria": {"criteria": [c for c in SLOW if c in criteria], "num_images": slow_images},
+        "costs": {"num_images": cost_images, "criteria": costs},
+        "rows": [asdict(point) for point in points],
+        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+        "command": f"python benchmarks/quality.py --model {model} --checkpoint ... "
+        "--calibration imagenet-train-1000 --evaluation nips17-1000",
+    }
+    (HERE / "results").mkdir(exist_ok=True)
+    (HERE / "results" / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_table(points, HERE / "results" / f"{name}.csv")
+    shown = [point for point in points if point.compensation != "none" or point.criterion == "dense"]
+    title = f"{model}, {points[0].num_images} photos, no retraining"
+    for path in filter(None, (picture, HERE / "results" / f"{name}.png")):
+        render_curve(shown, path, title=title)
+    for point in points:
+        line = f"{point.criterion:21}{point.allocation:9}{point.compensation:13}{point.step:5.2f}"
+        print(f"{line}{point.pruning_ratio:6.2f} {point.top1:.3f} {point.drop:+.3f} p {point.p_value:.2g}")
+
+
+def _measure_cost(model: str, checkpoint: str, calibration: str, criterion: str, count: int) -> dict[str, float]:
+    network = vitprune.load(model, checkpoint=checkpoint)
+    images = vitprune.find_images(calibration, network.num_classes).head(count)
+    batches = list(vitprune.ImageBatches(images, network, batch_size=50))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    found = vitprune.discover(network, batches) if criterion == "jas" else None
+    vitprune.score_neurons(network, criterion, batches=batches, found=found)
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": round(seconds, 1), "peak_mib": round(peak / 1024), "peak_before_mib": round(before / 1024)}
+
+
+def _log(started: float, text: str) -> None:
+    print(f"{time.perf_counter() - started:6.0f} s  {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
