@@ -11,23 +11,26 @@ from families import half_plan
 
 import vitprune
 from vitprune.pruning import sequential
-from vitprune.pruning.sequential import compensate_sequentially
+from vitprune.pruning.sequential import compensate_sequentially, weigh_tokens
 
 IMAGES = torch.randn(12, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 BATCHES = [(IMAGES[:5], torch.zeros(5)), (IMAGES[5:], torch.zeros(7))]
 SWIN = {"img_size": 32, "patch_size": 2, "embed_dim": 12, "depths": (2, 1), "num_heads": (2, 2), "window_size": 4}
 
 
-def solve_ridge(rows, targets, penalty):
-    """Ridge regression on centred rows as least squares with extra rows."""
-    centred, mean = rows - rows.mean(0), targets - targets.mean(0)
-    extra = np.sqrt(penalty * len(rows)) * np.eye(rows.shape[1])
-    stacked = np.concatenate([mean, np.zeros((rows.shape[1], targets.shape[1]))])
+def solve_ridge(rows, targets, penalty, weights=None):
+    """Weighted ridge regression on centred rows as least squares with extra rows."""
+    weights = np.ones(len(rows)) if weights is None else weights
+    root = np.sqrt(weights)[:, None]
+    centred = root * (rows - np.average(rows, axis=0, weights=weights))
+    aim = root * (targets - np.average(targets, axis=0, weights=weights))
+    extra = np.sqrt(penalty * weights.sum()) * np.eye(rows.shape[1])
+    stacked = np.concatenate([aim, np.zeros((rows.shape[1], targets.shape[1]))])
     return np.linalg.lstsq(np.concatenate([centred, extra]), stacked, rcond=None)[0]
 
 
 @torch.no_grad()
-def compensate_slowly(model, plan, images, *, towards_stream, ridge, drift_ridge):
+def compensate_slowly(model, plan, images, *, towards_stream, ridge, drift_ridge, weights):
     """Every block by itself on states kept whole; returns the logits of the compensated model on the same images."""
     start = model.norm_pre(model._pos_embed(model.patch_embed(images)))
     dense = pruned = start
@@ -40,13 +43,17 @@ def compensate_slowly(model, plan, images, *, towards_stream, ridge, drift_ridge
         hidden = block.mlp.act(block.mlp.fc1(block.norm2(attended))).flatten(0, 1).numpy()
         flat = attended.flatten(0, 1).numpy()
         drift = (dense.flatten(0, 1).numpy() - flat - gain * (hidden @ weight.T + bias)) / gain
-        scale = hidden.var(0).mean()
-        stand_in = solve_ridge(hidden[:, keep], hidden[:, ~keep], ridge * scale)
-        output = (hidden[:, keep] - hidden[:, keep].mean(0)) @ (weight[:, keep].T + stand_in @ weight[:, ~keep].T)
-        output = output + (hidden @ weight.T + bias).mean(0)
+        weight_N = np.tile(weights[f"blocks.{index}.mlp"].numpy(), len(images))
+
+        def average(rows, weight_N=weight_N):
+            return np.average(rows, axis=0, weights=weight_N)
+
+        scale = average((hidden - average(hidden)) ** 2).mean()
+        stand_in = solve_ridge(hidden[:, keep], hidden[:, ~keep], ridge * scale, weight_N)
+        kept = hidden[:, keep] - average(hidden[:, keep])
+        output = kept @ (weight[:, keep].T + stand_in @ weight[:, ~keep].T) + average(hidden @ weight.T + bias)
         if towards_stream:
-            steer = solve_ridge(hidden[:, keep], drift, drift_ridge * scale)
-            output = output + (hidden[:, keep] - hidden[:, keep].mean(0)) @ steer + drift.mean(0)
+            output = output + kept @ solve_ridge(hidden[:, keep], drift, drift_ridge * scale, weight_N) + average(drift)
         pruned = torch.from_numpy(flat + gain * output).view_as(attended)
     return model.forward_head(model.norm(pruned))
 
@@ -56,7 +63,8 @@ def compensate_slowly(model, plan, images, *, towards_stream, ridge, drift_ridge
 def test_equals_the_slow_program(towards_stream, model_args):
     model = make_vit(**model_args)
     plan = half_plan(model)
-    options = {"towards_stream": towards_stream, "ridge": 1e-3}
+    weights = {name: torch.linspace(0.5, 1.5, 17, dtype=torch.float64) for name in plan.keep}
+    options = {"towards_stream": towards_stream, "ridge": 1e-3, "weights": weights}
     with torch.no_grad():
         got = compensate_sequentially(model, plan, BATCHES, **options, drift_ridges=[0.1])(IMAGES)
     expected = compensate_slowly(model, plan, IMAGES, **options, drift_ridge=0.1)
@@ -88,6 +96,19 @@ def test_the_drift_ridge_chosen_explains_most_of_the_images_it_was_not_fitted_to
         left.append(total)
     assert sequential._choose_ridge(keep, halves, grid) == grid[int(np.argmin(left))]
     assert grid[int(np.argmin(left))] not in (grid[0], grid[-1])
+
+
+def test_the_class_token_weighs_what_the_loss_makes_of_it(tiny_vit):
+    """The head reads the class token alone: behind the last block nothing else has a gradient."""
+    ffns = vitprune.find_feed_forwards(tiny_vit)
+    statistics = vitprune.measure_statistics(tiny_vit, ffns, BATCHES, {"gradients"})
+    last = weigh_tokens(tiny_vit, statistics)["blocks.2.mlp"]
+    assert last[0].item() == pytest.approx(0.5 + 0.5 * 17)
+    assert last[1:].tolist() == pytest.approx([0.5] * 16)
+    first = weigh_tokens(tiny_vit, statistics)["blocks.0.mlp"]
+    assert first.mean().item() == pytest.approx(1.0)
+    assert len(first[1:].unique()) == 1
+    assert first[0] > first[1] > 0.5
 
 
 @torch.no_grad()

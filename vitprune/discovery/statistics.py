@@ -35,6 +35,7 @@ class Statistics:
         fisher_H: mean over images of (Σ_n h ∂L/∂h)², in expectation over labels drawn from the model's answer; with
             ``fisher``.
         gradient_DD: E[g gᵀ], in the same expectation, summed over tokens, mean over images; with ``gradients``.
+        energy_N: E[gᵀ g] of each token; with ``gradients``.
     """
 
     num_images: int
@@ -45,6 +46,7 @@ class Statistics:
     taylor_H: Tensor | None = None
     fisher_H: Tensor | None = None
     gradient_DD: Tensor | None = None
+    energy_N: Tensor | None = None
 
 
 def measure_statistics(
@@ -161,6 +163,7 @@ class _Sums:
         if GRADIENTS in self.wanted:
             rows_ND = _at_least_float32(gradient).reshape(-1, gradient.shape[-1])
             self._add("gradient_DD", rows_ND.T @ rows_ND)
+            self._add("energy_N", rows_ND.square().sum(1).view(len(gradient), -1).sum(0))
 
     def add_taylor(self, gradient: Tensor) -> None:
         self._add("taylor_H", self._slopes(gradient).abs().sum(0))
@@ -168,7 +171,9 @@ class _Sums:
     def finish(self, num_images: int) -> Statistics:
         sums, count = self.sums, self.num_tokens
         found = {
-            name: (sums[name] / num_images).cpu() for name in ("fisher_H", "gradient_DD", "taylor_H") if name in sums
+            name: (sums[name] / num_images).cpu()
+            for name in ("fisher_H", "gradient_DD", "energy_N", "taylor_H")
+            if name in sums
         }
         if ABSOLUTE in self.wanted:
             found["absolute_H"] = (sums["absolute_H"] / count).cpu()

@@ -29,7 +29,7 @@ from vitprune.options import (
     check_choice,
 )
 from vitprune.pruning.plan import Plan
-from vitprune.pruning.prune import apply_plan
+from vitprune.pruning.prune import apply_plan, needed_statistics
 from vitprune.pruning.schedule import Recipe, Stage, advance, bridge_of, finish, first_stage, list_stops, needs_steps
 from vitprune.pruning.target import Target, target_neurons
 
@@ -227,7 +227,8 @@ class _Shared:
     def statistics(self) -> Mapping[str, Statistics]:
         """Measure the dense model once for all criteria and compensations."""
         wanted = set().union(*(REGISTRY[criterion].statistics for criterion in self.curve.criteria))
-        if set(self.curve.compensations) - {"none"}:
+        wanted = wanted.union(*(needed_statistics(self.model, name) for name in self.curve.compensations))
+        if any(bridge_of(name) != "none" for name in self.curve.compensations):
             wanted.add(MOMENTS)
         if wanted and not self._statistics:
             ffns = find_feed_forwards(self.model)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vitprune.data import Batches
 from vitprune.discovery.criteria import REGISTRY, check_needs
 from vitprune.discovery.discover import Discovery
-from vitprune.discovery.statistics import MOMENTS, Statistics, measure_statistics
+from vitprune.discovery.statistics import GRADIENTS, MOMENTS, Statistics, measure_statistics
 from vitprune.errors import VitpruneError
 from vitprune.feed_forward import find_feed_forwards
 from vitprune.models import architecture, hash_weights
@@ -33,7 +33,7 @@ from vitprune.pruning.compensate import check_ridge, compensate
 from vitprune.pruning.distill import distill
 from vitprune.pruning.plan import Plan, fit_plan, plan_from_widths
 from vitprune.pruning.schedule import Recipe, bridge_of, list_stops, plan_in_steps
-from vitprune.pruning.sequential import compensate_sequentially
+from vitprune.pruning.sequential import compensate_sequentially, weigh_tokens
 from vitprune.pruning.target import Target, target_neurons
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -100,8 +100,8 @@ def apply_plan(
         compensation: key of ``COMPENSATIONS``.
         ridge: λ relative to the mean variance of the hidden neurons.
         batches: calibration images, for any compensation but ``none``; ``distill`` reads them more than once.
-        statistics: of this model, with ``moments``, to share them between plans; ``bias`` and ``ridge`` then need no
-            images.
+        statistics: of this model, to share them between plans: with ``moments``, ``bias`` and ``ridge`` need no images;
+            with ``gradients``, the others need not measure how much each token counts.
         seed: of ``distill``.
         track: wraps (items, description) of long loops, for progress.
 
@@ -121,10 +121,15 @@ def apply_plan(
             statistics = measure_statistics(model, ffns, batches, {MOMENTS})
         result = compensate(model, plan, statistics, compensation=compensation, ridge=ridge)
     elif compensation != "none":
+        if statistics is None or next(iter(statistics.values())).energy_N is None:
+            statistics = (
+                measure_statistics(model, ffns, batches, {GRADIENTS}, seed=seed) if has_classifier(model) else None
+            )
         result = compensate_sequentially(
             model,
             plan,
             batches,
+            weights=None if statistics is None else weigh_tokens(model, statistics),
             towards_stream=compensation != "sequential-ffn",
             ridge=ridge,
             track=lambda blocks: track(blocks, "compensate"),
@@ -192,7 +197,7 @@ def prune(
     if compensation != "none" and batches is None:
         raise VitpruneError(f"compensation {compensation} needs calibration images; pass --data DIR")
     recipe = Recipe(criterion, allocation, bridge_of(compensation), round_to, floor, ridge, seed)
-    wanted = frozenset({MOMENTS}) if compensation in ("bias", "ridge") else frozenset()
+    wanted = needed_statistics(model, compensation)
     plan, statistics = plan_in_steps(model, target, recipe, batches=batches, found=found, step=step, wanted=wanted)
     decisions = {"criterion": criterion, "allocation": allocation, "round_to": round_to, "floor": floor}
     applied = {"compensation": compensation, "mode": mode, "ridge": ridge, "step": step, "seed": seed}
@@ -209,6 +214,18 @@ def prune(
         track=track,
     )
     return pruned, plan
+
+
+def has_classifier(model: nn.Module) -> bool:
+    """Tell whether a model has classes to answer."""
+    return getattr(model, "num_classes", 1) > 0
+
+
+def needed_statistics(model: nn.Module, compensation: str) -> frozenset[str]:
+    """Return what a compensation reads of the dense model's statistics."""
+    if compensation in ("bias", "ridge"):
+        return frozenset({MOMENTS})
+    return frozenset({GRADIENTS}) if compensation != "none" and has_classifier(model) else frozenset()
 
 
 def _target(model: nn.Module, pruning_ratio: float | None, target: Target | None) -> Target:

@@ -8,7 +8,9 @@ unpruned block l makes of the pruned prefix,
     B = C_{PS} (C_{SS} + \lambda I)^{-1}, \quad D = C_{eS} (C_{SS} + \kappa I)^{-1}, \quad W' = W_S + W_P B + D
 
 and the bias takes up the means. The first term stands in for the removed neurons, the second steers the residual stream
-back to the dense model's. Drift is small and calibration images are few, so κ is chosen for each block: the one of a
+back to the dense model's. All moments are weighted by token: half of the weight is spread evenly, half follows the
+energy of the loss gradient at the FFN's output, so that in late blocks the class token counts for as much as all
+patches. Drift is small and calibration images are few, so κ is chosen for each block: the one of a
 grid (infinity among them) that explains most of the drift on images it was not fitted to.
 
 Letters: B images, N tokens, D embedding width, H hidden neurons, S kept.
@@ -46,6 +48,7 @@ def compensate_sequentially(
     batches: Batches,
     *,
     towards_stream: bool,
+    weights: Mapping[str, Tensor] | None = None,
     ridge: float = DEFAULT_RIDGE,
     drift_ridges: Sequence[float] = DRIFT_RIDGES,
     track: Callable[[list[FeedForward]], Any] = iter,
@@ -62,6 +65,7 @@ def compensate_sequentially(
             not used. Read once where each block reads what the block before it writes, and once more for each block
             that does not (the stages of a Swin Transformer).
         towards_stream: aim at the dense residual stream; otherwise at what the unpruned FFN makes of the pruned prefix.
+        weights: FFN name -> weight of each token [N], as ``weigh_tokens`` gives them; None: all the same.
         ridge: λ relative to the mean variance of the hidden neurons; positive.
         drift_ridges: values of κ to choose from, relative to the same; positive.
         track: wraps the list of FFNs, for progress.
@@ -97,7 +101,8 @@ def compensate_sequentially(
                 # Even images and odd images: neighbours in a class folder fall into both halves.
                 if not halves:
                     shift_H = hidden["h"].flatten(0, -2).mean(0)
-                    halves = (_DriftSums(gain_D, shift_H), _DriftSums(gain_D, shift_H))
+                    weights_N = None if weights is None else weights[ffn.name].to(shift_H)
+                    halves = (_DriftSums(gain_D, shift_H, weights_N), _DriftSums(gain_D, shift_H, weights_N))
                 for parity, sums in enumerate(halves):
                     sums.add(hidden["h"][(parity + seen) % 2 :: 2], drift[(parity + seen) % 2 :: 2])
                 seen += len(drift)
@@ -108,6 +113,27 @@ def compensate_sequentially(
         for index, work_state in enumerate(work_states):
             work_states[index] = pruned.run(work_state.to(_device(model))).to(work_state.device)
     return work
+
+
+def weigh_tokens(model: nn.Module, statistics: Mapping[str, Statistics]) -> dict[str, Tensor]:
+    """Weigh every token by how much the loss depends on what an FFN writes there.
+
+    Args:
+        model: whose prefix tokens (class, distillation, registers) are weighed one by one and whose others alike.
+        statistics: of its FFNs, with ``gradients``.
+
+    Returns:
+        FFN name -> weights [N]; float64, mean 1, each at least 0.5.
+    """
+    num_prefix = getattr(model, "num_prefix_tokens", 0)
+    weights = {}
+    for name, of_ffn in statistics.items():
+        energy_N = of_ffn.energy_N.clone()
+        if num_prefix < len(energy_N):
+            energy_N[num_prefix:] = energy_N[num_prefix:].mean()
+        mean = energy_N.mean()
+        weights[name] = 0.5 + 0.5 * energy_N / mean if mean > 0 else torch.ones_like(energy_N)
+    return weights
 
 
 def _solve(down: nn.Linear, keep_H: Tensor, halves, ridge: float, drift_ridges: Sequence[float] | None) -> None:
@@ -160,8 +186,8 @@ class _DriftSums:
     Products are taken in the model's dtype, sums in float64.
     """
 
-    def __init__(self, gain_D: Tensor, shift_H: Tensor) -> None:
-        self.shift_H = shift_H
+    def __init__(self, gain_D: Tensor, shift_H: Tensor, weights_N: Tensor | None = None) -> None:
+        self.shift_H, self.weights_N = shift_H, weights_N
         # A channel that never reaches the residual stream cannot be steered.
         self.inverse_gain_D = torch.where(gain_D == 0, 0, 1 / gain_D)
         self.sums: list[Tensor] = []
@@ -170,8 +196,17 @@ class _DriftSums:
         hidden = hidden.float() if hidden.dtype in (torch.float16, torch.bfloat16) else hidden
         rows_NH = hidden.reshape(-1, hidden.shape[-1]) - self.shift_H.to(hidden.dtype)
         drift_ND = drift.reshape(-1, drift.shape[-1]).to(rows_NH.dtype) * self.inverse_gain_D.to(rows_NH.dtype)
-        count = torch.tensor(float(len(rows_NH)))
-        parts = [count, rows_NH.sum(0), drift_ND.sum(0), rows_NH.T @ rows_NH, drift_ND.T @ rows_NH]
+        weights_N1 = torch.ones(len(rows_NH), 1).to(rows_NH)
+        if self.weights_N is not None:
+            weights_N1 = self.weights_N.to(rows_NH.dtype).repeat(len(hidden)).unsqueeze(1)
+        weighted_NH, weighted_ND = weights_N1 * rows_NH, weights_N1 * drift_ND
+        parts = [
+            weights_N1.sum(),
+            weighted_NH.sum(0),
+            weighted_ND.sum(0),
+            weighted_NH.T @ rows_NH,
+            weighted_ND.T @ rows_NH,
+        ]
         parts = [part.double() for part in parts]
         self.sums = [total.add_(part) for total, part in zip(self.sums, parts, strict=True)] if self.sums else parts
 
