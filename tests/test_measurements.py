@@ -8,6 +8,7 @@ import time
 import pytest
 import timm
 import torch
+from conftest import make_vit
 from families import half_plan
 from sklearn.metrics import top_k_accuracy_score
 
@@ -15,6 +16,7 @@ import vitprune
 from vitprune.evaluation.accuracy import compare, evaluate
 from vitprune.evaluation.latency import measure_latency
 from vitprune.evaluation.macs import count_macs, ffn_share
+from vitprune.export.ffn_latency import measure_ffn_latency
 
 
 def test_accuracy_agrees_with_scikit_learn():
@@ -82,3 +84,16 @@ def test_macs_of_a_vision_transformer_on_paper():
     assert ffn_share(model) == pytest.approx(depth * tokens * 8 * width**2 / expected)
     halved = vitprune.remove_neurons(model, half_plan(model))
     assert count_macs(halved) == expected - depth * tokens * 4 * width**2
+
+
+@pytest.mark.parametrize("backend", ["torch-eager", "onnxruntime-cpu"])
+def test_every_ffn_has_a_table_of_times_up_to_its_dense_width(backend):
+    model = make_vit().float()
+    total, tables = measure_ffn_latency(model, backend=backend, batch_size=2, seconds=0.5)
+    assert total > 0
+    assert list(tables) == [f"blocks.{index}.mlp" for index in range(3)]
+    for table in tables.values():
+        assert [width for width, _ms in table] == [6, 12, 18, 24, 30, 36, 42, 48]
+        assert all(0 < ms < total * 10 for _width, ms in table)
+    # FFNs of one shape are timed once.
+    assert tables["blocks.0.mlp"] == tables["blocks.2.mlp"]
