@@ -704,6 +704,7 @@ def _curve(
 ):  # fmt: skip
     from dataclasses import asdict
 
+    from vitprune import __version__
     from vitprune.data import hash_images
     from vitprune.evaluation.curve import Curve, find_largest_ratio, measure_curve, parse_ratios
     from vitprune.files import open_resumable, write_json
@@ -725,6 +726,7 @@ def _curve(
         _batches(each, network, batch_size=batch_size, workers=workers, strict=strict) for each in (images, others)
     )
     request = {
+        "vitprune": __version__,
         "weights_sha256": hash_weights(network),
         "calibration_sha256": sorted(hashes[0]),
         "evaluation_sha256": sorted(hashes[1]),

@@ -43,7 +43,7 @@ COMPENSATIONS: Mapping[str, str] = {
     "ridge": "least-squares reconstruction from the kept neurons",
     "sequential-ffn": "the same block by block, on the states of the already pruned blocks",
     "sequential": "the same, and steer the residual stream back to the dense model's",
-    "distill": "sequential, then match the dense model's answers by gradient descent (no labels; minutes)",
+    "distill": "sequential, then gradient descent towards the dense model's blocks and answers (no labels; minutes)",
 }
 
 TARGETS: Mapping[str, str] = {

@@ -125,17 +125,26 @@ def apply_plan(
             statistics = (
                 measure_statistics(model, ffns, batches, {GRADIENTS}, seed=seed) if has_classifier(model) else None
             )
+        weights = None if statistics is None else weigh_tokens(model, statistics)
         result = compensate_sequentially(
             model,
             plan,
             batches,
-            weights=None if statistics is None else weigh_tokens(model, statistics),
+            weights=weights,
             towards_stream=compensation != "sequential-ffn",
             ridge=ridge,
             track=lambda blocks: track(blocks, "compensate"),
         )
         if compensation == "distill":
-            result = distill(model, result, plan, batches, seed=seed, track=lambda steps: track(steps, "distill"))
+            result = distill(
+                model,
+                result,
+                plan,
+                batches,
+                weights=weights,
+                seed=seed,
+                track=lambda steps: track(steps, "distill"),
+            )
     return remove_neurons(result, plan) if mode == "remove" else mask_neurons(result, plan)
 
 
