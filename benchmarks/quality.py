@@ -4,33 +4,28 @@
         --calibration imagenet-train-1000 --evaluation nips17-1000 --folder /tmp/quality
 
 Hardware, versions and the command are recorded beside the figures. Finished points stay in --folder, so a stopped run
-goes on there. About 2 hours on 2 CPU cores, and less with fewer --ratios or --criteria. Integrated gradients and the
-path search see --slow-images of the calibration images only.
+goes on there. About 2 hours on 2 CPU cores, and less with fewer --ratios or --criteria. The scores of integrated
+gradients and of the path search come from --slow-images of the calibration images; compensation sees all of them.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import platform
 import resource
-import sys
 import time
 from dataclasses import asdict, replace
 from datetime import date
-from pathlib import Path
 
-import timm
-import torch
+from common import RESULTS, describe_machine, log, open_points, read_batches, refuse_overlap, track
 from jsonargparse import auto_cli
 
 import vitprune
+from vitprune.discovery.criteria import integrated_gradients
 from vitprune.evaluation.curve import Curve, measure_curve
 from vitprune.options import CRITERIA
 from vitprune.report.curve import render_curve, write_table
 
-HERE = Path(__file__).resolve().parent
 SLOW = ("integrated-gradients", "jas")
 
 
@@ -67,55 +62,49 @@ def main(
     criteria = list(CRITERIA) if criteria is None else criteria
     network = vitprune.load(model, checkpoint=checkpoint)
     images = vitprune.find_images(calibration, network.num_classes)
-    full, few, others = (
-        list(vitprune.ImageBatches(chosen, network, batch_size=50))
-        for chosen in (images, images.head(slow_images), vitprune.find_images(evaluation, network.num_classes))
-    )
-    started = time.perf_counter()
-
-    def track(items, description):
-        for position, item in enumerate(items, 1):
-            _log(started, f"{description} {position}/{len(items)} {item if isinstance(item, tuple) else ''}"[:160])
-            yield item
-
+    evaluated = vitprune.find_images(evaluation, network.num_classes)
+    refuse_overlap(images, evaluated)
+    points_folder = open_points(folder, network, images, evaluated)
+    full, few, others = (read_batches(chosen, network) for chosen in (images, images.head(slow_images), evaluated))
     found = vitprune.discover(network, track(few, "discover")) if "jas" in criteria else None
-    base = Curve([], ["global"], ["none", "ridge"], step=1.0, folder=Path(folder))
+    scores = {}
+    if "integrated-gradients" in criteria:
+        scores["integrated-gradients"] = integrated_gradients(network, track(few, "integrated gradients"))
+    one_shot = Curve(criteria, ["global"], ["none", "ridge"], step=1.0, folder=points_folder / "points")
+    in_steps = Curve(["obs"], ["global"], ["sequential"], folder=points_folder / "default")
+    baseline = replace(one_shot, criteria=["variance"], allocations=["uniform"], compensations=["ridge"])
     points = []
-    for group, batches in (([c for c in criteria if c not in SLOW], full), ([c for c in criteria if c in SLOW], few)):
-        for compensations, shares in ((["none", "ridge"], ratios), (["sequential"], best_ratios)):
-            if group and shares:
-                curve = replace(base, criteria=group, compensations=compensations)
-                points += measure_curve(network, batches, others, curve, ratios=shares, found=found, track=track)
-    uniform = replace(base, criteria=["variance"], allocations=["uniform"], compensations=["ridge"])
-    points += measure_curve(network, full, others, uniform, ratios=ratios, track=track)
-    gradual = Curve(["obs"], ["global"], ["sequential"], folder=Path(folder) / "default")
-    points += measure_curve(network, full, others, gradual, ratios=ratios, track=track)
-    if distill_ratios:
-        distilled = replace(gradual, compensations=["distill"])
-        points += measure_curve(network, full, others, distilled, ratios=distill_ratios, track=track)
+    for curve, shares in (
+        (one_shot, ratios),
+        (baseline, ratios),
+        (replace(one_shot, compensations=["sequential"]), best_ratios),
+        (in_steps, ratios),
+        (replace(in_steps, compensations=["distill"]), distill_ratios),
+    ):
+        if shares:
+            points += measure_curve(
+                network, full, others, curve, ratios=shares, found=found, scores=scores, track=track
+            )
     points = [points[0], *(point for point in points if point.criterion != "dense")]
     costs = {}
     for criterion in criteria if cost_images else ():
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             costs[criterion] = pool.apply(_measure_cost, (model, checkpoint, calibration, criterion, cost_images))
-        _log(started, f"cost {criterion} {costs[criterion]}")
+        log(f"cost {criterion} {costs[criterion]}")
     name = f"{date.today()}-quality-{model}"
     result = {
+        **describe_machine(),
         "num_calibration_images": len(images),
         "slow_criteria": {"criteria": [c for c in SLOW if c in criteria], "num_images": slow_images},
         "costs": {"num_images": cost_images, "criteria": costs},
         "rows": [asdict(point) for point in points],
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
-        "command": f"python benchmarks/quality.py --model {model} --checkpoint ... "
-        "--calibration imagenet-train-1000 --evaluation nips17-1000",
     }
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    write_table(points, HERE / "results" / f"{name}.csv")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_table(points, RESULTS / f"{name}.csv")
     shown = [point for point in points if point.compensation != "none" or point.criterion == "dense"]
     title = f"{model}, {points[0].num_images} photos, no retraining"
-    for path in filter(None, (picture, HERE / "results" / f"{name}.png")):
+    for path in filter(None, (picture, RESULTS / f"{name}.png")):
         render_curve(shown, path, title=title)
     for point in points:
         line = f"{point.criterion:21}{point.allocation:9}{point.compensation:13}{point.step:5.2f}"
@@ -133,10 +122,6 @@ def _measure_cost(model: str, checkpoint: str, calibration: str, criterion: str,
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"seconds": round(seconds, 1), "peak_mib": round(peak / 1024), "peak_before_mib": round(before / 1024)}
-
-
-def _log(started: float, text: str) -> None:
-    print(f"{time.perf_counter() - started:6.0f} s  {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

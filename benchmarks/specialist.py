@@ -9,22 +9,14 @@ Both answer among the kept classes only. About 25 minutes on 2 CPU cores.
 from __future__ import annotations
 
 import json
-import os
-import platform
-import sys
-import time
 from dataclasses import asdict
 from datetime import date
-from pathlib import Path
 
-import timm
-import torch
+from common import RESULTS, describe_machine, open_points, read_batches, refuse_overlap, track
 from jsonargparse import auto_cli
 
 import vitprune
 from vitprune.evaluation.curve import Curve, measure_curve
-
-HERE = Path(__file__).resolve().parent
 
 
 def main(
@@ -47,7 +39,6 @@ def main(
         ratios: shares of FFN neurons to remove.
         folder: where finished points are kept; of these arguments alone.
     """
-    started = time.perf_counter()
     network = vitprune.load(model, checkpoint=checkpoint)
     images = vitprune.find_images(calibration, network.num_classes)
     classes = sorted(images.class_names)
@@ -55,41 +46,30 @@ def main(
     specialist = vitprune.keep_classes(network, classes, label_names=names)
     others = vitprune.find_images(evaluation, len(classes), label_names=names)
 
-    def read(chosen):
-        return list(vitprune.ImageBatches(chosen, network, batch_size=50))
-
-    def track(items, description):
-        for position, item in enumerate(items, 1):
-            print(f"{time.perf_counter() - started:6.0f} s  {description} {position}/{len(items)}", file=sys.stderr)
-            yield item
-
-    curve = Curve(["obs"], ["global"], ["sequential"], folder=None if folder is None else Path(folder))
-    evaluation_batches = read(others)
-    points = measure_curve(
-        specialist, read(images.only_classes(classes)), evaluation_batches, curve, ratios=ratios, track=track
-    )
+    general_images = None if general is None else vitprune.find_images(general, network.num_classes)
+    refuse_overlap(images, *(() if general_images is None else (general_images,)), others)
+    points_folder = None if folder is None else open_points(folder, specialist, images, others) / "points"
+    curve = Curve(["obs"], ["global"], ["sequential"], folder=points_folder)
+    evaluation_batches = read_batches(others, network)
+    calibration_batches = read_batches(images.only_classes(classes), network)
+    points = measure_curve(specialist, calibration_batches, evaluation_batches, curve, ratios=ratios, track=track)
     rows = [{"kind": "specialist", **asdict(point)} for point in points]
-    if general is not None:
-        batches = read(vitprune.find_images(general, network.num_classes))
+    if general_images is not None:
+        batches = read_batches(general_images, network)
         for ratio in ratios:
             pruned, plan = vitprune.prune(network, batches, pruning_ratio=ratio)
             reduced = vitprune.keep_classes(pruned, classes, label_names=names)
             top1 = vitprune.evaluate(reduced, evaluation_batches).top1
             rows.append({"kind": "class-agnostic", "pruning_ratio": plan.pruning_ratio, "top1": top1})
     result = {
+        **describe_machine(),
         "classes": names,
         "num_calibration_images": len(images),
         "num_evaluation_images": len(others),
         "rows": rows,
-        "seconds": round(time.perf_counter() - started),
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
-        "command": f"python benchmarks/specialist.py --model {model} --ratios {ratios} --checkpoint ... "
-        "--calibration imagenette/train --general imagenet-train-1000 --evaluation imagenette/val",
     }
-    (HERE / "results").mkdir(exist_ok=True)
-    path = HERE / "results" / f"{date.today()}-specialist-{model}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{date.today()}-specialist-{model}.json").write_text(json.dumps(result, indent=1) + "\n")
     for row in rows:
         print(f"{row['kind']:15} {row['pruning_ratio']:.2f} {row['top1']:.4f}")
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 import vitprune
 from vitprune import options
 from vitprune.cli import main
+from vitprune.evaluation.macs import count_parameters
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -176,6 +177,32 @@ def test_a_model_without_classifier_is_pruned_and_exported(image_folder, tmp_pat
         assert "classifier" in run(*command, *images, code=2, capsys=capsys)
 
 
+@pytest.mark.parametrize("target", ["params", "macs", "latency"])
+def test_a_target_is_met(target, saved_vit, image_folder, tmp_path, capsys):
+    model = vitprune.load(saved_vit)
+    dense = {"params": count_parameters(model), "macs": vitprune.count_macs(model), "latency": 1e3}[target]
+    images = ("--data", image_folder, "--step", 0.5, "--json")
+    limit = ("--target-" + target, 0.85 * dense)
+    if target == "latency":  # this machine runs the dense model in less than a second
+        assert "already" in run("prune", saved_vit, *limit, *images, "-o", tmp_path / "p", code=2, capsys=capsys)
+        return
+    answer = run("prune", saved_vit, *limit, *images, "-o", tmp_path / "p", capsys=capsys)
+    got = answer["num_parameters"] if target == "params" else answer["macs"]
+    assert got == answer["target"]["predicted"] <= 0.85 * dense
+    assert answer["pruning_ratio"] > 0
+
+
+def test_top_k_masking_from_the_command_line(run_folder, image_folder, tmp_path, capsys):
+    other = other_images(image_folder, tmp_path / "other")
+    answer = run("analyze", run_folder, "--data", other, "--top-k", 3, "--mask-share", 0, 1, "--json", capsys=capsys)
+    rows = answer["rows"]
+    assert len(rows) == 1 + 2 * 2 * 2
+    assert {row["probability"] for row in rows if row["mask_share"] == 0 and row["mask"] != "clean"} == {
+        pytest.approx(rows[0]["probability"])
+    }
+    assert {row["num_neurons_masked"] for row in rows if row["mask_share"] == 1} == {3 * 45}
+
+
 MISTAKES = [
     ("discover deit_tny_patch16_224 --data {data} -o {out}", "did you mean deit_tiny_patch16_224"),
     ("discover {vit} --data {out}/absent -o {out}", "no such data folder"),
@@ -200,17 +227,24 @@ MISTAKES = [
     ("prune {run} --floor 3 -o {out}", "floor must be in [0, 1]"),
     ("prune {run} --step 0 -o {out}", "step must be in (0, 1]"),
     ("prune {run} --ratio 0.5 --target-macs 1e5 -o {out}", "one target at a time"),
-    ("prune {run} --target-params 10 -o {out}", "without its FFNs the model still has"),
+    ("prune {run} --target-params 10 -o {out}", "in each FFN the model still has"),
     ("prune {run} --target-macs 1e15 -o {out}", "already"),
     ("prune {run} --backend onnxruntime-cpu -o {out}", "go with --target-latency"),
     ("prune {run} --target-latency 1 --backend x -o {out}", "backend must be one of"),
     ("prune {run} --keep-classes data -o {out}", "takes the classes of --data DIR"),
     ("prune {run} --keep-classes class0 -o {out}", "keep at least two different classes"),
     ("curve {vit} --eval-data {data} -o {out}", "curve needs calibration images"),
-    ("curve {vit} --data {data} --eval-data {data} -o {out}", "are calibration images as well"),
+    ("curve {vit} --data {data} --eval-data {data} -o {out}", "20 of 20 evaluation images were calibration images"),
+    ("curve {vit} --data {data} --eval-data {data} --max-drop 0.1 --ratios 0.5 -o {out}", "leave --ratios out"),
+    (
+        "curve {vit} --data {data} --eval-data {data} --max-drop 0.1 --criteria obs random -o {out}",
+        "name one of --crit",
+    ),
+    ("prune {run} --allocation uniform --floor 0.2 -o {out}", "--floor is for --allocation global"),
+    ("prune {run} --criterion random --step 0.2 -o {out}", "do not change on the way"),
     ("curve {run} --eval-data {data} --ratios 2 -o {out}", "ratios must be in [0, 1)"),
     ("analyze {vit} --data {data}", "is no run"),
-    ("analyze {run} --data {data}", "test on others"),
+    ("analyze {run} --data {data}", "evaluation images were calibration images"),
     ("prune {vit} -o {out}", "pass --data DIR"),
     ("prune {vit} --criterion jas --data {data} -o {out}", "criterion jas needs the scores of a run"),
     ("prune {vit} --plan {otherplan} -o {out}", "plan does not fit this model"),

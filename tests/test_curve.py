@@ -116,7 +116,51 @@ def test_the_command_writes_tables_and_pictures(saved_vit, image_folder, other_i
 def test_calibration_images_are_not_evaluated_on(saved_vit, image_folder, tmp_path, capsys):
     given = arguments(saved_vit, image_folder, tmp_path / "c")
     assert main([*given, "--eval-data", str(image_folder)]) == 2
-    assert "are calibration images as well" in capsys.readouterr().err
+    assert "evaluation images were calibration images" in capsys.readouterr().err
+
+
+def test_other_labels_are_another_request(saved_vit, image_folder, other_images, tmp_path, capsys):
+    """Same images, same weights; only what they are called has changed."""
+    names = [f"class{index}" for index in range(5)]
+    for order, code in ((names, 0), (names[::-1], 2)):
+        (tmp_path / "map.txt").write_text("\n".join(order))
+        given = [*arguments(saved_vit, image_folder, tmp_path / "c"), "--class-map", str(tmp_path / "map.txt")]
+        assert main([*given, "--criteria", "random", "--compensations", "none"]) == code
+    assert "made with another calibration images, evaluation images" in capsys.readouterr().err
+
+
+def test_images_of_a_runs_scores_are_not_evaluated_on(saved_vit, image_folder, other_images, tmp_path, capsys):
+    others = str(image_folder.parent / "others")
+    assert main(["discover", str(saved_vit), "--data", others, "-o", str(tmp_path / "run")]) == 0
+    given = ["curve", str(tmp_path / "run"), "--data", str(image_folder), "--eval-data", others]
+    assert main([*given, "-o", str(tmp_path / "c")]) == 2
+    assert "20 of 20 evaluation images were calibration images" in capsys.readouterr().err
+
+
+def test_the_seed_reaches_the_search_for_the_largest_ratio(tiny_vit):
+    plan = Curve(["random"], ["global"], ["none"], seed=3)
+    _ratio, points = find_largest_ratio(tiny_vit, CALIBRATION, EVALUATION, plan, max_drop=0.2)
+    ratio = points[1].pruning_ratio
+    pruned, _ = vitprune.prune(tiny_vit, pruning_ratio=0.1, criterion="random", compensation="none", seed=3)
+    assert ratio == pytest.approx(0.1, abs=0.01)
+    assert points[1].top1 == vitprune.evaluate(pruned, EVALUATION).top1
+
+
+def test_a_budget_from_the_command_line(saved_vit, image_folder, other_images, tmp_path, capsys):
+    given = arguments(saved_vit, image_folder, tmp_path / "c")[:-2]
+    assert main([*given, "--max-drop", "0.9", "--criteria", "magnitude", "--compensations", "none"]) == 0
+    assert "largest ratio that costs at most 0.9 top-1: 0.9" in capsys.readouterr().out
+    assert json.loads((tmp_path / "c" / "curve.json").read_text())["largest_ratio"] == pytest.approx(0.9)
+
+
+def test_overwriting_spares_what_the_command_does_not_write(saved_vit, image_folder, other_images, tmp_path, capsys):
+    given = [*arguments(saved_vit, image_folder, tmp_path / "c"), "--criteria", "random", "--compensations", "none"]
+    assert main(given) == 0
+    (tmp_path / "c" / "notes.txt").write_text("mine")
+    assert main([*given, "--seed", "1", "--overwrite"]) == 2
+    assert "holds notes.txt, which this command does not write" in capsys.readouterr().err
+    (tmp_path / "c" / "notes.txt").unlink()
+    assert main([*given, "--seed", "1", "--overwrite"]) == 0
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(saved_vit, image_folder, other_images, tmp_path):

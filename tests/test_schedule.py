@@ -12,16 +12,16 @@ from timm.layers import SwiGLU, SwiGLUPacked
 
 import vitprune
 from vitprune.evaluation.macs import count_macs, count_parameters
-from vitprune.pruning.schedule import Recipe, list_stops, plan_in_steps
+from vitprune.pruning.schedule import Schedule, list_stops, plan_in_steps
 from vitprune.pruning.target import target_latency, target_macs, target_neurons, target_parameters
 
 IMAGES = torch.randn(24, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 BATCHES = [(IMAGES[:12], torch.arange(12) % 5), (IMAGES[12:], torch.arange(12) % 5)]
-RECIPE = Recipe("obs", "global", "ridge")
+SCHEDULE = Schedule("obs", "global", "ridge")
 
 
-def plan_of(model, ratio, recipe=RECIPE, **options):
-    return plan_in_steps(model, target_neurons(model, ratio), recipe, batches=BATCHES, **options)[0]
+def plan_of(model, ratio, schedule=SCHEDULE, **options):
+    return plan_in_steps(model, target_neurons(model, ratio), schedule, batches=BATCHES, **options)[0]
 
 
 def test_stops_end_at_the_target():
@@ -100,7 +100,7 @@ def test_a_latency_target_reads_its_tables(tiny_vit):
     assert plan.facts["target"]["predicted"] <= 10.0
 
 
-@pytest.mark.parametrize(("limit", "message"), [(1e9, "has .* already"), (10, "without its FFNs the model still has")])
+@pytest.mark.parametrize(("limit", "message"), [(1e9, "has .* already"), (10, "in each FFN the model still has")])
 def test_impossible_targets_are_refused(limit, message, tiny_vit):
     with pytest.raises(vitprune.VitpruneError, match=message):
         target_parameters(tiny_vit, limit)

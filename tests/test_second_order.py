@@ -111,3 +111,11 @@ def test_predicted_cost_is_the_loss_of_removing_one_neuron(tiny_vit):
     damped = moments.covariance_HH + 1e-3 * moments.covariance_HH.diagonal().mean() * torch.eye(48).double()
     residual = 1 / torch.linalg.inv(damped)[first, first]
     assert scores[first].item() == pytest.approx(0.5 * float(column @ gradients @ column * residual), rel=1e-6)
+
+
+def test_sixteen_bit_models_are_summed_in_float32(tiny_vit):
+    ffns = find_feed_forwards(tiny_vit)
+    exact = measure_statistics(tiny_vit, ffns, BATCHES, {MOMENTS, GRADIENTS})["blocks.0.mlp"]
+    half = measure_statistics(tiny_vit.bfloat16(), ffns, BATCHES, {MOMENTS, GRADIENTS})["blocks.0.mlp"]
+    assert (half.covariance_HH - exact.covariance_HH).norm() < 0.05 * exact.covariance_HH.norm()
+    assert half.gradient_DD.dtype == torch.float64

@@ -239,7 +239,7 @@ def _add_curve(parser: ArgumentParser) -> None:
     _add_images(parser, required=False, batch_size=32, what="calibration images (default: those of the run)")
     parser.add_argument("--eval-data", type=str, required=True, help="folder of class folders: evaluation images")
     parser.add_argument(
-        "--ratios", type=str, nargs="+", default=["0.1:0.8:0.1"], help="shares to remove: numbers or FIRST:LAST:STEP"
+        "--ratios", type=str, nargs="+", help="shares to remove: numbers or FIRST:LAST:STEP (0.1:0.8:0.1)"
     )
     parser.add_argument(
         "--criteria", type=str, nargs="+", default=[options.DEFAULT_CRITERION], help=_listed(options.CRITERIA)
@@ -530,8 +530,11 @@ def _prune(
     from vitprune.models import FOLDER_FILES, hash_weights, save
     from vitprune.pruning.plan import Plan, read_plan
     from vitprune.pruning.prune import apply_plan, prune
+    from vitprune.pruning.schedule import needs_steps
 
     refuse_existing(output, overwrite=overwrite, owned=FOLDER_FILES)
+    if criterion is not None:
+        options.check_choice("criterion", criterion, options.CRITERIA)
     if Path(output).resolve() == Path(source).resolve():
         raise VitpruneError(f"{output} is the model itself; choose another output")
     decisions = {"pruning_ratio": ratio, "criterion": criterion, "allocation": allocation}
@@ -546,6 +549,10 @@ def _prune(
         raise VitpruneError(
             f"one target at a time, got {', '.join([*targets, *(['ratio'] if ratio is not None else [])])}"
         )
+    if floor is not None and allocation == "uniform":
+        raise VitpruneError("--floor is for --allocation global; uniform leaves every FFN the same share")
+    if step is not None and not needs_steps(criterion or options.DEFAULT_CRITERION):
+        raise VitpruneError(f"--step: the scores of criterion {criterion} do not change on the way; leave it out")
     if target_latency is None and (backend, latency_batch_size) != (None, None):
         raise VitpruneError("--backend and --latency-batch-size go with --target-latency, which is missing")
     run, network = _open_source(source, checkpoint, device)
@@ -560,7 +567,7 @@ def _prune(
     tracked = None if batches is None else _Tracked(batches, "calibrate")
     started = time.perf_counter()
     if given_plan is None:
-        target = _make_target(network, backend or "onnxruntime-cpu", latency_batch_size or 1, **targets)
+        target = _make_target(network, backend, latency_batch_size, **targets)
         pruned, made = prune(
             network,
             tracked,
@@ -680,7 +687,7 @@ def _keep_classes(network, images, found, wanted: Sequence[str], *, data_given: 
     return reduced, images.only_classes(indices), None if found is None else only_classes(found, indices)
 
 
-def _make_target(network, backend: str, batch_size: int, **targets: float):
+def _make_target(network, backend: str | None, batch_size: int | None, **targets: float):
     """Build the target that was asked for; None where the ratio decides."""
     from vitprune.evaluation.macs import count_macs
     from vitprune.pruning.target import target_latency, target_macs, target_parameters
@@ -694,7 +701,12 @@ def _make_target(network, backend: str, batch_size: int, **targets: float):
         return target_macs(network, limit, total=count_macs(network))
     from vitprune.export.ffn_latency import measure_ffn_latency
 
-    total, tables = measure_ffn_latency(network, backend=backend, batch_size=batch_size, track=_track)
+    total, tables = measure_ffn_latency(
+        network,
+        backend="onnxruntime-cpu" if backend is None else backend,
+        batch_size=1 if batch_size is None else batch_size,
+        track=_track,
+    )
     return target_latency(network, limit, total=total, tables=tables)
 
 
@@ -704,38 +716,33 @@ def _curve(
 ):  # fmt: skip
     from dataclasses import asdict
 
-    from vitprune import __version__
-    from vitprune.data import hash_images
     from vitprune.evaluation.curve import Curve, find_largest_ratio, measure_curve, parse_ratios
-    from vitprune.files import open_resumable, write_json
-    from vitprune.models import hash_weights
+    from vitprune.files import FORMAT_VERSION, open_resumable, write_json
     from vitprune.report.curve import render_curve, write_table
 
-    shares = parse_ratios(ratios)
+    several = {"criteria": criteria, "allocations": allocations, "compensations": compensations}
+    if max_drop is not None:
+        if ratios is not None:
+            raise VitpruneError("--max-drop looks for the ratio itself; leave --ratios out")
+        for name, values in several.items():
+            if len(values) > 1:
+                raise VitpruneError(f"--max-drop prunes in one way; name one of --{name}, not {len(values)}")
+    shares = parse_ratios(["0.1:0.8:0.1"] if ratios is None else ratios)
     run, network = _open_source(source, checkpoint, device)
     _refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
     images = _images_of(source, run, network, data, class_map, classes, images_per_class, seed)
     if images is None:
         raise VitpruneError("curve needs calibration images; pass --data DIR")
     others = _find_images(network, eval_data, class_map, None, None, seed)
-    hashes = [hash_images(each) for each in (images, others)]
-    shared = set(hashes[0]) & set(hashes[1])
-    if shared:
-        raise VitpruneError(f"{len(shared)} images of {eval_data} are calibration images as well; evaluate on others")
+    used = _calibration(images, None if run is None else run.images, _plan_of(source if run is None else run.model))
+    _refuse_shared(others, used["sha256"], source)
     calibration, evaluation = (
         _batches(each, network, batch_size=batch_size, workers=workers, strict=strict) for each in (images, others)
     )
-    request = {
-        "vitprune": __version__,
-        "weights_sha256": hash_weights(network),
-        "calibration_sha256": sorted(hashes[0]),
-        "evaluation_sha256": sorted(hashes[1]),
-        "step": step,
-        "seed": seed,
-        "run": None if run is None else str(Path(source).resolve()),
-    }
-    folder = open_resumable(output, request, overwrite=overwrite)
-    curve = Curve(criteria, allocations, compensations, step=step, seed=seed, folder=folder / "points")
+    request = {**_describe_run(source, run, network, images, others), "step": step, "seed": seed}
+    owned = frozenset({"points", "curve.json", "curve.csv", "curve.png", "curve.svg"})
+    folder = open_resumable(output, request, owned=owned, overwrite=overwrite)
+    curve = Curve(**several, step=step, seed=seed, folder=folder / "points")
     found = None if run is None else run.found
     largest = None
     if max_drop is None:
@@ -744,11 +751,11 @@ def _curve(
         largest, points = find_largest_ratio(
             network, calibration, evaluation, curve, max_drop=max_drop, found=found, track=_track
         )
+    skipped = [name for batches in (calibration, evaluation) for name in _report_skipped(batches)]
     rows = [asdict(point) for point in points]
-    answer = {"output": output, "points": rows, "max_drop": max_drop, "largest_ratio": largest}
-    answer["num_calibration_images"], answer["num_evaluation_images"] = len(images), len(others)
-    answer["evaluation_data"] = str(others.root)
-    write_json(folder / "curve.json", {"kind": "curve", "version": 1, **answer, "evaluation_files": others.files})
+    answer = {"output": output, "points": rows, "max_drop": max_drop, "largest_ratio": largest, "skipped": skipped}
+    evaluated = {"evaluation_data": str(others.root), "evaluation_files": others.files}
+    write_json(folder / "curve.json", {"kind": "curve", "version": FORMAT_VERSION, **answer, **evaluated})
     write_table(points, folder / "curve.csv")
     title = f"{Path(source).name}, {points[0].num_images} images, no retraining"
     for suffix in ("png", "svg"):
@@ -776,7 +783,7 @@ def _curve(
         _table("accuracy against size", (*columns, "95 % interval", "drop", "at most", "p"), cells)
         print("at most: 95 % upper bound of the drop, paired with the dense model; p: McNemar")
         if largest is not None:
-            print(f"largest ratio that costs at most {max_drop:g} top-1: {largest:.2f} ({len(others)} images)")
+            print(f"largest ratio that costs at most {max_drop:g} top-1: {largest:.2f} ({points[0].num_images} images)")
         print(f"wrote {output}: curve.csv, curve.json, curve.png, curve.svg")
 
     return answer, show
@@ -826,7 +833,6 @@ def _analyze(
 ):  # fmt: skip
     from dataclasses import asdict
 
-    from vitprune.data import hash_images
     from vitprune.evaluation.topk_mask import measure_topk_mask
 
     source, (run, network) = run, _open_source(run, None, device)
@@ -835,9 +841,7 @@ def _analyze(
     for scope in tokens:
         options.check_choice("tokens", scope, options.TOKENS)
     images = _find_images(network, data, class_map, classes, images_per_class, seed)
-    shared = set(hash_images(images)) & set(hash_images(run.images))
-    if shared:
-        raise VitpruneError(f"{len(shared)} of {len(images)} images are those of {source}; test on others")
+    _refuse_shared(images, _calibration(run.images, None, _plan_of(run.model))["sha256"], source)
     batches = _batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
     rows = measure_topk_mask(
         network,
@@ -913,18 +917,42 @@ def _calibration(used, scored_on, *plans) -> dict[str, Any]:
 
 
 def _refuse_overlap(model: str, network, images) -> None:
-    from vitprune.data import hash_images
-
     plan = _plan_of(model)
     used = getattr(network, "calibration", frozenset()) if plan is None else plan.calibration
-    if not used:
-        return
+    if used:
+        _refuse_shared(images, used, model)
+
+
+def _refuse_shared(images, used: Iterable[str], source: str) -> None:
+    """Refuse to measure accuracy on images that had a say, whose content hashes are given."""
+    from vitprune.data import hash_images
+
+    used = set(used) - {""}
     shared = [name for name, digest in zip(images.files, hash_images(images), strict=True) if digest in used]
     if shared:
         raise VitpruneError(
-            f"{len(shared)} of {len(images)} evaluation images were calibration images of {model} "
+            f"{len(shared)} of {len(images)} evaluation images were calibration images of {source} "
             f"(first: {shared[0]}); evaluate on others"
         )
+
+
+def _describe_run(source: str, run, network, images, others) -> dict[str, Any]:
+    """Say everything that a curve's points depend on beside their own names."""
+    from vitprune import __version__
+    from vitprune.data import data_config, hash_images
+    from vitprune.discovery.run import RUN_FILES
+    from vitprune.files import hash_file
+    from vitprune.models import architecture, hash_weights
+
+    return {
+        "vitprune": __version__,
+        "architecture": architecture(network),
+        "transform": data_config(network),
+        "weights": hash_weights(network),
+        "calibration images": sorted(zip(hash_images(images), images.labels, strict=True)),
+        "evaluation images": sorted(zip(hash_images(others), others.labels, strict=True)),
+        "run": None if run is None else {name: hash_file(Path(source) / name) for name in sorted(RUN_FILES)},
+    }
 
 
 def _export(

@@ -190,12 +190,13 @@ def _check_kind(path: str | Path, content: Any, kind: str) -> None:
         raise VitpruneError(f"{path}: format version {content['version']} is newer than this vitprune; upgrade it")
 
 
-def open_resumable(folder: str | Path, request: Mapping[str, Any], *, overwrite: bool) -> Path:
+def open_resumable(folder: str | Path, request: Mapping[str, Any], *, owned: frozenset[str], overwrite: bool) -> Path:
     """Open a folder that a killed run may have left, if it was made by the same request.
 
     Args:
         folder: made if it does not exist.
         request: everything that its content depends on; JSON values.
+        owned: the names that such a folder consists of.
         overwrite: start anew where it was made by another request.
 
     Raises:
@@ -204,9 +205,11 @@ def open_resumable(folder: str | Path, request: Mapping[str, Any], *, overwrite:
     folder = Path(folder)
     path = folder / REQUEST_FILE
     wanted = json.loads(json.dumps(request))
-    if folder.is_dir() and any(folder.iterdir()):
-        if not path.is_file():
-            raise VitpruneError(f"{folder} holds something else; choose another output")
+    # A killed run leaves temporary files behind.
+    for name in (*owned, REQUEST_FILE):
+        for leftover in folder.glob(f".{name}.*"):
+            leftover.unlink()
+    if path.is_file():
         before = read_json(path, kind="request")["request"]
         if before == wanted:
             return folder
@@ -215,6 +218,7 @@ def open_resumable(folder: str | Path, request: Mapping[str, Any], *, overwrite:
             raise VitpruneError(
                 f"{folder} was made with another {', '.join(changed)}; choose another output or add --overwrite"
             )
+        refuse_existing(folder, overwrite=True, owned=owned | {REQUEST_FILE})
         shutil.rmtree(folder)
     refuse_existing(folder, overwrite=False, owned=frozenset())
     folder.mkdir(parents=True, exist_ok=True)

@@ -332,6 +332,11 @@ def _keep_rows(linear: nn.Linear, rows: list[int]) -> nn.Linear:
     return kept.train(linear.training).requires_grad_(weight.requires_grad)
 
 
+def has_classifier(model: nn.Module) -> bool:
+    """Tell whether a model has classes to answer; timm's ``num_classes=0`` has none."""
+    return getattr(model, "num_classes", 1) > 0
+
+
 def hash_weights(model: nn.Module) -> str:
     """Return the SHA-256 (hexadecimal) of all parameters and buffers with their names, dtypes and shapes."""
     digest = hashlib.sha256()

@@ -26,6 +26,7 @@ from vitprune.discovery.statistics import (
 )
 from vitprune.errors import VitpruneError
 from vitprune.feed_forward import FeedForward, find_feed_forwards, hook_hidden
+from vitprune.models import has_classifier
 from vitprune.options import CRITERIA, DEFAULT_QUADRATURE, DEFAULT_RIDGE, check_choice
 
 Scores = dict[str, Tensor]
@@ -306,7 +307,7 @@ def check_needs(
         )
     if {"batches", "statistics"} & set(row.needs) and batches is None:
         raise VitpruneError(f"criterion {criterion} needs calibration images; pass --data DIR")
-    if row.needs_classifier and getattr(model, "num_classes", 1) < 1:
+    if row.needs_classifier and not has_classifier(model):
         raise VitpruneError(f"criterion {criterion} needs a classifier, but the model has none (num_classes=0)")
 
 

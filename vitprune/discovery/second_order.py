@@ -6,8 +6,7 @@ loss at the FFN's output, the loss that removing neuron i costs after all kept n
 .. math:: c_i = \tfrac12 \, \frac{\| A_{:,i} \|^2}{[(C + \lambda I)^{-1}]_{ii}}, \qquad A = G^{1/2} W
 
 The expectation is over labels drawn from the model's own answer, so G is the true Fisher information and no labels are
-needed. Costs are
-in nats per image whatever the FFN, so one ranking serves them all.
+needed. Costs are in nats per image whatever the FFN, so one ranking serves them all.
 
 Letters: N tokens, D embedding width, H hidden neurons.
 """

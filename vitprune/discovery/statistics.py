@@ -100,9 +100,7 @@ def draw_directions(logits_BC: Tensor, generator: torch.Generator) -> Tensor:
     Returns:
         [B, C], of the dtype and on the device of the logits.
     """
-    share_BC = (
-        logits_BC.detach().float().softmax(-1) if logits_BC.element_size() < 4 else logits_BC.detach().softmax(-1)
-    )
+    share_BC = at_least_float32(logits_BC.detach()).softmax(-1)
     signs_BC = torch.randint(0, 2, share_BC.shape, generator=generator).to(share_BC) * 2 - 1
     root_BC = share_BC.sqrt() * signs_BC
     return (root_BC - share_BC * root_BC.sum(-1, keepdim=True)).to(logits_BC.dtype)
@@ -138,7 +136,7 @@ class _Sums:
             self.sums[name] = value.double()
 
     def add_hidden(self, hidden: Tensor) -> None:
-        hidden = _at_least_float32(hidden)
+        hidden = at_least_float32(hidden)
         rows_NH = hidden.reshape(-1, hidden.shape[-1])
         self.num_tokens += len(rows_NH)
         if self.wanted & {TAYLOR, FISHER}:
@@ -154,14 +152,14 @@ class _Sums:
 
     def _slopes(self, gradient: Tensor) -> Tensor:
         """Return the derivative of each image's loss along each neuron [B, H], tokens summed."""
-        slopes = self.hidden * (_at_least_float32(gradient) @ self.weight_DH.to(self.hidden.dtype))
+        slopes = self.hidden * (at_least_float32(gradient) @ self.weight_DH.to(self.hidden.dtype))
         return slopes.flatten(1, -2).sum(1)
 
     def add_sampled(self, gradient: Tensor) -> None:
         if FISHER in self.wanted:
             self._add("fisher_H", self._slopes(gradient).square().sum(0))
         if GRADIENTS in self.wanted:
-            rows_ND = _at_least_float32(gradient).reshape(-1, gradient.shape[-1])
+            rows_ND = at_least_float32(gradient).reshape(-1, gradient.shape[-1])
             self._add("gradient_DD", rows_ND.T @ rows_ND)
             self._add("energy_N", rows_ND.square().sum(1).view(len(gradient), -1).sum(0))
 
@@ -184,5 +182,6 @@ class _Sums:
         return Statistics(num_images, count, **found)
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Widen 16-bit numbers, which cannot hold sums over many tokens."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitprune.data import Batches, on_device
 from vitprune.errors import VitpruneError
+from vitprune.models import has_classifier
 
 CONFIDENCE = 0.95
 
@@ -71,7 +72,7 @@ def evaluate(model: Callable[[Tensor], Tensor], batches: Batches) -> Accuracy:
     >>> evaluate(lambda images: images.flatten(1), batches).top1
     0.6666666666666666
     """
-    if isinstance(model, nn.Module) and getattr(model, "num_classes", 1) < 1:
+    if isinstance(model, nn.Module) and not has_classifier(model):
         raise VitpruneError("the model has no classifier (num_classes=0), so it has no accuracy")
     if isinstance(model, nn.Module):
         batches = on_device(model, batches)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from vitprune.data import Batches
-from vitprune.discovery.criteria import REGISTRY, check_needs
+from vitprune.discovery.criteria import REGISTRY, Scores, check_needs
 from vitprune.discovery.discover import Discovery
 from vitprune.discovery.statistics import MOMENTS, Statistics, measure_statistics
 from vitprune.errors import VitpruneError
@@ -30,7 +30,7 @@ from vitprune.options import (
 )
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.prune import apply_plan, needed_statistics
-from vitprune.pruning.schedule import Recipe, Stage, advance, bridge_of, finish, first_stage, list_stops, needs_steps
+from vitprune.pruning.schedule import Schedule, Stage, advance, bridge_of, finish, first_stage, list_stops, needs_steps
 from vitprune.pruning.target import Target, target_neurons
 
 DENSE = "dense"
@@ -101,6 +101,11 @@ class Curve:
     seed: int = 0
     folder: Path | None = None
 
+    def schedule(self, criterion: str, allocation: str, compensation: str) -> Schedule:
+        """Return the schedule of one combination."""
+        bridge = bridge_of(compensation)
+        return Schedule(criterion, allocation, bridge, floor=self.floor, ridge=self.ridge, seed=self.seed)
+
 
 def measure_curve(
     model: nn.Module,
@@ -110,6 +115,7 @@ def measure_curve(
     *,
     ratios: Sequence[float],
     found: Discovery | None = None,
+    scores: Mapping[str, Scores] | None = None,
     track: Track = lambda items, _description: items,
 ) -> list[CurvePoint]:
     """Prune at every combination of ratio, criterion, allocation and compensation, and evaluate.
@@ -124,6 +130,7 @@ def measure_curve(
         curve: what to combine.
         ratios: shares of FFN neurons to remove, each in [0, 1).
         found: a discovery on this model, for criterion ``jas``.
+        scores: criterion -> scores of the dense model, for criteria that were computed elsewhere; used in one step.
         track: wraps (items, description) of long loops, for progress.
 
     Returns:
@@ -144,7 +151,7 @@ def measure_curve(
             if key not in walks:
                 # Combinations come criterion by criterion: the models of an earlier one are not needed again.
                 walks = {known: walk for known, walk in walks.items() if known[:2] == key[:2]}
-                walks[key] = _Walk(shared, Recipe(*key, floor=curve.floor, ridge=curve.ridge, seed=curve.seed), found)
+                walks[key] = _Walk(shared, curve.schedule(criterion, allocation, compensation), found, scores)
             points.append(shared.point(walks[key], compensation, target))
     return points
 
@@ -185,8 +192,7 @@ def find_largest_ratio(
     _check(model, curve, calibration, found)
     shared = _Shared(model, calibration, evaluation, curve)
     compensation = curve.compensations[0]
-    recipe = Recipe(curve.criteria[0], curve.allocations[0], bridge_of(compensation), floor=curve.floor)
-    walk = _Walk(shared, recipe, found)
+    walk = _Walk(shared, curve.schedule(curve.criteria[0], curve.allocations[0], compensation), found, None)
     points = [shared.dense_point()]
 
     def holds(ratio: float) -> bool:
@@ -236,31 +242,33 @@ class _Shared:
         return self._statistics
 
     def dense_point(self) -> CurvePoint:
-        return self._point((DENSE, "", "none"), 0.0, self.dense, self.size)
+        return self._point((DENSE, "", "none"), 1.0, 0.0, self.dense, self.size)
 
     def point(self, walk: _Walk, compensation: str, target: Target) -> CurvePoint:
-        recipe = walk.recipe
-        name = f"{recipe.criterion}-{recipe.allocation}-{compensation}-{target.share:.6f}"
+        schedule = walk.schedule
+        name = f"{schedule.criterion}-{schedule.allocation}-{compensation}-{target.share:.6f}"
 
         def make() -> nn.Module:
             return apply_plan(
                 self.model,
                 walk.plan(target),
                 compensation=compensation,
-                ridge=recipe.ridge,
+                ridge=schedule.ridge,
                 batches=self.calibration,
                 statistics=self.statistics() or None,
-                seed=recipe.seed,
+                seed=schedule.seed,
             )
 
         accuracy, size = self._evaluated(name, make)
         ratio = size["pruning_ratio"]
-        return self._point((recipe.criterion, recipe.allocation, compensation), ratio, accuracy, size)
+        return self._point((schedule.criterion, schedule.allocation, compensation), walk.step, ratio, accuracy, size)
 
-    def _point(self, names: tuple[str, str, str], ratio: float, accuracy: Accuracy, size: Mapping[str, Any]):
+    def _point(
+        self, names: tuple[str, str, str], step: float, ratio: float, accuracy: Accuracy, size: Mapping[str, Any]
+    ):
         return CurvePoint(
             *names,
-            step=self.curve.step if names[0] != DENSE and needs_steps(names[0]) else 1.0,
+            step=step,
             pruning_ratio=ratio,
             num_parameters=size["num_parameters"],
             macs=size["macs"],
@@ -298,9 +306,12 @@ class _Shared:
 class _Walk:
     """A schedule walked once for rising ratios, one stop after another."""
 
-    def __init__(self, shared: _Shared, recipe: Recipe, found: Discovery | None) -> None:
-        self.shared, self.recipe, self.found = shared, recipe, found
-        self.step = shared.curve.step if needs_steps(recipe.criterion) else 1.0
+    def __init__(
+        self, shared: _Shared, schedule: Schedule, found: Discovery | None, scores: Mapping[str, Scores] | None
+    ) -> None:
+        self.shared, self.schedule, self.found = shared, schedule, found
+        self.scores = (scores or {}).get(schedule.criterion)
+        self.step = shared.curve.step if needs_steps(schedule.criterion) and self.scores is None else 1.0
         self.current: nn.Module = shared.model
         self.stage: Stage | None = None
 
@@ -310,18 +321,19 @@ class _Walk:
             self.current = self.shared.model
             self.stage = first_stage(
                 self.shared.model,
-                self.recipe,
+                self.schedule,
                 batches=self.shared.calibration,
                 found=self.found,
                 bridged=before > 0,
                 statistics=self.shared.statistics(),
+                scores=self.scores,
             )
         while self.stage.number < before:
             part = target.partly(list_stops(target.share, self.step)[self.stage.number])
             self.current, self.stage = advance(
-                self.current, self.stage, part, self.recipe, batches=self.shared.calibration, bridged=True
+                self.current, self.stage, part, self.schedule, batches=self.shared.calibration
             )
-        return finish(self.shared.model, self.stage, target, self.recipe)
+        return finish(self.shared.model, self.stage, target, self.schedule)
 
 
 def _write_accuracy(accuracy: Accuracy) -> dict[str, Any]:

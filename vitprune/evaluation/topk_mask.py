@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitprune.data import Batches, on_device
 from vitprune.discovery.discover import Discovery
-from vitprune.discovery.trunk import scope_slice
+from vitprune.discovery.trunk import resolve_scope, scope_slice
 from vitprune.errors import VitpruneError
 from vitprune.feed_forward import find_feed_forwards, hook_hidden
 
@@ -96,7 +96,7 @@ def measure_topk_mask(
     for kind, scope, top_k, share in track(combinations, "mask"):
         factors = {name: _factors(found.class_scores[name], kind, top_k, share) for name in masked_in}
         num_masked = sum(int((factor_CH[0] == 0).sum()) for factor_CH in factors.values())
-        measured = _measure(model, batches, found, factors, scope_slice(model, scope))
+        measured = _measure(model, batches, found, factors, scope_slice(model, resolve_scope(model, scope)))
         rows.append(TopKRow(kind, scope, top_k, share, num_masked, *measured))
     return rows
 

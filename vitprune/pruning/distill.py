@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vitprune.data import Batches, on_device
 from vitprune.errors import VitpruneError
+from vitprune.models import has_classifier
 from vitprune.pruning.apply import remove_neurons
 from vitprune.pruning.plan import Plan, fit_plan
 
@@ -66,8 +67,7 @@ def distill(
     """
     ffns = fit_plan(model, plan)
     blocks = [ffn.name.removesuffix(".mlp") for ffn in ffns]
-    has_answers = getattr(model, "num_classes", 1) > 0
-    images_I = torch.cat([images.half() for images, _labels in batches] or [torch.zeros(0)])
+    images_I = torch.cat([images.cpu().half() for images, _labels in batches] or [torch.zeros(0)])
     if len(images_I) == 0:
         raise VitpruneError("no calibration images")
     student = remove_neurons(compensated, plan).requires_grad_(False)
@@ -89,7 +89,7 @@ def distill(
         with torch.enable_grad(), _recorded(student, blocks) as got:
             logits = student(images)
             loss = STATES_WEIGHT * _states_error(ffns, blocks, wanted, got, weights)
-            if has_answers:
+            if has_classifier(model):
                 loss = loss + nn.functional.kl_div(
                     logits.float().log_softmax(-1),
                     answers.float().log_softmax(-1),

@@ -14,7 +14,7 @@ from vitprune.discovery.discover import Discovery
 from vitprune.discovery.statistics import GRADIENTS, MOMENTS, Statistics, measure_statistics
 from vitprune.errors import VitpruneError
 from vitprune.feed_forward import find_feed_forwards
-from vitprune.models import architecture, hash_weights
+from vitprune.models import architecture, has_classifier, hash_weights
 from vitprune.options import (
     COMPENSATIONS,
     DEFAULT_ALLOCATION,
@@ -29,13 +29,15 @@ from vitprune.options import (
 )
 from vitprune.pruning.allocate import allocate
 from vitprune.pruning.apply import mask_neurons, remove_neurons
+from vitprune.pruning.blocks import BlockCall, study_blocks
 from vitprune.pruning.compensate import check_ridge, compensate
 from vitprune.pruning.distill import distill
 from vitprune.pruning.plan import Plan, fit_plan, plan_from_widths
-from vitprune.pruning.schedule import Recipe, bridge_of, list_stops, plan_in_steps
+from vitprune.pruning.schedule import Schedule, bridge_of, list_stops, needs_steps, plan_in_steps
 from vitprune.pruning.sequential import compensate_sequentially, weigh_tokens
 from vitprune.pruning.target import Target, target_neurons
 
+SEQUENTIAL = ("sequential-ffn", "sequential", "distill")
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 
 
@@ -89,6 +91,7 @@ def apply_plan(
     batches: Batches | None = None,
     statistics: Mapping[str, Statistics] | None = None,
     seed: int = 0,
+    calls: Mapping[str, BlockCall] | None = None,
     track: Track = _untracked,
 ) -> nn.Module:
     """Return a pruned copy of the model.
@@ -99,10 +102,11 @@ def apply_plan(
         mode: ``remove`` makes the linear layers smaller; ``mask`` keeps their shapes.
         compensation: key of ``COMPENSATIONS``.
         ridge: λ relative to the mean variance of the hidden neurons.
-        batches: calibration images, for any compensation but ``none``; ``distill`` reads them more than once.
+        batches: calibration images, for any compensation but ``none``; readable more than once.
         statistics: of this model, to share them between plans: with ``moments``, ``bias`` and ``ridge`` need no images;
             with ``gradients``, the others need not measure how much each token counts.
-        seed: of ``distill``.
+        seed: of ``distill`` and of how much each token counts.
+        calls: from ``study_blocks`` on this model, where it is there already.
         track: wraps (items, description) of long loops, for progress.
 
     Raises:
@@ -133,6 +137,7 @@ def apply_plan(
             weights=weights,
             towards_stream=compensation != "sequential-ffn",
             ridge=ridge,
+            calls=calls,
             track=lambda blocks: track(blocks, "compensate"),
         )
         if compensation == "distill":
@@ -205,11 +210,16 @@ def prune(
     list_stops(target.share, step)
     if compensation != "none" and batches is None:
         raise VitpruneError(f"compensation {compensation} needs calibration images; pass --data DIR")
-    recipe = Recipe(criterion, allocation, bridge_of(compensation), round_to, floor, ridge, seed)
+    calls = None
+    if compensation in SEQUENTIAL:
+        # A model whose blocks cannot be run one at a time is refused before its neurons are scored.
+        calls = study_blocks(model, find_feed_forwards(model), batches)
+    schedule = Schedule(criterion, allocation, bridge_of(compensation), round_to, floor, ridge, seed)
     wanted = needed_statistics(model, compensation)
-    plan, statistics = plan_in_steps(model, target, recipe, batches=batches, found=found, step=step, wanted=wanted)
+    plan, statistics = plan_in_steps(model, target, schedule, batches=batches, found=found, step=step, wanted=wanted)
     decisions = {"criterion": criterion, "allocation": allocation, "round_to": round_to, "floor": floor}
-    applied = {"compensation": compensation, "mode": mode, "ridge": ridge, "step": step, "seed": seed}
+    applied = {"compensation": compensation, "mode": mode, "ridge": ridge, "seed": seed}
+    applied["step"] = step if needs_steps(criterion) else 1.0
     plan = with_facts(model, plan, target, pruning_ratio, {**decisions, **applied})
     pruned = apply_plan(
         model,
@@ -220,14 +230,10 @@ def prune(
         batches=batches,
         statistics=statistics or None,
         seed=seed,
+        calls=calls,
         track=track,
     )
     return pruned, plan
-
-
-def has_classifier(model: nn.Module) -> bool:
-    """Tell whether a model has classes to answer."""
-    return getattr(model, "num_classes", 1) > 0
 
 
 def needed_statistics(model: nn.Module, compensation: str) -> frozenset[str]:

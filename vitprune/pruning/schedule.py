@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.data import Batches
-from vitprune.discovery.criteria import REGISTRY, check_needs, score_neurons
+from vitprune.discovery.criteria import REGISTRY, Scores, check_needs, score_neurons
 from vitprune.discovery.discover import Discovery
 from vitprune.discovery.statistics import MOMENTS, Statistics, measure_statistics
 from vitprune.errors import VitpruneError
@@ -44,7 +44,7 @@ def list_stops(share: float, step: float) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Schedule:
     """How neurons are ranked and what happens between two rankings; the same at every stop.
 
     Attributes:
@@ -86,7 +86,7 @@ class Stage:
 def plan_in_steps(
     model: nn.Module,
     target: Target,
-    recipe: Recipe,
+    schedule: Schedule,
     *,
     batches: Batches | None,
     found: Discovery | None = None,
@@ -101,7 +101,7 @@ def plan_in_steps(
     Args:
         model: timm Vision Transformer in eval mode; stays as it is.
         target: what the model may cost.
-        recipe: how to rank and what to do between stops.
+        schedule: how to rank and what to do between stops.
         batches: calibration images and labels; read once per step.
         found: a discovery on this model, for criterion ``jas``.
         step: share of what the FFN neurons cost that goes between two measurements, in (0, 1]; 1 measures once.
@@ -113,13 +113,13 @@ def plan_in_steps(
     Raises:
         VitpruneError: if an argument is out of range, an FFN would be left empty, or images are missing.
     """
-    stops = list_stops(target.share, step if needs_steps(recipe.criterion) else 1.0)
+    stops = list_stops(target.share, step if needs_steps(schedule.criterion) else 1.0)
     several = len(stops) > 1
-    stage = first_stage(model, recipe, batches=batches, found=found, bridged=several, wanted=wanted)
+    stage = first_stage(model, schedule, batches=batches, found=found, bridged=several, wanted=wanted)
     dense_statistics, current = stage.statistics, model
     for share in stops[:-1]:
-        current, stage = advance(current, stage, target.partly(share), recipe, batches=batches, bridged=True)
-    return finish(model, stage, target, recipe), dense_statistics
+        current, stage = advance(current, stage, target.partly(share), schedule, batches=batches)
+    return finish(model, stage, target, schedule), dense_statistics
 
 
 def needs_steps(criterion: str) -> bool:
@@ -129,60 +129,63 @@ def needs_steps(criterion: str) -> bool:
 
 def first_stage(
     model: nn.Module,
-    recipe: Recipe,
+    schedule: Schedule,
     *,
     batches: Batches | None,
     found: Discovery | None = None,
     bridged: bool,
     wanted: frozenset[str] = frozenset(),
     statistics: Mapping[str, Statistics] | None = None,
+    scores: Scores | None = None,
 ) -> Stage:
     """Score the dense model.
 
     Args:
         model: the dense model.
-        recipe: how to rank.
+        schedule: how to rank.
         batches: calibration images and labels.
         found: a discovery on this model, for criterion ``jas``.
-        bridged: whether ``advance`` will follow.
+        bridged: whether ``advance`` will follow; it compensates with ``moments``.
         wanted: further statistics to measure.
-        statistics: of the dense model, where they are there already.
+        statistics: of the dense model, with all of that, where they are there already.
+        scores: of the dense model, where they are there already.
     """
-    check_needs(model, recipe.criterion, batches=batches, found=found)
     kept = {ffn.name: torch.arange(ffn.num_neurons) for ffn in find_feed_forwards(model)}
     if statistics is None:
-        statistics = _measure(model, recipe, batches, number=0, bridged=bridged, wanted=wanted)
-    scores = _score(model, recipe, batches, found, statistics)
+        statistics = _measure(model, schedule, batches, number=0, bridged=bridged, wanted=wanted)
+    if scores is None:
+        check_needs(model, schedule.criterion, batches=batches, found=found)
+        scores = _score(model, schedule, batches, found, statistics)
     return Stage(0, kept, scores, statistics)
 
 
 def advance(
-    current: nn.Module, stage: Stage, target: Target, recipe: Recipe, *, batches: Batches | None, bridged: bool
+    current: nn.Module, stage: Stage, target: Target, schedule: Schedule, *, batches: Batches | None
 ) -> tuple[nn.Module, Stage]:
     """Prune the current model down to a target, compensate it, and score what is left.
 
     Returns:
         The smaller model, and where the schedule stands now.
     """
-    inner = _decide(stage, target, recipe)
-    bridged_model = compensate(current, inner, stage.statistics, compensation=recipe.bridge, ridge=recipe.ridge)
+    inner = _decide(stage, target, schedule)
+    bridged_model = compensate(current, inner, stage.statistics, compensation=schedule.bridge, ridge=schedule.ridge)
     current = remove_neurons(bridged_model, inner)
     kept = {name: index[inner.keep[name]] for name, index in stage.kept.items()}
     number = stage.number + 1
-    statistics = _measure(current, recipe, batches, number=number, bridged=bridged)
-    return current, Stage(number, kept, _score(current, recipe, batches, None, statistics), statistics)
+    statistics = _measure(current, schedule, batches, number=number, bridged=True)
+    return current, Stage(number, kept, _score(current, schedule, batches, None, statistics), statistics)
 
 
-def finish(model: nn.Module, stage: Stage, target: Target, recipe: Recipe) -> Plan:
+def finish(model: nn.Module, stage: Stage, target: Target, schedule: Schedule) -> Plan:
     """Return the plan, without facts, that meets the target from here.
 
     Args:
         model: the dense model.
         stage: where the schedule stands.
         target: what the model may cost; at most what the stage has left.
-        recipe: how the stage was ranked.
+        schedule: how the stage was ranked.
     """
-    inner = _decide(stage, target, recipe)
+    inner = _decide(stage, target, schedule)
     keep = {}
     for ffn in find_feed_forwards(model):
         keep[ffn.name] = torch.zeros(ffn.num_neurons, dtype=torch.bool)
@@ -195,37 +198,37 @@ def bridge_of(compensation: str) -> str:
     return compensation if compensation in ("none", "bias") else "ridge"
 
 
-def _decide(stage: Stage, target: Target, recipe: Recipe) -> Plan:
+def _decide(stage: Stage, target: Target, schedule: Schedule) -> Plan:
     widths = allocate(
         stage.scores,
         target,
-        allocation=recipe.allocation,
-        across_ffns=REGISTRY[recipe.criterion].across_ffns,
-        round_to=recipe.round_to,
-        floor=recipe.floor,
+        allocation=schedule.allocation,
+        across_ffns=REGISTRY[schedule.criterion].across_ffns,
+        round_to=schedule.round_to,
+        floor=schedule.floor,
     )
     return plan_from_widths(stage.scores, widths, {})
 
 
-def _measure(model, recipe: Recipe, batches, *, number: int, bridged: bool, wanted=frozenset()):
-    measured = REGISTRY[recipe.criterion].statistics | wanted
-    if bridged and recipe.bridge != "none":
+def _measure(model, schedule: Schedule, batches, *, number: int, bridged: bool, wanted=frozenset()):
+    measured = REGISTRY[schedule.criterion].statistics | wanted
+    if bridged and schedule.bridge != "none":
         measured |= {MOMENTS}
     if not measured:
         return {}
     if batches is None:
         raise VitpruneError("compensation needs calibration images; pass --data DIR")
     # Signs are drawn anew at each stop, or one draw would decide them all.
-    return measure_statistics(model, find_feed_forwards(model), batches, measured, seed=recipe.seed + number)
+    return measure_statistics(model, find_feed_forwards(model), batches, measured, seed=schedule.seed + number)
 
 
-def _score(model, recipe: Recipe, batches, found, statistics):
+def _score(model, schedule: Schedule, batches, found, statistics):
     return score_neurons(
         model,
-        recipe.criterion,
+        schedule.criterion,
         batches=batches,
         found=found,
         statistics=statistics or None,
-        ridge=recipe.ridge,
-        seed=recipe.seed,
+        ridge=schedule.ridge,
+        seed=schedule.seed,
     )

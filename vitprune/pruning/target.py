@@ -74,6 +74,8 @@ def target_neurons(model: nn.Module, pruning_ratio: float) -> Target:
 def target_parameters(model: nn.Module, limit: float) -> Target:
     """Ask for a number of parameters of the whole model.
 
+    An output projection without bias counts as if it had one, because compensation may give it one.
+
     Raises:
         VitpruneError: if the model cannot be that small or is smaller already.
     """
@@ -85,6 +87,9 @@ def target_parameters(model: nn.Module, limit: float) -> Target:
             rows * (up.in_features + (up.bias is not None)) for up in ups
         )
     total = sum(parameter.numel() for parameter in model.parameters())
+    for ffn in find_feed_forwards(model):
+        down = model.get_submodule(ffn.down_proj)
+        total += down.out_features if down.bias is None else 0
     return _checked("parameters", limit, total, per_neuron)
 
 
@@ -153,6 +158,7 @@ def _check(target: Target) -> Target:
         raise VitpruneError(f"target of {target.limit:g} {what}: the model has {target.dense:.6g} already")
     if target.limit < smallest:
         raise VitpruneError(
-            f"target of {target.limit:g} {what}: without its FFNs the model still has {target.fixed:.6g}; ask for more"
+            f"target of {target.limit:g} {what}: with one neuron in each FFN the model still has {smallest:.6g}; "
+            "ask for more"
         )
     return target

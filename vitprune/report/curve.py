@@ -33,19 +33,30 @@ def render_curve(points: Sequence[CurvePoint], path: str | Path, *, title: str) 
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F", "#882255")
+    colours = (
+        "#0072B2",
+        "#D55E00",
+        "#009E73",
+        "#CC79A7",
+        "#E69F00",
+        "#56B4E9",
+        "#000000",
+        "#7F7F7F",
+        "#882255",
+        "#999933",
+    )
     styles = {"none": ":", "bias": "-.", "ridge": "--", "sequential-ffn": (0, (6, 1))}
     dense_top1 = next(point.top1 for point in points if point.criterion == "dense")
     points = [point for point in points if point.criterion != "dense"]
-    lines: dict[tuple[str, str, str], list[CurvePoint]] = {}
+    lines: dict[tuple[str, str, str, float], list[CurvePoint]] = {}
     for point in points:
-        lines.setdefault((point.criterion, point.allocation, point.compensation), []).append(point)
+        lines.setdefault((point.criterion, point.allocation, point.compensation, point.step), []).append(point)
     several_allocations = len({key[1] for key in lines}) > 1
     criteria = list(dict.fromkeys(key[0] for key in lines))
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.axhline(100 * dense_top1, color="black", linewidth=1, label="dense")
-    for (criterion, allocation, compensation), of_line in lines.items():
+    for (criterion, allocation, compensation, step), of_line in lines.items():
         of_line = sorted(of_line, key=lambda point: point.pruning_ratio)
         axes.errorbar(
             [100 * point.pruning_ratio for point in of_line],
@@ -54,7 +65,9 @@ def render_curve(points: Sequence[CurvePoint], path: str | Path, *, title: str) 
                 [100 * (point.top1 - point.top1_low) for point in of_line],
                 [100 * (point.top1_high - point.top1) for point in of_line],
             ],
-            label=f"{criterion}, {compensation}" + (f", {allocation}" if several_allocations else ""),
+            label=f"{criterion}, {compensation}"
+            + (f", {allocation}" if several_allocations else "")
+            + (", in steps" if step < 1 else ""),
             color=colours[criteria.index(criterion) % len(colours)],
             linestyle=styles.get(compensation, "-"),
             marker="D" if compensation == "distill" else "o" if allocation == "global" else "s",

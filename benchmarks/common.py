@@ -1,0 +1,79 @@
+"""What the benchmarks share: images in memory, where they ran, and folders that belong to one request."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import vitprune
+from vitprune.data import hash_images
+from vitprune.files import open_resumable
+from vitprune.models import hash_weights
+
+RESULTS = Path(__file__).resolve().parent / "results"
+STARTED = time.perf_counter()
+
+
+def read_batches(images: vitprune.ImageSet, model: torch.nn.Module) -> list:
+    """Return all images as batches of 50 in memory."""
+    return list(vitprune.ImageBatches(images, model, batch_size=50))
+
+
+def refuse_overlap(*sets: vitprune.ImageSet) -> None:
+    """Refuse sets of images that share a file; the last is what is evaluated on."""
+    *used, evaluated = (set(hash_images(images)) for images in sets)
+    shared = evaluated & set().union(*used)
+    if shared:
+        raise SystemExit(f"{len(shared)} evaluation images are calibration images as well")
+
+
+def open_points(folder: str, model: torch.nn.Module, *sets: vitprune.ImageSet) -> Path:
+    """Return where finished points are kept: a folder of these weights, images and this state of the program alone."""
+    revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    images = [sorted(zip(hash_images(images), images.labels, strict=True)) for images in sets]
+    request = {"revision": revision, "weights": hash_weights(model), "images": images}
+    return open_resumable(folder, request, owned=frozenset({"points", "default"}), overwrite=False)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return hardware, versions, date and the command, with files and folders by their last name."""
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv]
+    return {
+        "date": str(date.today()),
+        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "vitprune": vitprune.__version__,
+        },
+        "command": shlex.join(["python", *words]),
+        "seconds": round(time.perf_counter() - STARTED),
+    }
+
+
+def track(items, description: str):
+    """Tell the time, the step and its name (criterion, allocation, ratio) on stderr."""
+    for position, item in enumerate(items, 1):
+        names = (
+            [f"{part.share:.2f}" if hasattr(part, "share") else str(part) for part in item]
+            if isinstance(item, tuple)
+            else []
+        )
+        log(f"{description} {position}/{len(items)} {' '.join(names[:3])}")
+        yield item
+
+
+def log(text: str) -> None:
+    """Print a line with the seconds since the start."""
+    print(f"{time.perf_counter() - STARTED:6.0f} s  {text}", file=sys.stderr, flush=True)
