@@ -102,7 +102,7 @@ def main(
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     write_table(points, RESULTS / f"{name}.csv")
-    # One line for what sequential compensation brings is enough, and uncompensated lines are readable for a few criteria.
+    # One line shows what sequential compensation brings; lines without compensation only where there are few criteria.
     hidden = {("sequential", 1.0), *((("none", 1.0),) if len(criteria) > 3 else ())}
     shown = [point for point in points if point.criterion == "dense" or (point.compensation, point.step) not in hidden]
     title = f"{model}, {points[0].num_images} photos, no retraining"
