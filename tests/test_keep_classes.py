@@ -36,11 +36,12 @@ def test_refuses(classes, message, tiny_vit):
 @torch.no_grad()
 def test_names_survive_saving(saved_vit, tmp_path):
     model = vitprune.load(saved_vit)
-    vitprune.save(vitprune.keep_classes(model, [3, 0], label_names=["c", "a"]), tmp_path / "m")
+    reduced = vitprune.keep_classes(model, [3, 0], label_names=["c", "a"])
+    vitprune.save(reduced, tmp_path / "m")
     again = vitprune.load(tmp_path / "m")
     assert again.label_names == ("c", "a")
     images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(again(images), model(images)[:, [3, 0]], rtol=0, atol=0)
+    assert torch.equal(again(images), reduced(images))
 
 
 def test_folders_are_numbered_as_the_model_does(image_folder):
