@@ -183,8 +183,9 @@ def test_a_target_is_met(target, saved_vit, image_folder, tmp_path, capsys):
     dense = {"params": count_parameters(model), "macs": vitprune.count_macs(model), "latency": 1e3}[target]
     images = ("--data", image_folder, "--step", 0.5, "--json")
     limit = ("--target-" + target, 0.85 * dense)
-    if target == "latency":  # this machine runs the dense model in less than a second
-        assert "already" in run("prune", saved_vit, *limit, *images, "-o", tmp_path / "p", code=2, capsys=capsys)
+    if target == "latency":  # any machine runs the dense model in less than a second
+        assert main([*map(str, ("prune", saved_vit, *limit, *images, "-o", tmp_path / "p"))]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].endswith("already")
         return
     answer = run("prune", saved_vit, *limit, *images, "-o", tmp_path / "p", capsys=capsys)
     got = answer["num_parameters"] if target == "params" else answer["macs"]
@@ -197,9 +198,8 @@ def test_top_k_masking_from_the_command_line(run_folder, image_folder, tmp_path,
     answer = run("analyze", run_folder, "--data", other, "--top-k", 3, "--mask-share", 0, 1, "--json", capsys=capsys)
     rows = answer["rows"]
     assert len(rows) == 1 + 2 * 2 * 2
-    assert {row["probability"] for row in rows if row["mask_share"] == 0 and row["mask"] != "clean"} == {
-        pytest.approx(rows[0]["probability"])
-    }
+    unmasked = [row["probability"] for row in rows if row["mask_share"] == 0]
+    assert unmasked == pytest.approx([rows[0]["probability"]] * 5)
     assert {row["num_neurons_masked"] for row in rows if row["mask_share"] == 1} == {3 * 45}
 
 
@@ -318,7 +318,7 @@ def test_scores_of_other_weights_are_refused(image_folder, tmp_path, capsys):
 
 def test_ctrl_c_exits_130_and_leaves_nothing(saved_vit, image_folder, tmp_path):
     command = [sys.executable, "-m", "vitprune", "discover", str(saved_vit), "--data", str(image_folder)]
-    command += ["--quadrature", "gauss-legendre:4000", "--batch-size", "1", "-o", str(tmp_path / "run")]
+    command += ["--quadrature", "riemann:100000", "--batch-size", "1", "-o", str(tmp_path / "run")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     time.sleep(8)
     assert process.poll() is None, process.communicate()
