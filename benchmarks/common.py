@@ -39,7 +39,9 @@ def refuse_overlap(*sets: vitprune.ImageSet) -> None:
 
 def open_points(folder: str, model: torch.nn.Module, *sets: vitprune.ImageSet) -> Path:
     """Return where finished points are kept: a folder of these weights, images and this state of the program alone."""
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    revision = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True, check=False
+    ).stdout.strip()
     images = [sorted(zip(hash_images(images), images.labels, strict=True)) for images in sets]
     request = {"revision": revision, "weights": hash_weights(model), "images": images}
     return open_resumable(folder, request, owned=frozenset({"points", "default"}), overwrite=False)

@@ -208,7 +208,7 @@ def find_largest_ratio(
     while high - low > 1 and high < round(1 / SEARCH_PRECISION):
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle * SEARCH_PRECISION) else (low, middle)
-    return low * SEARCH_PRECISION, points
+    return round(low * SEARCH_PRECISION, 6), points
 
 
 def _check(model: nn.Module, curve: Curve, calibration: Batches, found: Discovery | None) -> None:
