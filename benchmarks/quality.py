@@ -4,9 +4,9 @@
         --calibration imagenet-train-1000 --evaluation nips17-1000 --folder quality
 
 Hardware, versions and the command are recorded beside the figures. Finished points stay in --folder, so a stopped run
-goes on there. Hours on 2 CPU cores (obs and variance at three ratios: 15 minutes), and less with fewer --ratios or
---criteria. The scores of integrated gradients and of the path search come from --slow-images of the calibration images;
-compensation sees all of them.
+goes on there. Hours on 2 CPU cores (obs and variance at three ratios: 15 minutes), and less with fewer ratios or
+--criteria; a list of ratios may be empty. The scores of integrated gradients and of the path search come from
+--slow-images of the calibration images; compensation sees all of them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from vitprune.evaluation.curve import Curve, measure_curve
 from vitprune.options import CRITERIA
 from vitprune.report.curve import render_curve, write_table
 
+EIGHT = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
 SLOW = ("integrated-gradients", "jas")
 
 
@@ -36,10 +37,11 @@ def main(
     evaluation: str,
     folder: str,
     model: str = "deit_tiny_patch16_224",
-    ratios: list[float] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8],  # noqa: B006 (read only)
-    criteria: list[str] | None = None,
-    best_ratios: list[float] = [0.3, 0.5, 0.7],  # noqa: B006 (read only)
+    one_shot_ratios: list[float] = EIGHT,
+    sequential_ratios: list[float] = [0.3, 0.5, 0.7],  # noqa: B006 (read only)
+    default_ratios: list[float] = EIGHT,
     distill_ratios: list[float] = [0.5, 0.7],  # noqa: B006
+    criteria: list[str] | None = None,
     slow_images: int = 250,
     cost_images: int = 100,
     picture: str | None = None,
@@ -52,10 +54,12 @@ def main(
         evaluation: folder of class folders with other images.
         folder: where finished points are kept; of these arguments alone.
         model: timm name.
-        ratios: shares of FFN neurons to remove.
-        criteria: how neurons are ranked (default: all): each with compensation none and ridge, in one shot.
-        best_ratios: at these ratios, every criterion with sequential compensation as well.
-        distill_ratios: at these ratios, the default with distill as well.
+        one_shot_ratios: shares of FFN neurons to remove at once by every criterion, with compensation none and ridge;
+            beside them variance with uniform widths and ridge, as CORP and VBP do.
+        sequential_ratios: shares to remove at once by every criterion with sequential compensation.
+        default_ratios: shares to remove by vitprune's default, in steps.
+        distill_ratios: shares to remove by the default with distill as well.
+        criteria: how neurons are ranked (default: all).
         slow_images: images for the path search and integrated gradients.
         cost_images: images to measure time and memory of every criterion with, in a process of its own; 0: do not.
         picture: PNG or SVG file to write as well.
@@ -76,10 +80,10 @@ def main(
     baseline = replace(one_shot, criteria=["variance"], allocations=["uniform"], compensations=["ridge"])
     points = []
     for curve, shares in (
-        (one_shot, ratios),
-        (baseline, ratios),
-        (replace(one_shot, compensations=["sequential"]), best_ratios),
-        (in_steps, ratios),
+        (one_shot, one_shot_ratios),
+        (baseline, one_shot_ratios),
+        (replace(one_shot, compensations=["sequential"]), sequential_ratios),
+        (in_steps, default_ratios),
         (replace(in_steps, compensations=["distill"]), distill_ratios),
     ):
         if shares:
