@@ -67,12 +67,9 @@ def describe_machine() -> dict[str, Any]:
 def track(items, description: str):
     """Tell the time, the step and its name (criterion, allocation, ratio) on stderr."""
     for position, item in enumerate(items, 1):
-        names = (
-            [f"{part.share:.2f}" if hasattr(part, "share") else str(part) for part in item]
-            if isinstance(item, tuple)
-            else []
-        )
-        log(f"{description} {position}/{len(items)} {' '.join(names[:3])}")
+        parts = item if isinstance(item, tuple) and isinstance(item[0], str) else ()
+        names = [f"{part.share:.2f}" if isinstance(part, vitprune.Target) else str(part) for part in parts]
+        log(" ".join([description, f"{position}/{len(items)}", *names]))
         yield item
 
 
