@@ -33,6 +33,21 @@ def solve_ridge(rows, targets, penalty, weights=None):
     return np.linalg.lstsq(np.concatenate([centred, extra]), stacked, rcond=None)[0]
 
 
+def steer_slowly(block, states, drift, ridge, weights):
+    """What of the drift behind the attention its heads' outputs explain, and its mean."""
+    attention = block.attn
+    shape = (*states.shape[:2], 3, attention.num_heads, -1)
+    query, key, value = attention.qkv(block.norm1(states)).reshape(shape).permute(2, 0, 3, 1, 4)
+    heads = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1) @ value
+    rows = heads.transpose(1, 2).reshape(len(weights), -1).numpy()
+    aim = drift.flatten(0, 1).numpy()
+    centred = rows - np.average(rows, axis=0, weights=weights)
+    scale = np.average(centred**2, axis=0, weights=weights).mean()
+    gain = block.ls1.gamma.numpy() if hasattr(block.ls1, "gamma") else 1.0
+    steer = gain * (centred @ solve_ridge(rows, aim / gain, ridge * scale, weights))
+    return torch.from_numpy(steer + np.average(aim, axis=0, weights=weights)).view_as(states)
+
+
 @torch.no_grad()
 def compensate_slowly(model, plan, images, *, towards_stream, ridge, drift_ridge, weights):
     """Every block by itself on states kept whole; returns the logits of the compensated model on the same images."""
@@ -42,12 +57,15 @@ def compensate_slowly(model, plan, images, *, towards_stream, ridge, drift_ridge
         keep = plan.keep[f"blocks.{index}.mlp"].numpy()
         gain = block.ls2.gamma.numpy() if hasattr(block.ls2, "gamma") else 1.0
         weight, bias = block.mlp.fc2.weight.numpy(), block.mlp.fc2.bias.numpy()
+        weight_N = np.tile(weights[f"blocks.{index}.mlp"].numpy(), len(images))
+        wanted = dense + block.ls1(block.attn(block.norm1(dense)))
         dense = block(dense)
         attended = pruned + block.ls1(block.attn(block.norm1(pruned)))
+        if towards_stream and index:
+            attended = attended + steer_slowly(block, pruned, wanted - attended, drift_ridge, weight_N)
         hidden = block.mlp.act(block.mlp.fc1(block.norm2(attended))).flatten(0, 1).numpy()
         flat = attended.flatten(0, 1).numpy()
         drift = (dense.flatten(0, 1).numpy() - flat - gain * (hidden @ weight.T + bias)) / gain
-        weight_N = np.tile(weights[f"blocks.{index}.mlp"].numpy(), len(images))
 
         def average(rows, weight_N=weight_N):
             return np.average(rows, axis=0, weights=weight_N)
@@ -142,6 +160,14 @@ def test_stages_with_something_between_them_read_the_images_again():
     each = {name: replace(call, follows=False) for name, call in calls.items()}
     anew = compensate_sequentially(model, plan, BATCHES, towards_stream=True, calls=each)
     torch.testing.assert_close(walked(IMAGES), anew(IMAGES), rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_attention_within_windows_does_not_steer():
+    """Its output projection sees tokens in another order than the residual stream."""
+    calls = study_blocks(make_swin(), vitprune.find_feed_forwards(make_swin()), BATCHES)
+    assert [call.attention is None for call in calls.values()] == [True, True, True]
+    assert study_blocks(make_vit(), vitprune.find_feed_forwards(make_vit()), BATCHES)["blocks.1.mlp"].attention
 
 
 def make_swin(name="swin_tiny_patch4_window7_224"):

@@ -6,7 +6,7 @@ Letters: B images, N tokens, D embedding width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,21 @@ _REMEDY = "compensate with ridge instead"
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Where a block's attention writes.
+
+    Attributes:
+        proj: module name of its output projection.
+        reader: module name of what reads the residual stream next, the FFN's normalisation.
+        gain_D: how much of the projection's output reaches the stream, by channel (LayerScale; else ones); float64.
+    """
+
+    proj: str
+    reader: str
+    gain_D: Tensor
+
+
+@dataclass(frozen=True)
 class BlockCall:
     """What it takes to run one block by itself.
 
@@ -31,6 +46,8 @@ class BlockCall:
         kwargs: the same by keyword (rotary embeddings, ...).
         follows: whether it reads exactly what the block before it writes.
         gain_D: how much of its FFN's output reaches the residual stream, by channel (LayerScale; else ones); float64.
+        attention: None where it does not add its output to the stream token by token (the windows of a Swin
+            Transformer), or under other names than timm's ``attn.proj`` and ``norm2``.
     """
 
     name: str
@@ -38,6 +55,7 @@ class BlockCall:
     kwargs: Mapping[str, Any]
     follows: bool
     gain_D: Tensor
+    attention: Attention | None
 
     def run(self, model: nn.Module, states: Tensor) -> Tensor:
         """Return the block's output [B, ..., D], on the device of ``states``; the block is the model's of that name."""
@@ -78,8 +96,10 @@ def study_blocks(model: nn.Module, ffns: Sequence[FeedForward], batches: Batches
         if _extra_shapes(one[name]) != _extra_shapes(two[name]):
             raise VitpruneError(f"{name} is handed more than its states for each image; {_REMEDY}")
         follows = previous is not None and args[0].shape == previous.shape and torch.equal(args[0], previous)
-        gain_D = _measure_gain(model, name, ffn, one[name])
-        calls[ffn.name] = BlockCall(name, args[1:], kwargs, follows, gain_D)
+        gain_D = _measure_gain(model, name, ffn.down_proj, name, one[name])
+        if gain_D is None:
+            raise VitpruneError(f"{name} does not add its FFN's output to the residual stream as it is; {_REMEDY}")
+        calls[ffn.name] = BlockCall(name, args[1:], kwargs, follows, gain_D, _find_attention(model, name, one[name]))
         previous = output
     return calls
 
@@ -87,12 +107,10 @@ def study_blocks(model: nn.Module, ffns: Sequence[FeedForward], batches: Batches
 def read_states_before(model: nn.Module, block: str, batches: Batches) -> list[Tensor]:
     """Return what a block reads [B, ..., D] for every batch, on the CPU; what comes after it does not run."""
     seen: list[Tensor] = []
-    with _stopping_before(model.get_submodule(block), seen):
+    with stopping_before(model.get_submodule(block), seen.append):
         for images, _labels in on_device(model, batches):
-            try:
-                model(images)
-            except _Stop:
-                seen[-1] = seen[-1].cpu()
+            run_until_stopped(model, images)
+            seen[-1] = seen[-1].cpu()
     return seen
 
 
@@ -101,9 +119,11 @@ class _Stop(Exception):
 
 
 @contextmanager
-def _stopping_before(module: nn.Module, seen: list[Tensor]) -> Iterator[None]:
+def stopping_before(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Hand a module's input to ``see`` and end ``run_until_stopped`` there."""
+
     def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0])
+        see(args[0])
         raise _Stop
 
     handle = module.register_forward_pre_hook(stop)
@@ -111,6 +131,15 @@ def _stopping_before(module: nn.Module, seen: list[Tensor]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def run_until_stopped(function: Callable[..., Any], *args: Any) -> None:
+    """Call something that a ``stopping_before`` ends."""
+    try:
+        function(*args)
+    except _Stop:
+        return
+    raise AssertionError("the module to stop before did not run")
 
 
 def _record_calls(model: nn.Module, blocks, images: Tensor) -> dict[str, tuple[tuple, dict, Tensor]]:
@@ -135,22 +164,52 @@ def _extra_shapes(call: tuple[tuple, dict, Tensor]) -> list[tuple[int, ...]]:
     return [tuple(value.shape) for value in (*args[1:], *kwargs.values()) if isinstance(value, Tensor)]
 
 
-def _measure_gain(model: nn.Module, name: str, ffn: FeedForward, call: tuple[tuple, dict, Tensor]) -> Tensor:
-    """Add something to the FFN's output and see what comes out of the block, in float64: LayerScale may be tiny."""
+def _find_attention(model: nn.Module, block: str, call: tuple[tuple, dict, Tensor]) -> Attention | None:
+    modules = dict(model.named_modules())
+    proj, reader = f"{block}.attn.proj", f"{block}.norm2"
+    if getattr(modules.get(proj), "bias", None) is None or reader not in modules:
+        return None
+    gain_D = _measure_gain(model, block, proj, reader, call)
+    return None if gain_D is None else Attention(proj, reader, gain_D)
+
+
+def _measure_gain(
+    model: nn.Module, block: str, linear: str, reader: str, call: tuple[tuple, dict, Tensor]
+) -> Tensor | None:
+    """Return how much of a linear layer's output arrives at each channel; None if it arrives in another way.
+
+    Arrival is seen at the block's output, or at the input of ``reader`` where that is a module inside the block.
+    Something is added to the layer's output to see what comes of it, in float64: LayerScale may be tiny.
+    """
 
     def widen(value: Any) -> Any:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     args, kwargs = tuple(map(widen, call[0])), {key: widen(value) for key, value in call[1].items()}
-    block = copy.deepcopy(model.get_submodule(name)).double()
+    copied = copy.deepcopy(model.get_submodule(block)).double()
     added: Tensor | float = 0.0
-    down = block.get_submodule(ffn.down_proj.removeprefix(f"{name}."))
-    down.register_forward_hook(lambda _module, _inputs, output: output + added)
-    base = block(*args, **kwargs)
+    shape = torch.Size()
+
+    def add(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        nonlocal shape
+        shape = output.shape
+        return output + added
+
+    copied.get_submodule(linear.removeprefix(f"{block}.")).register_forward_hook(add)
+    arrived: list[Tensor] = []
+    if reader != block:
+        inside = copied.get_submodule(reader.removeprefix(f"{block}."))
+        inside.register_forward_pre_hook(lambda _module, inputs: arrived.append(inputs[0]))
+
+    def arrive() -> Tensor:
+        output = copied(*args, **kwargs)
+        return output if reader == block else arrived[-1]
+
+    base = arrive()
+    if base.numel() != shape.numel():
+        return None
     added = 1.0
-    gain_D = (block(*args, **kwargs) - base).flatten(0, -2).mean(0)
-    added = torch.randn(gain_D.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(gain_D.device)
-    seen = block(*args, **kwargs) - base
-    if not torch.allclose(seen, (gain_D * added).expand_as(seen), rtol=1e-4, atol=1e-9):
-        raise VitpruneError(f"{name} does not add its FFN's output to the residual stream as it is; {_REMEDY}")
-    return gain_D
+    gain_D = (arrive() - base).flatten(0, -2).mean(0)
+    added = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(base.device)
+    seen = (arrive() - base).reshape(shape)
+    return gain_D if torch.allclose(seen, gain_D * added, rtol=1e-4, atol=1e-9) else None

@@ -8,10 +8,11 @@ unpruned block l makes of the pruned prefix,
     B = C_{PS} (C_{SS} + \lambda I)^{-1}, \quad D = C_{eS} (C_{SS} + \kappa I)^{-1}, \quad W' = W_S + W_P B + D
 
 and the bias takes up the means. The first term stands in for the removed neurons, the second steers the residual stream
-back to the dense model's. All moments are weighted by token: half of the weight is spread evenly, half follows the
-energy of the loss gradient at the FFN's output, so that in late blocks the class token counts for as much as all
-patches. Drift is small and calibration images are few, so κ is chosen for each block: the one of a
-grid (infinity among them) that explains most of the drift on images it was not fitted to.
+back to the dense model's. The attention's output projection before it steers in the same way, by a D of its own on what
+it reads, with e taken where the FFN reads the stream. All moments are weighted by token: half of the weight is spread
+evenly, half follows the energy of the loss gradient at the FFN's output, so that in late blocks the class token counts
+for as much as all patches. Drift is small and calibration images are few, so κ is chosen for each projection: the one
+of a grid (infinity among them) that explains most of the drift on images it was not fitted to.
 
 Letters: B images, N tokens, D embedding width, H hidden neurons, S kept.
 """
@@ -21,6 +22,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +33,7 @@ from vitprune.data import Batches
 from vitprune.discovery.statistics import Statistics, at_least_float32
 from vitprune.feed_forward import FeedForward, hook_hidden
 from vitprune.options import DEFAULT_RIDGE
-from vitprune.pruning.blocks import BlockCall, read_states_before, study_blocks
+from vitprune.pruning.blocks import BlockCall, read_states_before, run_until_stopped, stopping_before, study_blocks
 from vitprune.pruning.compensate import reconstruct, regress, write_down_proj
 from vitprune.pruning.plan import Plan, fit_plan
 
@@ -53,10 +55,10 @@ def compensate_sequentially(
     calls: Mapping[str, BlockCall] | None = None,
     track: Callable[[list[FeedForward]], Any] = iter,
 ) -> nn.Module:
-    """Return a copy whose kept neurons and biases stand in for the ones that the plan removes.
+    """Return a copy whose kept neurons, attention and biases stand in for the neurons that the plan removes.
 
-    Shapes stay; the columns of removed neurons are zero. Each block runs three times over the images. Kept at once are
-    two residual streams: 2 x images x tokens x embedding width numbers.
+    Shapes stay; the columns of removed neurons are zero. Over the images, each block runs three times and its attention
+    a fourth time. Kept at once are two residual streams: 2 x images x tokens x embedding width numbers.
 
     Args:
         model: the dense model.
@@ -64,7 +66,8 @@ def compensate_sequentially(
         batches: pairs of images [B, 3, height, width] (normalised by the model's own transform) and labels, which are
             not used. Readable more than once: for the first block, and twice for each later one that does not read
             what the block before it writes (the later stages of a Swin Transformer).
-        towards_stream: aim at the dense residual stream; otherwise at what the unpruned FFN makes of the pruned prefix.
+        towards_stream: aim at the dense residual stream, by FFN and attention; otherwise at what the unpruned FFN makes
+            of the pruned prefix.
         weights: FFN name -> weight of each token [N], as ``weigh_tokens`` gives them; None: all the same.
         ridge: λ relative to the mean variance of the hidden neurons; positive.
         drift_ridges: values of κ to choose from, relative to the same; positive.
@@ -87,31 +90,61 @@ def compensate_sequentially(
     work_states: list[Tensor] = []
     for position, ffn in enumerate(track(ffns)):
         call, keep_H = calls[ffn.name], plan.keep[ffn.name]
+        weights_N = None if weights is None else weights[ffn.name]
         if not call.follows:
             dense_states = read_states_before(model, call.name, batches)
             # Nothing is pruned before the first block.
             work_states = read_states_before(work, call.name, batches) if position else list(dense_states)
-        halves: tuple[_DriftSums, ...] = ()
-        num_seen = 0
+        # Nothing has drifted before the first FFN.
+        if towards_stream and call.attention is not None and position:
+            dense_states = _steer_attention(
+                model, work, call, dense_states, work_states, weights_N=weights_N, drift_ridges=drift_ridges
+            )
+        else:
+            dense_states = [call.run(model, dense_state) for dense_state in dense_states]
+        halves = _Halves(call.gain_D, weights_N)
         hidden: dict[str, Tensor] = {}
         with hook_hidden(work, [ffn], lambda _name, h, hidden=hidden: hidden.update(h=at_least_float32(h))):
-            for index, (dense_state, work_state) in enumerate(zip(dense_states, work_states, strict=True)):
-                dense_states[index] = call.run(model, dense_state)
-                drift = dense_states[index] - call.run(work, work_state)
-                if not halves:
-                    shift_H = hidden["h"].flatten(0, -2).mean(0)
-                    weights_N = None if weights is None else weights[ffn.name]
-                    halves = tuple(_DriftSums(call.gain_D, shift_H, weights_N) for _ in range(2))
-                # Even images and odd images: neighbours in a class folder fall into both halves.
-                for parity, half in enumerate(halves):
-                    chosen = slice((parity + num_seen) % 2, None, 2)
-                    half.add(hidden["h"][chosen], drift[chosen].to(shift_H))
-                num_seen += len(drift)
+            for dense_state, work_state in zip(dense_states, work_states, strict=True):
+                drift = dense_state - call.run(work, work_state)
+                halves.add(hidden["h"], drift)
         if towards_stream or not bool(keep_H.all()):
             penalties = drift_ridges if towards_stream else None
-            _solve(work.get_submodule(ffn.down_proj), keep_H, call.gain_D.cpu(), halves, ridge, penalties)
+            _solve(work.get_submodule(ffn.down_proj), keep_H, halves, ridge, penalties)
         work_states = [call.run(work, work_state) for work_state in work_states]
     return work
+
+
+def _steer_attention(
+    model: nn.Module,
+    work: nn.Module,
+    call: BlockCall,
+    dense_states: Sequence[Tensor],
+    work_states: Sequence[Tensor],
+    *,
+    weights_N: Tensor | None,
+    drift_ridges: Sequence[float],
+) -> list[Tensor]:
+    """Change the attention's output projection in ``work``; return the dense states after the block."""
+    attention = call.attention
+    proj = work.get_submodule(attention.proj)
+    halves = _Halves(attention.gain_D, weights_N)
+    after, seen = [], {}
+    with ExitStack() as stack:
+        dense_reader = model.get_submodule(attention.reader)
+        for module, name in ((dense_reader, "wanted"), (proj, "rows")):
+            hook = lambda _module, inputs, name=name: seen.update({name: inputs[0]})  # noqa: E731
+            stack.callback(module.register_forward_pre_hook(hook).remove)
+        stop = stopping_before(work.get_submodule(attention.reader), lambda stream: seen.update(got=stream))
+        stack.enter_context(stop)
+        for dense_state, work_state in zip(dense_states, work_states, strict=True):
+            after.append(call.run(model, dense_state))
+            run_until_stopped(call.run, work, work_state)
+            halves.add(at_least_float32(seen["rows"]), seen["wanted"] - seen["got"])
+    every = torch.ones(proj.in_features, dtype=torch.bool)
+    # Nothing is removed here: the ridge for stand-ins has nothing to act on.
+    _solve(proj, every, halves, DEFAULT_RIDGE, drift_ridges)
+    return after
 
 
 def weigh_tokens(model: nn.Module, statistics: Mapping[str, Statistics]) -> dict[str, Tensor]:
@@ -139,14 +172,9 @@ def weigh_tokens(model: nn.Module, statistics: Mapping[str, Statistics]) -> dict
 
 
 def _solve(
-    down: nn.Linear,
-    keep_H: Tensor,
-    gain_D: Tensor,
-    halves: Sequence[_DriftSums],
-    ridge: float,
-    drift_ridges: Sequence[float] | None,
+    down: nn.Linear, keep_H: Tensor, halves: _Halves, ridge: float, drift_ridges: Sequence[float] | None
 ) -> None:
-    even, odd = halves
+    even, odd = halves.sums
     whole = _finish([left + right for left, right in zip(even.sums, odd.sums, strict=True)], even.shift_H)
     weight_DH, mean_H = down.weight.double().cpu(), whole.hidden.mean_H
     map_PS = reconstruct(whole.hidden, keep_H, ridge=ridge)
@@ -154,8 +182,8 @@ def _solve(
     shift_D = weight_DH[:, ~keep_H] @ (mean_H[~keep_H] - map_PS @ mean_H[keep_H])
     if drift_ridges is not None:
         shift_D += whole.drift_D
-        finished = [_finish(half.sums, half.shift_H) for half in halves]
-        penalty = _choose_ridge(keep_H, gain_D, finished, drift_ridges)
+        finished = [_finish(half.sums, half.shift_H) for half in halves.sums]
+        penalty = _choose_ridge(keep_H, halves.gain_D.cpu(), finished, drift_ridges)
         if math.isfinite(penalty):
             steer_DS = regress(whole.hidden, keep_H, whole.drift_DH[:, keep_H].T, ridge=penalty)
             kept_DS += steer_DS
@@ -193,6 +221,25 @@ class _Drift:
     hidden: Statistics
     drift_D: Tensor
     drift_DH: Tensor
+
+
+class _Halves:
+    """Sums of even images and of odd images: neighbours in a class folder fall into both halves."""
+
+    def __init__(self, gain_D: Tensor, weights_N: Tensor | None) -> None:
+        self.gain_D, self.weights_N = gain_D, weights_N
+        self.sums: tuple[_DriftSums, ...] = ()
+        self.num_images = 0
+
+    def add(self, hidden: Tensor, drift: Tensor) -> None:
+        """Add hidden neurons [B, ..., H] and the drift of the residual stream [B, ..., D]."""
+        if not self.sums:
+            shift_H = hidden.flatten(0, -2).mean(0)
+            self.sums = tuple(_DriftSums(self.gain_D, shift_H, self.weights_N) for _ in range(2))
+        for parity, half in enumerate(self.sums):
+            chosen = slice((parity + self.num_images) % 2, None, 2)
+            half.add(hidden[chosen], drift[chosen].to(half.shift_H))
+        self.num_images += len(drift)
 
 
 class _DriftSums:
