@@ -23,13 +23,12 @@ from vitprune.options import (
     ALLOCATIONS,
     COMPENSATIONS,
     CRITERIA,
-    DEFAULT_FLOOR,
-    DEFAULT_RIDGE,
     DEFAULT_STEP,
     check_choice,
 )
+from vitprune.pruning.blocks import BlockCall, study_blocks
 from vitprune.pruning.plan import Plan
-from vitprune.pruning.prune import apply_plan, needed_statistics
+from vitprune.pruning.prune import SEQUENTIAL, apply_plan, needed_statistics
 from vitprune.pruning.schedule import Schedule, Stage, advance, bridge_of, finish, first_stage, list_stops, needs_steps
 from vitprune.pruning.target import Target, target_neurons
 
@@ -86,8 +85,6 @@ class Curve:
         allocations: keys of ``ALLOCATIONS``.
         compensations: keys of ``COMPENSATIONS``.
         step: share that goes between two rankings, in (0, 1]; 1 ranks once.
-        floor: share of its dense neurons that ``global`` leaves to each FFN at least.
-        ridge: λ relative to the mean variance of the hidden neurons.
         seed: of everything drawn at random.
         folder: where finished points are written and found again; None keeps them in memory alone.
     """
@@ -96,15 +93,12 @@ class Curve:
     allocations: Sequence[str]
     compensations: Sequence[str]
     step: float = DEFAULT_STEP
-    floor: float = DEFAULT_FLOOR
-    ridge: float = DEFAULT_RIDGE
     seed: int = 0
     folder: Path | None = None
 
     def schedule(self, criterion: str, allocation: str, compensation: str) -> Schedule:
         """Return the schedule of one combination."""
-        bridge = bridge_of(compensation)
-        return Schedule(criterion, allocation, bridge, floor=self.floor, ridge=self.ridge, seed=self.seed)
+        return Schedule(criterion, allocation, bridge_of(compensation), seed=self.seed)
 
 
 def measure_curve(
@@ -229,6 +223,7 @@ class _Shared:
         self.model, self.calibration, self.evaluation, self.curve = model, calibration, evaluation, curve
         self.dense, self.size = self._evaluated(DENSE, lambda: model)
         self._statistics: dict[str, Statistics] = {}
+        self._calls: dict[str, BlockCall] = {}
 
     def statistics(self) -> Mapping[str, Statistics]:
         """Measure the dense model once for all criteria and compensations."""
@@ -240,6 +235,12 @@ class _Shared:
             ffns = find_feed_forwards(self.model)
             self._statistics = measure_statistics(self.model, ffns, self.calibration, wanted, seed=self.curve.seed)
         return self._statistics
+
+    def calls(self) -> Mapping[str, BlockCall]:
+        """Find out once how to run every block."""
+        if not self._calls:
+            self._calls = study_blocks(self.model, find_feed_forwards(self.model), self.calibration)
+        return self._calls
 
     def dense_point(self) -> CurvePoint:
         return self._point((DENSE, "", "none"), 1.0, 0.0, self.dense, self.size)
@@ -257,6 +258,7 @@ class _Shared:
                 batches=self.calibration,
                 statistics=self.statistics() or None,
                 seed=schedule.seed,
+                calls=self.calls() if compensation in SEQUENTIAL else None,
             )
 
         accuracy, size = self._evaluated(name, make)
