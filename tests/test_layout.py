@@ -13,7 +13,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "vitprune"
 
 # Lower rows import nothing from higher ones.
 LAYERS = (
-    ("errors",),
+    (
+        "progress",
+        "errors",
+    ),
     ("options",),
     ("files",),
     ("feed_forward",),

@@ -119,3 +119,18 @@ def test_sixteen_bit_models_are_summed_in_float32(tiny_vit):
     half = measure_statistics(tiny_vit.bfloat16(), ffns, BATCHES, {MOMENTS, GRADIENTS})["blocks.0.mlp"]
     assert (half.covariance_HH - exact.covariance_HH).norm() < 0.05 * exact.covariance_HH.norm()
     assert half.gradient_DD.dtype == torch.float64
+
+
+def test_progress_sees_every_ffn(tiny_vit):
+    ffns = vitprune.find_feed_forwards(tiny_vit)
+    batches = [(torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.zeros(4, dtype=torch.long))]
+    statistics = vitprune.measure_statistics(tiny_vit, ffns, batches, {"moments", "gradients"})
+    seen = []
+
+    def track(items, description):
+        for item in items:
+            seen.append((description, item.name))
+            yield item
+
+    vitprune.score_neurons(tiny_vit, "obs", statistics=statistics, track=track)
+    assert seen == [("rank neurons", ffn.name) for ffn in ffns]

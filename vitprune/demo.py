@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from vitprune.export.bench import BenchRow, bench
 from vitprune.export.onnx_file import export_onnx
 from vitprune.files import FORMAT_VERSION, atomic_folder, refuse_existing, write_json
 from vitprune.models import hash_weights, load, save
+from vitprune.progress import Track
 from vitprune.pruning.prune import prune
 from vitprune.report.curve import render_curve
 
@@ -45,8 +46,6 @@ MODEL_ARGS = {
     "num_classes": 10,
 }
 DATA_CONFIG = {"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
-
-Track = Callable[[Sequence[Any], str], Iterable[Any]]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from vitprune.errors import VitpruneError
 from vitprune.feed_forward import FeedForward, find_feed_forwards, hook_hidden
 from vitprune.models import has_classifier
 from vitprune.options import CRITERIA, DEFAULT_QUADRATURE, DEFAULT_RIDGE, check_choice
+from vitprune.progress import Track, untracked
 
 Scores = dict[str, Tensor]
 
@@ -282,7 +283,7 @@ REGISTRY: Mapping[str, Criterion] = {
     "jas": Criterion(jas, needs=("found",)),
     "obs": Criterion(
         obs,
-        needs=("statistics", "ridge"),
+        needs=("statistics", "ridge", "track"),
         statistics=frozenset({MOMENTS, GRADIENTS}),
         across_ffns=True,
         needs_classifier=True,
@@ -320,6 +321,7 @@ def score_neurons(
     statistics: Mapping[str, Statistics] | None = None,
     ridge: float = DEFAULT_RIDGE,
     seed: int = 0,
+    track: Track = untracked,
 ) -> Scores:
     """Score every neuron by a criterion of the registry.
 
@@ -332,6 +334,7 @@ def score_neurons(
             measured here from ``batches`` where they are not given.
         ridge: λ of ``obs``, relative to the mean variance of the hidden neurons; positive.
         seed: of random scores and of the estimate of the Fisher information.
+        track: wraps (items, description) of long loops, for progress.
 
     Returns:
         FFN name -> scores [H]; higher is more important.
@@ -340,7 +343,7 @@ def score_neurons(
         VitpruneError: if the criterion is unknown or lacks what it needs.
     """
     row = REGISTRY.get(criterion)
-    given = {"batches": batches, "found": found, "statistics": statistics, "ridge": ridge, "seed": seed}
+    given = {"batches": batches, "found": found, "statistics": statistics, "ridge": ridge, "seed": seed, "track": track}
     if row is None or statistics is None or "statistics" not in row.needs:
         check_needs(model, criterion, batches=batches, found=found)
         if "statistics" in row.needs:

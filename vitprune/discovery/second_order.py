@@ -21,18 +21,26 @@ from torch import Tensor, nn
 from vitprune.discovery.statistics import Statistics
 from vitprune.feed_forward import find_feed_forwards
 from vitprune.options import DEFAULT_RIDGE
+from vitprune.progress import Track, untracked
 
 # Removals between two full updates of the inverse: matrix products instead of one rank-1 update per neuron.
 BLOCK = 64
 
 
-def obs(model: nn.Module, statistics: Mapping[str, Statistics], *, ridge: float = DEFAULT_RIDGE) -> dict[str, Tensor]:
+def obs(
+    model: nn.Module,
+    statistics: Mapping[str, Statistics],
+    *,
+    ridge: float = DEFAULT_RIDGE,
+    track: Track = untracked,
+) -> dict[str, Tensor]:
     """Rank neurons by the loss that their removal costs after compensation, eliminating them one by one.
 
     Args:
         model: timm Vision Transformer.
         statistics: of its FFNs, with ``moments`` and ``gradients``.
         ridge: λ relative to the mean variance of the hidden neurons, as in the compensation that follows; positive.
+        track: wraps (FFNs, description), for progress: an FFN of 4,096 neurons takes many seconds.
 
     Returns:
         FFN name -> scores [H]; float64, nats per image, positive; the neuron eliminated last has the highest. A score
@@ -43,7 +51,7 @@ def obs(model: nn.Module, statistics: Mapping[str, Statistics], *, ridge: float 
         layer-wise Kronecker form of the Fisher information (arXiv:1503.05671).
     """
     scores = {}
-    for ffn in find_feed_forwards(model):
+    for ffn in track(find_feed_forwards(model), "rank neurons"):
         of_ffn = statistics[ffn.name]
         values, vectors = torch.linalg.eigh(of_ffn.gradient_DD)
         root_DD = (vectors * values.clamp_min(0).sqrt()) @ vectors.T

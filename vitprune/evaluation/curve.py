@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -26,6 +26,7 @@ from vitprune.options import (
     DEFAULT_STEP,
     check_choice,
 )
+from vitprune.progress import Track, untracked
 from vitprune.pruning.blocks import BlockCall, study_blocks
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.prune import SEQUENTIAL, apply_plan, needed_statistics
@@ -35,7 +36,6 @@ from vitprune.pruning.target import Target, target_neurons
 DENSE = "dense"
 SEARCH_GRID, SEARCH_PRECISION = 0.1, 0.01
 Evaluated = Callable[[nn.Module], Accuracy]
-Track = Callable[[Sequence[Any], str], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def measure_curve(
     ratios: Sequence[float],
     found: Discovery | None = None,
     scores: Mapping[str, Scores] | None = None,
-    track: Track = lambda items, _description: items,
+    track: Track = untracked,
 ) -> list[CurvePoint]:
     """Prune at every combination of ratio, criterion, allocation and compensation, and evaluate.
 
@@ -158,7 +158,7 @@ def find_largest_ratio(
     *,
     max_drop: float,
     found: Discovery | None = None,
-    track: Track = lambda items, _description: items,
+    track: Track = untracked,
 ) -> tuple[float, list[CurvePoint]]:
     """Find the largest pruning ratio whose accuracy loss stays below a budget at 95 % confidence.
 

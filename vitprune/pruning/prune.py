@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from vitprune.options import (
     MODES,
     check_choice,
 )
+from vitprune.progress import Track, untracked
 from vitprune.pruning.allocate import allocate
 from vitprune.pruning.apply import mask_neurons, remove_neurons
 from vitprune.pruning.blocks import BlockCall, study_blocks
@@ -38,11 +39,6 @@ from vitprune.pruning.sequential import compensate_sequentially, weigh_tokens
 from vitprune.pruning.target import Target, target_neurons
 
 SEQUENTIAL = ("sequential-ffn", "sequential", "distill")
-Track = Callable[[Sequence[Any], str], Iterable[Any]]
-
-
-def _untracked(items: Sequence[Any], _description: str) -> Iterable[Any]:
-    return items
 
 
 def plan_pruning(
@@ -92,7 +88,7 @@ def apply_plan(
     statistics: Mapping[str, Statistics] | None = None,
     seed: int = 0,
     calls: Mapping[str, BlockCall] | None = None,
-    track: Track = _untracked,
+    track: Track = untracked,
 ) -> nn.Module:
     """Return a pruned copy of the model.
 
@@ -169,7 +165,7 @@ def prune(
     ridge: float = DEFAULT_RIDGE,
     step: float = DEFAULT_STEP,
     seed: int = 0,
-    track: Track = _untracked,
+    track: Track = untracked,
 ) -> tuple[nn.Module, Plan]:
     """Remove the FFN neurons that matter least, in one call.
 
@@ -216,7 +212,9 @@ def prune(
         calls = study_blocks(model, find_feed_forwards(model), batches)
     schedule = Schedule(criterion, allocation, bridge_of(compensation), round_to, floor, ridge, seed)
     wanted = needed_statistics(model, compensation)
-    plan, statistics = plan_in_steps(model, target, schedule, batches=batches, found=found, step=step, wanted=wanted)
+    plan, statistics = plan_in_steps(
+        model, target, schedule, batches=batches, found=found, step=step, wanted=wanted, track=track
+    )
     decisions = {"criterion": criterion, "allocation": allocation, "round_to": round_to, "floor": floor}
     applied = {"compensation": compensation, "mode": mode, "ridge": ridge, "seed": seed}
     applied["step"] = step if needs_steps(criterion) else 1.0

@@ -15,6 +15,7 @@ from vitprune.discovery.statistics import MOMENTS, Statistics, measure_statistic
 from vitprune.errors import VitpruneError
 from vitprune.feed_forward import find_feed_forwards
 from vitprune.options import DEFAULT_FLOOR, DEFAULT_RIDGE, DEFAULT_STEP
+from vitprune.progress import Track, untracked
 from vitprune.pruning.allocate import allocate
 from vitprune.pruning.apply import remove_neurons
 from vitprune.pruning.compensate import compensate
@@ -92,6 +93,7 @@ def plan_in_steps(
     found: Discovery | None = None,
     step: float = DEFAULT_STEP,
     wanted: frozenset[str] = frozenset(),
+    track: Track = untracked,
 ) -> tuple[Plan, Mapping[str, Statistics]]:
     """Remove a share, compensate, measure and score what is left, and go on until the target is met.
 
@@ -106,6 +108,7 @@ def plan_in_steps(
         found: a discovery on this model, for criterion ``jas``.
         step: share of what the FFN neurons cost that goes between two measurements, in (0, 1]; 1 measures once.
         wanted: further statistics of the dense model to measure on the way.
+        track: wraps (items, description) of long loops, for progress.
 
     Returns:
         The plan, without facts, and the statistics of the dense model.
@@ -115,10 +118,10 @@ def plan_in_steps(
     """
     stops = list_stops(target.share, step if needs_steps(schedule.criterion) else 1.0)
     several = len(stops) > 1
-    stage = first_stage(model, schedule, batches=batches, found=found, bridged=several, wanted=wanted)
+    stage = first_stage(model, schedule, batches=batches, found=found, bridged=several, wanted=wanted, track=track)
     dense_statistics, current = stage.statistics, model
     for share in stops[:-1]:
-        current, stage = advance(current, stage, target.partly(share), schedule, batches=batches)
+        current, stage = advance(current, stage, target.partly(share), schedule, batches=batches, track=track)
     return finish(model, stage, target, schedule), dense_statistics
 
 
@@ -137,6 +140,7 @@ def first_stage(
     wanted: frozenset[str] = frozenset(),
     statistics: Mapping[str, Statistics] | None = None,
     scores: Scores | None = None,
+    track: Track = untracked,
 ) -> Stage:
     """Score the dense model.
 
@@ -149,18 +153,25 @@ def first_stage(
         wanted: further statistics to measure.
         statistics: of the dense model, with all of that, where they are there already.
         scores: of the dense model, where they are there already.
+        track: wraps (items, description) of long loops, for progress.
     """
     kept = {ffn.name: torch.arange(ffn.num_neurons) for ffn in find_feed_forwards(model)}
     if statistics is None:
         statistics = _measure(model, schedule, batches, number=0, bridged=bridged, wanted=wanted)
     if scores is None:
         check_needs(model, schedule.criterion, batches=batches, found=found)
-        scores = _score(model, schedule, batches, found, statistics)
+        scores = _score(model, schedule, batches, found, statistics, track)
     return Stage(0, kept, scores, statistics)
 
 
 def advance(
-    current: nn.Module, stage: Stage, target: Target, schedule: Schedule, *, batches: Batches | None
+    current: nn.Module,
+    stage: Stage,
+    target: Target,
+    schedule: Schedule,
+    *,
+    batches: Batches | None,
+    track: Track = untracked,
 ) -> tuple[nn.Module, Stage]:
     """Prune the current model down to a target, compensate it, and score what is left.
 
@@ -173,7 +184,7 @@ def advance(
     kept = {name: index[inner.keep[name]] for name, index in stage.kept.items()}
     number = stage.number + 1
     statistics = _measure(current, schedule, batches, number=number, bridged=True)
-    return current, Stage(number, kept, _score(current, schedule, batches, None, statistics), statistics)
+    return current, Stage(number, kept, _score(current, schedule, batches, None, statistics, track), statistics)
 
 
 def finish(model: nn.Module, stage: Stage, target: Target, schedule: Schedule) -> Plan:
@@ -222,7 +233,7 @@ def _measure(model, schedule: Schedule, batches, *, number: int, bridged: bool, 
     return measure_statistics(model, find_feed_forwards(model), batches, measured, seed=schedule.seed + number)
 
 
-def _score(model, schedule: Schedule, batches, found, statistics):
+def _score(model, schedule: Schedule, batches, found, statistics, track):
     return score_neurons(
         model,
         schedule.criterion,
@@ -231,4 +242,5 @@ def _score(model, schedule: Schedule, batches, found, statistics):
         statistics=statistics or None,
         ridge=schedule.ridge,
         seed=schedule.seed,
+        track=track,
     )

@@ -1,0 +1,72 @@
+"""Time and peak memory of pruning by the defaults, on random weights of any timm model; writes a dated JSON file.
+
+    python benchmarks/pruning_cost.py --model vit_base_patch16_224 --data imagenet-train-1000 --num_images 256
+
+The cost does not depend on the weights. Images are read from disk at every pass, as the command line does.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from datetime import date
+
+import timm
+import torch
+from common import RESULTS, describe_machine, log, track
+from jsonargparse import auto_cli
+
+import vitprune
+from vitprune.evaluation.macs import count_macs, count_parameters
+
+
+def main(
+    model: str,
+    data: str,
+    num_images: int = 256,
+    pruning_ratio: float = 0.5,
+    compensation: str = "sequential",
+    step: float = 0.1,
+    batch_size: int = 50,
+):
+    """Measure one pruning.
+
+    Args:
+        model: timm name; 1,000 classes.
+        data: folder of class folders to calibrate on.
+        num_images: the first of them, class by class in turns.
+        pruning_ratio: share of FFN neurons to remove.
+        compensation: as in ``vitprune prune``.
+        step: as in ``vitprune prune``.
+        batch_size: images at once.
+    """
+    torch.manual_seed(0)
+    network = timm.create_model(model, pretrained=False).eval()
+    images = vitprune.find_images(data, network.num_classes).head(num_images)
+    batches = vitprune.ImageBatches(images, network, batch_size=batch_size)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    pruned, plan = vitprune.prune(
+        network, batches, pruning_ratio=pruning_ratio, compensation=compensation, step=step, track=track
+    )
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = {
+        **describe_machine(),
+        "threads": torch.get_num_threads(),
+        "num_images": len(images),
+        "prune_seconds": round(seconds, 1),
+        "peak_gib": round(peak / 2**20, 2),
+        "peak_before_gib": round(before / 2**20, 2),
+        "macs": [count_macs(network), count_macs(pruned)],
+        "num_parameters": [count_parameters(network), count_parameters(pruned)],
+        "widths": plan.widths,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{date.today()}-pruning-cost-{model}.json").write_text(json.dumps(result, indent=1) + "\n")
+    log(f"{model}: {seconds:.0f} s, {result['peak_gib']} GiB at most")
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
