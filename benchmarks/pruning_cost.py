@@ -35,7 +35,7 @@ def main(
     Args:
         model: timm name; 1,000 classes.
         data: folder of class folders to calibrate on.
-        num_images: the first of them, class by class in turns.
+        num_images: spread evenly over the folder.
         pruning_ratio: share of FFN neurons to remove.
         compensation: as in ``vitprune prune``.
         step: as in ``vitprune prune``.

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+import vitprune
 from vitprune.discovery import second_order
 from vitprune.discovery.second_order import eliminate, obs
 from vitprune.discovery.statistics import GRADIENTS, MOMENTS, draw_directions, measure_statistics
