@@ -2,7 +2,8 @@
 
     python benchmarks/pruning_cost.py --model vit_base_patch16_224 --data imagenet-train-1000 --num_images 256
 
-The cost does not depend on the weights. Images are read from disk at every pass, as the command line does.
+Weights decide nothing of the cost but which FFNs are left wide. Images are read from disk at every pass, as the command
+line does.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from jsonargparse import auto_cli
 
 import vitprune
 from vitprune.evaluation.macs import count_macs, count_parameters
+from vitprune.options import DEFAULT_COMPENSATION, DEFAULT_RATIO, DEFAULT_STEP
 
 
 def main(
     model: str,
     data: str,
     num_images: int = 256,
-    pruning_ratio: float = 0.5,
-    compensation: str = "sequential",
-    step: float = 0.1,
+    pruning_ratio: float = DEFAULT_RATIO,
+    compensation: str = DEFAULT_COMPENSATION,
+    step: float = DEFAULT_STEP,
     batch_size: int = 50,
 ):
     """Measure one pruning.
@@ -56,6 +58,10 @@ def main(
         **describe_machine(),
         "threads": torch.get_num_threads(),
         "num_images": len(images),
+        "pruning_ratio": pruning_ratio,
+        "compensation": compensation,
+        "step": step,
+        "batch_size": batch_size,
         "prune_seconds": round(seconds, 1),
         "peak_gib": round(peak / 2**20, 2),
         "peak_before_gib": round(before / 2**20, 2),

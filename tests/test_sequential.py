@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -164,15 +165,18 @@ def test_stages_with_something_between_them_read_the_images_again():
 
 @torch.no_grad()
 def test_attention_within_windows_does_not_steer():
-    """Its output projection sees tokens in another order than the residual stream."""
-    calls = study_blocks(make_swin(), vitprune.find_feed_forwards(make_swin()), BATCHES)
-    assert [call.attention is None for call in calls.values()] == [True, True, True]
+    """Its output projection sees tokens in another order than the residual stream, or at least no whole images."""
+    flat = {"img_size": (32, 16), "depths": (2, 2)}
+    for model, size in ((make_swin(), (32, 32)), (make_swin(**flat), (32, 16))):
+        images = torch.randn(4, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        calls = study_blocks(model, vitprune.find_feed_forwards(model), [(images, torch.zeros(4))])
+        assert all(call.attention is None for call in calls.values())
     assert study_blocks(make_vit(), vitprune.find_feed_forwards(make_vit()), BATCHES)["blocks.1.mlp"].attention
 
 
-def make_swin(name="swin_tiny_patch4_window7_224"):
+def make_swin(name="swin_tiny_patch4_window7_224", **model_args):
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=5, **SWIN).double().eval()
+    model = timm.create_model(name, num_classes=5, **{**SWIN, **model_args}).double().eval()
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
     return model
@@ -186,8 +190,37 @@ def test_an_ffn_whose_output_is_normalised_first_is_refused():
 
 def test_no_hook_survives(tiny_vit):
     work = compensate_sequentially(tiny_vit, half_plan(tiny_vit), BATCHES, towards_stream=True)
-    for model in (tiny_vit, work):
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not has_hooks(tiny_vit)
+    assert not has_hooks(work)
+
+
+@torch.no_grad()
+def test_no_hook_survives_an_exception(tiny_vit):
+    """The second image is too large for the second block, whose attention steers first."""
+    call = study_blocks(tiny_vit, vitprune.find_feed_forwards(tiny_vit), BATCHES)["blocks.1.mlp"]
+    states = [torch.zeros(2, 17, 24, dtype=torch.float64), torch.zeros(2, 17, 25, dtype=torch.float64)]
+    work = copy.deepcopy(tiny_vit)
+    with pytest.raises(RuntimeError):
+        sequential._steer_attention(tiny_vit, work, call, states, states, weights_N=None, drift_ridges=[1.0])
+    assert not has_hooks(tiny_vit)
+    assert not has_hooks(work)
+
+
+def has_hooks(model):
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@torch.no_grad()
+def test_a_channel_that_hardly_reaches_the_stream_does_not_steer():
+    model = make_vit(init_values=0.3)
+    for block in model.blocks:
+        block.ls1.gamma[:3] = 1e-9
+        block.ls2.gamma[3:6] = 1e-9
+    work = compensate_sequentially(model, half_plan(model), BATCHES, towards_stream=True)
+    for before, after in zip(model.blocks, work.blocks, strict=True):
+        assert torch.equal(after.attn.proj.weight[:3], before.attn.proj.weight[:3])
+        assert after.attn.proj.bias.abs().max() < 10
+        assert after.mlp.fc2.bias.abs().max() < 10
 
 
 @torch.no_grad()
@@ -216,6 +249,28 @@ FAMILIES = {
     "swiglu": ("vit_tiny_patch16_224", {"mlp_layer": SwiGLU}),
     "average": ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}),
 }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_brings_the_stream_behind_it_nearer(family):
+    """Where it is fitted, and on the calibration images: behind the second block's attention."""
+    name, model_args = FAMILIES[family]
+    model = make_vit(name, **model_args)
+    plan = half_plan(model)
+    calls = study_blocks(model, vitprune.find_feed_forwards(model), BATCHES)
+    alone = {ffn: replace(call, attention=None) for ffn, call in calls.items()}
+    options = {"towards_stream": True, "drift_ridges": [1e-3]}
+    streams = []
+    for subject in (
+        model,
+        *(compensate_sequentially(model, plan, BATCHES, **options, calls=c) for c in (calls, alone)),
+    ):
+        handle = subject.blocks[1].norm2.register_forward_pre_hook(lambda _module, inputs: streams.append(inputs[0]))
+        subject(IMAGES)
+        handle.remove()
+    both, without = ((stream - streams[0]).square().mean() for stream in streams[1:])
+    assert both < 0.9 * without
 
 
 @torch.no_grad()

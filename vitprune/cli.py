@@ -1025,7 +1025,7 @@ def _bench(models, checkpoint, backend, batch_size, threads, seconds):
         batch_sizes=batch_size,
         num_threads=threads,
         seconds=seconds,
-        track=lambda pairs: _track(pairs, "bench"),
+        track=_track,
     )
     macs = {name: count_macs(network) for name, network in networks.items()}
     ceilings = {name: amdahl_ceiling(next(iter(macs.values())), count) for name, count in macs.items()}

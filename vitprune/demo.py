@@ -111,7 +111,7 @@ def run_demo(output: str | Path, *, seed: int, track: Track, note: Callable[[str
             {"dense": model, "pruned": pruned},
             batch_sizes=(1, 64),
             seconds=1.0,
-            track=lambda pairs: track(pairs, "time"),
+            track=track,
         )
         render_curve(points, folder / "curve.png", title="ViT on scanned digits, 500 test images")
         answer = {

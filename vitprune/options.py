@@ -42,7 +42,7 @@ COMPENSATIONS: Mapping[str, str] = {
     "bias": "add the removed neurons' mean output to the bias",
     "ridge": "least-squares reconstruction from the kept neurons",
     "sequential-ffn": "the same block by block, on the states of the already pruned blocks",
-    "sequential": "the same, and steer the residual stream back to the dense model's",
+    "sequential": "the same, and FFNs and attention steer the residual stream back to the dense model's",
     "distill": "sequential, then gradient descent towards the dense model's blocks and answers (no labels; minutes)",
 }
 

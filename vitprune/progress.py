@@ -1,4 +1,4 @@
-"""Progress of long loops: every function that runs one takes a ``track`` that may show it."""
+"""Progress of long loops: functions that run one take a ``track`` that may show it."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def measure_curve(
         ratios: shares of FFN neurons to remove, each in [0, 1).
         found: a discovery on this model, for criterion ``jas``.
         scores: criterion -> scores of the dense model, for criteria that were computed elsewhere; used in one step.
-        track: wraps (items, description) of long loops, for progress.
+        track: wraps (points, description), for progress.
 
     Returns:
         The dense model's point first, then one per combination.
@@ -172,7 +172,7 @@ def find_largest_ratio(
         evaluation: other images and labels; readable more than once.
         curve: how to prune.
         found: a discovery on this model, for criterion ``jas``.
-        track: wraps (items, description) of long loops, for progress.
+        track: wraps (points, description), for progress.
         max_drop: of top-1, in (0, 1); the 95 % paired upper bound of the drop must not exceed it.
 
     Returns:

@@ -5,10 +5,9 @@ Letters: B images, N tokens, H hidden neurons, L FFNs, C classes, K neurons per 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from vitprune.discovery.discover import Discovery
 from vitprune.discovery.trunk import resolve_scope, scope_slice
 from vitprune.errors import VitpruneError
 from vitprune.feed_forward import find_feed_forwards, hook_hidden
+from vitprune.progress import Track, untracked
 
 ORACLE, ONE_PLAN, CLEAN = "oracle class", "one plan for all", "clean"
 
@@ -58,7 +58,7 @@ def measure_topk_mask(
     mask_shares: Sequence[float] = (0.1, 0.3, 0.5, 1.0),
     tokens: Sequence[str] = ("cls", "all"),
     depth: int | None = None,
-    track: Callable[[Sequence[Any], str], Iterable[Any]] = lambda items, _description: items,
+    track: Track = untracked,
 ) -> list[TopKRow]:
     """Mask the neurons that a class needs least and measure what the model still knows.
 

@@ -6,8 +6,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from vitprune.evaluation.latency import measure_latency
 from vitprune.export.onnx_file import export_onnx
 from vitprune.export.runtime import OnnxModel, open_onnx
 from vitprune.options import BACKENDS, check_choice
+from vitprune.progress import Track, untracked
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def bench(
     batch_sizes: Sequence[int] = (1, 8),
     num_threads: int | None = None,
     seconds: float = 3.0,
-    track: Callable[[Sequence[Any]], Any] = iter,
+    track: Track = untracked,
 ) -> list[BenchRow]:
     """Time models in turn, backend by backend, on random images of their own input size.
 
@@ -62,7 +63,7 @@ def bench(
         batch_sizes: images per run, each at least 1.
         num_threads: threads of the operators; None takes torch's default for all backends.
         seconds: time to spend per backend and batch size, after warm-up.
-        track: wraps the list of (backend, batch size) pairs, for progress.
+        track: wraps (pairs of backend and batch size, description), for progress.
 
     Raises:
         VitpruneError: if a backend or batch size is unknown.
@@ -75,7 +76,7 @@ def bench(
     rows = []
     with tempfile.TemporaryDirectory() as folder, _torch_threads(threads):
         exported: dict[str, OnnxModel] = {}
-        for backend, batch_size in track([(backend, size) for backend in backends for size in batch_sizes]):
+        for backend, batch_size in track(list(product(backends, batch_sizes)), "bench"):
             if backend == "onnxruntime-cpu" and not exported:
                 for position, (name, model) in enumerate(models.items()):
                     path = Path(folder) / f"{position}.onnx"

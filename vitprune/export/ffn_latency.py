@@ -21,6 +21,7 @@ from vitprune.export.onnx_file import export_onnx, quiet
 from vitprune.export.runtime import open_onnx
 from vitprune.feed_forward import FeedForward, find_feed_forwards
 from vitprune.options import BACKENDS, check_choice
+from vitprune.progress import Track, untracked
 from vitprune.pruning.apply import remove_neurons
 from vitprune.pruning.plan import Plan
 
@@ -34,7 +35,7 @@ def measure_ffn_latency(
     backend: str,
     batch_size: int = 1,
     seconds: float = 20.0,
-    track: Callable[[Sequence[Any], str], Any] = lambda items, _description: items,
+    track: Track = untracked,
 ) -> tuple[float, Tables]:
     """Time the whole model and one FFN of each shape at eight widths, all in turn.
 

@@ -46,8 +46,9 @@ class BlockCall:
         kwargs: the same by keyword (rotary embeddings, ...).
         follows: whether it reads exactly what the block before it writes.
         gain_D: how much of its FFN's output reaches the residual stream, by channel (LayerScale; else ones); float64.
-        attention: None where it does not add its output to the stream token by token (the windows of a Swin
-            Transformer), or under other names than timm's ``attn.proj`` and ``norm2``.
+        attention: None where it does not add its output to the stream image by image and token by token (several
+            windows, as in a Swin Transformer), where its projection has no bias, or under other names than timm's
+            ``attn.proj`` and ``norm2``.
     """
 
     name: str
@@ -99,7 +100,7 @@ def study_blocks(model: nn.Module, ffns: Sequence[FeedForward], batches: Batches
         gain_D = _measure_gain(model, name, ffn.down_proj, name, one[name])
         if gain_D is None:
             raise VitpruneError(f"{name} does not add its FFN's output to the residual stream as it is; {_REMEDY}")
-        calls[ffn.name] = BlockCall(name, args[1:], kwargs, follows, gain_D, _find_attention(model, name, one[name]))
+        calls[ffn.name] = BlockCall(name, args[1:], kwargs, follows, gain_D, _find_attention(model, name, two[name]))
         previous = output
     return calls
 
@@ -206,7 +207,8 @@ def _measure_gain(
         return output if reader == block else arrived[-1]
 
     base = arrive()
-    if base.numel() != shape.numel():
+    # An FFN may see the tokens of an image in a row where the stream has them in a grid; windows are no images.
+    if base.numel() != shape.numel() or len(base) != shape[0]:
         return None
     added = 1.0
     gain_D = (arrive() - base).flatten(0, -2).mean(0)

@@ -6,9 +6,8 @@ Letters: B images, I images of the calibration set, N tokens, D embedding width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from vitprune.data import Batches, on_device
 from vitprune.errors import VitpruneError
 from vitprune.models import has_classifier
+from vitprune.progress import Track, untracked
 from vitprune.pruning.apply import remove_neurons
 from vitprune.pruning.plan import Plan, fit_plan
 
@@ -34,13 +34,13 @@ def distill(
     num_steps: int = NUM_STEPS,
     learning_rate: float = LEARNING_RATE,
     seed: int = 0,
-    track: Callable[[range], Any] = iter,
+    track: Track = untracked,
 ) -> nn.Module:
     """Return a copy of the compensated model whose blocks and answers are more like the dense model's.
 
     Adam lowers KL(dense ‖ pruned) plus ten times the mean over blocks of the relative squared error of their outputs,
-    over the output projections' weights and biases alone, with a cosine schedule. Every other image is mirrored. The
-    images are kept in memory in half precision.
+    over weights and biases of the FFNs' output projections alone, with a cosine schedule. Every other image is mirrored.
+    The images are kept in memory in half precision.
 
     Args:
         model: the dense model; stays as it is.
@@ -53,7 +53,7 @@ def distill(
         num_steps: of 32 images each.
         learning_rate: of the first step.
         seed: of the order of images and of mirroring.
-        track: wraps the steps, for progress.
+        track: wraps (steps, description), for progress.
 
     Returns:
         A model of the dense shapes; the columns of removed neurons are as in ``compensated``.
@@ -79,7 +79,7 @@ def distill(
     order = torch.cat([torch.randperm(len(images_I), generator=generator) for _ in range(num_rounds)])
     optimizer = torch.optim.Adam(trained, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-    for step in track(range(num_steps)):
+    for step in track(range(num_steps), "distill"):
         images = images_I[order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]].float()
         mirrored = torch.rand(len(images), generator=generator) < 0.5
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)

@@ -134,7 +134,7 @@ def apply_plan(
             towards_stream=compensation != "sequential-ffn",
             ridge=ridge,
             calls=calls,
-            track=lambda blocks: track(blocks, "compensate"),
+            track=track,
         )
         if compensation == "distill":
             result = distill(
@@ -144,7 +144,7 @@ def apply_plan(
                 batches,
                 weights=weights,
                 seed=seed,
-                track=lambda steps: track(steps, "distill"),
+                track=track,
             )
     return remove_neurons(result, plan) if mode == "remove" else mask_neurons(result, plan)
 

@@ -21,18 +21,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitprune.data import Batches
 from vitprune.discovery.statistics import Statistics, at_least_float32
-from vitprune.feed_forward import FeedForward, hook_hidden
+from vitprune.feed_forward import hook_hidden
 from vitprune.options import DEFAULT_RIDGE
+from vitprune.progress import Track, untracked
 from vitprune.pruning.blocks import BlockCall, read_states_before, run_until_stopped, stopping_before, study_blocks
 from vitprune.pruning.compensate import reconstruct, regress, write_down_proj
 from vitprune.pruning.plan import Plan, fit_plan
@@ -40,6 +40,10 @@ from vitprune.pruning.plan import Plan, fit_plan
 # Relative to the mean variance of the hidden neurons; infinity leaves the drift alone but for its mean, and comes
 # first so that it wins where the images cannot tell.
 DRIFT_RIDGES = (math.inf, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+
+
+# Of a channel that steers, relative to the largest of its projection.
+LEAST_GAIN = 1e-4
 
 
 @torch.no_grad()
@@ -53,7 +57,7 @@ def compensate_sequentially(
     ridge: float = DEFAULT_RIDGE,
     drift_ridges: Sequence[float] = DRIFT_RIDGES,
     calls: Mapping[str, BlockCall] | None = None,
-    track: Callable[[list[FeedForward]], Any] = iter,
+    track: Track = untracked,
 ) -> nn.Module:
     """Return a copy whose kept neurons, attention and biases stand in for the neurons that the plan removes.
 
@@ -70,9 +74,9 @@ def compensate_sequentially(
             of the pruned prefix.
         weights: FFN name -> weight of each token [N], as ``weigh_tokens`` gives them; None: all the same.
         ridge: λ relative to the mean variance of the hidden neurons; positive.
-        drift_ridges: values of κ to choose from, relative to the same; positive.
+        drift_ridges: values of κ to choose from, relative to the mean variance of what a projection reads; positive.
         calls: from ``study_blocks`` on this model, where it is there already.
-        track: wraps the list of FFNs, for progress.
+        track: wraps (FFNs, description), for progress.
 
     Raises:
         VitpruneError: if the plan is not for this model, ``batches`` is empty, or ``study_blocks`` refuses the model.
@@ -88,20 +92,21 @@ def compensate_sequentially(
         calls = study_blocks(model, ffns, batches)
     dense_states: list[Tensor] = []
     work_states: list[Tensor] = []
-    for position, ffn in enumerate(track(ffns)):
+    for position, ffn in enumerate(track(ffns, "compensate")):
         call, keep_H = calls[ffn.name], plan.keep[ffn.name]
         weights_N = None if weights is None else weights[ffn.name]
         if not call.follows:
+            dense_states, work_states = [], []
             dense_states = read_states_before(model, call.name, batches)
             # Nothing is pruned before the first block.
             work_states = read_states_before(work, call.name, batches) if position else list(dense_states)
         # Nothing has drifted before the first FFN.
         if towards_stream and call.attention is not None and position:
-            dense_states = _steer_attention(
+            _steer_attention(
                 model, work, call, dense_states, work_states, weights_N=weights_N, drift_ridges=drift_ridges
             )
         else:
-            dense_states = [call.run(model, dense_state) for dense_state in dense_states]
+            _run_in_place(call, model, dense_states)
         halves = _Halves(call.gain_D, weights_N)
         hidden: dict[str, Tensor] = {}
         with hook_hidden(work, [ffn], lambda _name, h, hidden=hidden: hidden.update(h=at_least_float32(h))):
@@ -111,25 +116,31 @@ def compensate_sequentially(
         if towards_stream or not bool(keep_H.all()):
             penalties = drift_ridges if towards_stream else None
             _solve(work.get_submodule(ffn.down_proj), keep_H, halves, ridge, penalties)
-        work_states = [call.run(work, work_state) for work_state in work_states]
+        _run_in_place(call, work, work_states)
     return work
+
+
+def _run_in_place(call: BlockCall, model: nn.Module, states: list[Tensor]) -> None:
+    # A new list would keep a third residual stream beside the two.
+    for index, state in enumerate(states):
+        states[index] = call.run(model, state)
 
 
 def _steer_attention(
     model: nn.Module,
     work: nn.Module,
     call: BlockCall,
-    dense_states: Sequence[Tensor],
+    dense_states: list[Tensor],
     work_states: Sequence[Tensor],
     *,
     weights_N: Tensor | None,
     drift_ridges: Sequence[float],
-) -> list[Tensor]:
-    """Change the attention's output projection in ``work``; return the dense states after the block."""
+) -> None:
+    """Change the attention's output projection in ``work``; the dense states become those after the block."""
     attention = call.attention
     proj = work.get_submodule(attention.proj)
     halves = _Halves(attention.gain_D, weights_N)
-    after, seen = [], {}
+    seen: dict[str, Tensor] = {}
     with ExitStack() as stack:
         dense_reader = model.get_submodule(attention.reader)
         for module, name in ((dense_reader, "wanted"), (proj, "rows")):
@@ -137,14 +148,12 @@ def _steer_attention(
             stack.callback(module.register_forward_pre_hook(hook).remove)
         stop = stopping_before(work.get_submodule(attention.reader), lambda stream: seen.update(got=stream))
         stack.enter_context(stop)
-        for dense_state, work_state in zip(dense_states, work_states, strict=True):
-            after.append(call.run(model, dense_state))
+        for index, work_state in enumerate(work_states):
+            dense_states[index] = call.run(model, dense_states[index])
             run_until_stopped(call.run, work, work_state)
             halves.add(at_least_float32(seen["rows"]), seen["wanted"] - seen["got"])
     every = torch.ones(proj.in_features, dtype=torch.bool)
-    # Nothing is removed here: the ridge for stand-ins has nothing to act on.
-    _solve(proj, every, halves, DEFAULT_RIDGE, drift_ridges)
-    return after
+    _solve(proj, every, halves, None, drift_ridges)
 
 
 def weigh_tokens(model: nn.Module, statistics: Mapping[str, Statistics]) -> dict[str, Tensor]:
@@ -172,14 +181,18 @@ def weigh_tokens(model: nn.Module, statistics: Mapping[str, Statistics]) -> dict
 
 
 def _solve(
-    down: nn.Linear, keep_H: Tensor, halves: _Halves, ridge: float, drift_ridges: Sequence[float] | None
+    down: nn.Linear, keep_H: Tensor, halves: _Halves, ridge: float | None, drift_ridges: Sequence[float] | None
 ) -> None:
+    """Write an output projection; ``ridge`` where inputs go, ``drift_ridges`` where it shall steer."""
     even, odd = halves.sums
     whole = _finish([left + right for left, right in zip(even.sums, odd.sums, strict=True)], even.shift_H)
     weight_DH, mean_H = down.weight.double().cpu(), whole.hidden.mean_H
-    map_PS = reconstruct(whole.hidden, keep_H, ridge=ridge)
-    kept_DS = weight_DH[:, keep_H] + weight_DH[:, ~keep_H] @ map_PS
-    shift_D = weight_DH[:, ~keep_H] @ (mean_H[~keep_H] - map_PS @ mean_H[keep_H])
+    kept_DS = weight_DH[:, keep_H].clone()
+    shift_D = torch.zeros_like(weight_DH[:, 0])
+    if not bool(keep_H.all()):
+        map_PS = reconstruct(whole.hidden, keep_H, ridge=ridge)
+        kept_DS += weight_DH[:, ~keep_H] @ map_PS
+        shift_D += weight_DH[:, ~keep_H] @ (mean_H[~keep_H] - map_PS @ mean_H[keep_H])
     if drift_ridges is not None:
         shift_D += whole.drift_D
         finished = [_finish(half.sums, half.shift_H) for half in halves.sums]
@@ -216,7 +229,7 @@ def _choose_ridge(keep_H: Tensor, gain_D: Tensor, halves: Sequence[_Drift], drif
 
 @dataclass(frozen=True)
 class _Drift:
-    """Moments of the hidden neurons, the mean drift and its covariance with them; float64, on the CPU."""
+    """Moments of what a projection reads, the mean drift and its covariance with it; float64, on the CPU."""
 
     hidden: Statistics
     drift_D: Tensor
@@ -232,7 +245,7 @@ class _Halves:
         self.num_images = 0
 
     def add(self, hidden: Tensor, drift: Tensor) -> None:
-        """Add hidden neurons [B, ..., H] and the drift of the residual stream [B, ..., D]."""
+        """Add what the projection reads [B, ..., H] and the drift of the residual stream [B, ..., D]."""
         if not self.sums:
             shift_H = hidden.flatten(0, -2).mean(0)
             self.sums = tuple(_DriftSums(self.gain_D, shift_H, self.weights_N) for _ in range(2))
@@ -243,7 +256,7 @@ class _Halves:
 
 
 class _DriftSums:
-    """Running sums of hidden neurons (around a shift), of the drift in units of the FFN's output, and of products.
+    """Running sums of inputs (around a shift), of the drift in units of the projection's output, and of products.
 
     Products are taken in the dtype of the hidden neurons, sums in float64.
     """
@@ -251,8 +264,9 @@ class _DriftSums:
     def __init__(self, gain_D: Tensor, shift_H: Tensor, weights_N: Tensor | None = None) -> None:
         self.shift_H = shift_H
         self.weights_N = None if weights_N is None else weights_N.to(shift_H)
-        # A channel that never reaches the residual stream cannot be steered.
-        self.inverse_gain_D = torch.where(gain_D == 0, 0, 1 / gain_D).to(shift_H)
+        # A channel that hardly reaches the residual stream would need weights beyond what half precision holds.
+        reaches_D = gain_D.abs() > LEAST_GAIN * gain_D.abs().max()
+        self.inverse_gain_D = torch.where(reaches_D, 1 / gain_D, 0).to(shift_H)
         self.sums: list[Tensor] = []
 
     def add(self, hidden: Tensor, drift: Tensor) -> None:
