@@ -39,8 +39,8 @@ def distill(
     """Return a copy of the compensated model whose blocks and answers are more like the dense model's.
 
     Adam lowers KL(dense ‖ pruned) plus ten times the mean over blocks of the relative squared error of their outputs,
-    over weights and biases of the FFNs' output projections alone, with a cosine schedule. Every other image is mirrored.
-    The images are kept in memory in half precision.
+    over weights and biases of the FFNs' output projections alone, with a cosine schedule. Every other image is
+    mirrored. The images are kept in memory in half precision.
 
     Args:
         model: the dense model; stays as it is.
