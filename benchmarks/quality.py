@@ -45,6 +45,7 @@ def main(
     slow_images: int = 250,
     cost_images: int = 100,
     picture: str | None = None,
+    label: str = "all",
 ):
     """Measure the table.
 
@@ -63,6 +64,7 @@ def main(
         slow_images: images for the path search and integrated gradients.
         cost_images: images to measure time and memory of every criterion with, in a process of its own; 0: do not.
         picture: PNG or SVG file to write as well.
+        label: names the files in benchmarks/results, where several runs share the work.
     """
     criteria = list(CRITERIA) if criteria is None else criteria
     network = vitprune.load(model, checkpoint=checkpoint)
@@ -96,7 +98,7 @@ def main(
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             costs[criterion] = pool.apply(_measure_cost, (model, checkpoint, calibration, criterion, cost_images))
         log(f"cost {criterion} {costs[criterion]}")
-    name = f"{date.today()}-quality-{model}"
+    name = f"{date.today()}-quality-{label}-{model}"
     result = {
         **describe_machine(),
         "num_calibration_images": len(images),

@@ -236,18 +236,24 @@ def _loss_at(model: nn.Module, ffn: FeedForward, images: Tensor, labels: Tensor,
 
 
 def jas(found: Discovery) -> Scores:
-    """Take the mean over classes of a neuron's mean score in the path search.
+    r"""Take a neuron's mean score in the path search, over what the weakest neuron of its FFN has.
+
+    .. math:: s_i = \frac{1}{C} \sum_c S_{ci} - \min_j \frac{1}{C} \sum_c S_{cj}
+
+    A joint score holds that of the path before it, which is the same for all neurons of an FFN and grows from one FFN
+    to the next: without the difference, one ranking over all FFNs would compare paths, not neurons.
 
     Args:
         found: result of ``discover``, by any method.
 
     Returns:
-        FFN name -> scores [H]; float32, of either sign; higher is more important.
+        FFN name -> scores [H]; float32, non-negative; higher is more important.
 
     Source:
         arXiv:2503.09046 keeps the K neurons most often on a class's paths; this ranks all neurons, for all classes.
     """
-    return {name: scores.mean(0) for name, scores in found.class_scores.items()}
+    means = {name: scores.mean(0) for name, scores in found.class_scores.items()}
+    return {name: mean_H - mean_H.min() for name, mean_H in means.items()}
 
 
 @dataclass(frozen=True)
