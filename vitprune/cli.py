@@ -260,7 +260,7 @@ def _add_curve(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--max-drop",
         type=float,
-        help="find the largest ratio that costs less top-1 than this at 95 %% confidence, instead of --ratios",
+        help="find the largest ratio that costs less top-1 than this at 95 percent confidence, instead of --ratios",
     )
     _add_device(parser)
     parser.add_argument("-o", "--output", type=str, required=True, help="folder to write; a killed run goes on there")
