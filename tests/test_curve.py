@@ -149,7 +149,11 @@ def test_the_seed_reaches_the_search_for_the_largest_ratio(tiny_vit):
 def test_a_budget_from_the_command_line(saved_vit, image_folder, other_images, tmp_path, capsys):
     given = arguments(saved_vit, image_folder, tmp_path / "c")[:-2]
     assert main([*given, "--max-drop", "0.9", "--criteria", "magnitude", "--compensations", "none"]) == 0
-    assert "largest ratio that costs at most 0.9 top-1: 0.9" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "largest ratio that costs at most 0.9 top-1, at 95 % confidence: 0.9" in shown
+    # A terminal of 80 columns shows the whole table where one way to prune was asked for.
+    assert "accuracy against size, magnitude, global, none" in shown
+    assert max(len(line.rstrip()) for line in shown.splitlines() if line.startswith(("┃", "│"))) <= 80
     assert json.loads((tmp_path / "c" / "curve.json").read_text())["largest_ratio"] == pytest.approx(0.9)
 
 

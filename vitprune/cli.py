@@ -762,28 +762,34 @@ def _curve(
         render_curve(points, folder / f"curve.{suffix}", title=title)
 
     def show() -> None:
+        dense, *pruned = points
+        # What is the same in every row goes into the title: the table shall fit 80 columns.
+        names = ("criterion", "allocation", "compensation")
+        varied = [name for name in names if len({getattr(point, name) for point in pruned}) > 1]
+        shared = [str(getattr(pruned[0], name)) for name in names if name not in varied] if pruned else []
         cells = [
             (
-                point.criterion,
-                point.allocation,
-                point.compensation,
-                f"{point.pruning_ratio:.2f}",
+                *(getattr(point, name) for name in varied),
+                "dense" if point is dense else f"{point.pruning_ratio:.2f}",
                 f"{point.num_parameters / 1e6:.2f} M",
-                f"{point.macs / 1e6:,.0f} M",
-                f"{point.size_bytes / 1e6:.1f}",
                 f"{point.top1:.4f}",
                 f"{point.top1_low:.3f} .. {point.top1_high:.3f}",
-                f"{point.drop:+.4f}",
-                f"{point.drop_bound:+.4f}",
-                f"{point.p_value:.2g}",
+                *(
+                    ("", "", "")
+                    if point is dense
+                    else (f"{point.drop:+.4f}", f"{point.drop_bound:+.4f}", f"{point.p_value:.2g}")
+                ),
             )
             for point in points
         ]
-        columns = ("criterion", "allocation", "compensation", "removed", "parameters", "MACs", "MB", "top-1")
-        _table("accuracy against size", (*columns, "95 % interval", "drop", "at most", "p"), cells)
+        columns = (*varied, "removed", "params", "top-1", "95 % interval", "drop", "at most", "p")
+        _table(", ".join(["accuracy against size", *shared]), columns, cells)
         print("at most: 95 % upper bound of the drop, paired with the dense model; p: McNemar")
         if largest is not None:
-            print(f"largest ratio that costs at most {max_drop:g} top-1: {largest:.2f} ({points[0].num_images} images)")
+            print(
+                f"largest ratio that costs at most {max_drop:g} top-1, at 95 % confidence: {largest:.2f} "
+                f"({points[0].num_images} images)"
+            )
         print(f"wrote {output}: curve.csv, curve.json, curve.png, curve.svg")
 
     return answer, show
