@@ -66,6 +66,14 @@ def test_from_the_command_line_to_onnx(saved_vit, image_folder, tmp_path, capsys
         assert "calibration images" in capsys.readouterr().err
 
 
+def test_images_of_few_classes_draw_a_warning(saved_vit, image_folder, tmp_path, capsys):
+    given = ["prune", str(saved_vit), "--data", str(image_folder), "--criterion", "magnitude", "--compensate", "bias"]
+    few = ["--classes", "class0", "class1"]
+    for number, (extra, warned) in enumerate((([], False), (few, True), (["--keep-classes", "class1", "4"], False))):
+        assert main([*given, *extra, "-o", str(tmp_path / str(number))]) == 0
+        assert ("show 2 of the 5 classes" in capsys.readouterr().err) == warned
+
+
 def test_a_class_without_images_is_refused(saved_vit, image_folder, tmp_path, capsys):
     given = ["prune", str(saved_vit), "--data", str(image_folder), "--keep-classes", "class1", "zebra"]
     assert main([*given, "-o", str(tmp_path / "few")]) == 2

@@ -399,6 +399,15 @@ def _note(text: str) -> None:
 # --- shared steps ------------------------------------------------------------------------------------------------
 
 
+def _warn_of_few_classes(network: Any, images: Any, what: str) -> None:
+    seen = len(set(images.labels))
+    if seen < network.num_classes / 2:
+        _note(
+            f"warning: the {what} images show {seen} of the {network.num_classes} classes that the model chooses "
+            "among; nothing is learned of the others (prune --keep-classes drops them)"
+        )
+
+
 def _pick_device(device: str | None) -> str:
     import torch
 
@@ -564,6 +573,8 @@ def _prune(
     batches = None
     if images is not None:
         batches = _batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
+        if compensate != "none":
+            _warn_of_few_classes(network, images, "calibration")
     tracked = None if batches is None else _Tracked(batches, "calibrate")
     started = time.perf_counter()
     if given_plan is None:
@@ -743,6 +754,8 @@ def _curve(
     owned = frozenset({"points", "curve.json", "curve.csv", "curve.png", "curve.svg"})
     folder = open_resumable(output, request, owned=owned, overwrite=overwrite)
     curve = Curve(**several, step=step, seed=seed, folder=folder / "points")
+    for each, what in ((images, "calibration"), (others, "evaluation")):
+        _warn_of_few_classes(network, each, what)
     found = None if run is None else run.found
     largest = None
     if max_drop is None:
@@ -809,6 +822,7 @@ def _evaluate(model, checkpoint, data, class_map, classes, images_per_class, str
         "top1": measured.top1,
         "top5": measured.top5,
         "num_images": measured.num_images,
+        "num_classes": network.num_classes,
         "top1_interval": list(measured.top1_interval),
         "per_class": {
             images.class_names[index]: {"top1": top1, "num_images": measured.images_by_class[index]}
@@ -821,7 +835,8 @@ def _evaluate(model, checkpoint, data, class_map, classes, images_per_class, str
         low, high = measured.top1_interval
         print(f"top-1 {measured.top1:.4f} (95 % interval {low:.4f} .. {high:.4f})")
         print(f"top-5 {measured.top5:.4f}")
-        print(f"{measured.num_images} images of {len(measured.top1_by_class)} classes")
+        seen = len(measured.top1_by_class)
+        print(f"{measured.num_images} images of {seen} classes; the model chooses among {network.num_classes}")
         ranked = sorted(measured.top1_by_class.items(), key=lambda pair: pair[1])[:10]
         rows = [
             (describe_class(images.class_names[index]), str(measured.images_by_class[index]), f"{top1:.3f}")
