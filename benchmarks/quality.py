@@ -4,7 +4,7 @@
         --calibration imagenet-train-1000 --evaluation nips17-1000 --folder quality
 
 Hardware, versions and the command are recorded beside the figures. Finished points stay in --folder, so a stopped run
-goes on there. Hours on 2 CPU cores (obs and variance at three ratios: 15 minutes), and less with fewer ratios or
+goes on there. Hours on 2 CPU cores (the one-shot rows alone: 79 minutes on one thread), and less with fewer ratios or
 --criteria; a list of ratios may be empty. The scores of integrated gradients and of the path search come from
 --slow-images of the calibration images; compensation sees all of them.
 """

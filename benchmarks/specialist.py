@@ -3,7 +3,7 @@
     python benchmarks/specialist.py --checkpoint deit_tiny_patch16_224.safetensors \
         --calibration imagenette/train --general imagenet-train-1000 --evaluation imagenette/val
 
-Both answer among the kept classes only. About 10 minutes on 2 CPU cores without --general.
+Both answer among the kept classes only.
 """
 
 from __future__ import annotations

@@ -196,7 +196,7 @@ def test_no_hook_survives(tiny_vit):
 
 @torch.no_grad()
 def test_no_hook_survives_an_exception(tiny_vit):
-    """The second image is too large for the second block, whose attention steers first."""
+    """The second batch of states is too wide for the block."""
     call = study_blocks(tiny_vit, vitprune.find_feed_forwards(tiny_vit), BATCHES)["blocks.1.mlp"]
     states = [torch.zeros(2, 17, 24, dtype=torch.float64), torch.zeros(2, 17, 25, dtype=torch.float64)]
     work = copy.deepcopy(tiny_vit)
@@ -261,16 +261,20 @@ def test_attention_brings_the_stream_behind_it_nearer(family):
     calls = study_blocks(model, vitprune.find_feed_forwards(model), BATCHES)
     alone = {ffn: replace(call, attention=None) for ffn, call in calls.items()}
     options = {"towards_stream": True, "drift_ridges": [1e-3]}
+    both, without = (compensate_sequentially(model, plan, BATCHES, **options, calls=each) for each in (calls, alone))
+    assert measure_gap(model, both, "blocks.1.norm2") < 0.9 * measure_gap(model, without, "blocks.1.norm2")
+
+
+def measure_gap(model, other, reader):
+    """Mean squared difference of what a module of both models reads."""
     streams = []
-    for subject in (
-        model,
-        *(compensate_sequentially(model, plan, BATCHES, **options, calls=c) for c in (calls, alone)),
-    ):
-        handle = subject.blocks[1].norm2.register_forward_pre_hook(lambda _module, inputs: streams.append(inputs[0]))
+    for subject in (model, other):
+        hook = subject.get_submodule(reader).register_forward_pre_hook(
+            lambda _module, inputs: streams.append(inputs[0])
+        )
         subject(IMAGES)
-        handle.remove()
-    both, without = ((stream - streams[0]).square().mean() for stream in streams[1:])
-    assert both < 0.9 * without
+        hook.remove()
+    return (streams[1] - streams[0]).square().mean()
 
 
 @torch.no_grad()
@@ -280,15 +284,8 @@ def test_drift_behind_the_last_block_is_smaller_than_without_steering(family):
     name, model_args = FAMILIES[family]
     model = make_vit(name, **model_args)
     plan = half_plan(model)
-    states = []
-    gaps = {}
-    for kind, towards_stream in (("dense", None), ("steered", True), ("alone", False)):
-        subject = model
-        if towards_stream is not None:
-            options = {"towards_stream": towards_stream, "drift_ridges": [1e-3]}
-            subject = vitprune.mask_neurons(compensate_sequentially(model, plan, BATCHES, **options), plan)
-        handle = subject.blocks[-1].register_forward_hook(lambda _m, _x, y: states.append(y))
-        subject(IMAGES)
-        handle.remove()
-        gaps[kind] = (states[-1] - states[0]).square().mean()
-    assert gaps["steered"] < 0.9 * gaps["alone"]
+    steered, alone = (
+        compensate_sequentially(model, plan, BATCHES, towards_stream=towards_stream, drift_ridges=[1e-3])
+        for towards_stream in (True, False)
+    )
+    assert measure_gap(model, steered, "norm") < 0.9 * measure_gap(model, alone, "norm")
