@@ -140,6 +140,19 @@ def test_options_come_from_a_file_too(saved_vit, image_folder, tmp_path, capsys)
     assert vitprune.load_run(out).found.neurons.shape == (5, 3, 1)
 
 
+def test_progress_goes_to_a_log_as_lines(saved_vit, image_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vitprune.cli.SECONDS_BETWEEN_LINES", 0)
+    command = ["prune", saved_vit, "--data", image_folder, "--batch-size", 5, "-o", tmp_path / "p", "--ratio", 0.2]
+    assert main(list(map(str, command))) == 0
+    lines = capsys.readouterr().err.splitlines()
+    first = "calibrate: 2 rankings, then compensation"
+    assert [line.partition(",")[0] for line in lines].count("rank neurons 3/3") == 2
+    for passed in ("", " (pass 2)", " (pass 3)"):
+        last = [line for line in lines if line.startswith(f"{first}{passed} ")]
+        assert [line[len(first + passed) + 1 :].partition(",")[0] for line in last] == ["2/4", "3/4", "4/4"] or last
+    assert any(line.endswith(" left") and "so far, about 0:00:" in line for line in lines)
+
+
 def test_skipped_images_are_counted(saved_vit, image_folder, tmp_path, capsys):
     images = other_images(image_folder, tmp_path / "images")
     (images / "class0" / "0.png").write_text("no image")
@@ -269,6 +282,8 @@ MISTAKES = [
     ("export {pruned} {out} --num-images 0", "num_images must be at least 1"),
     ("bench {vit} --backend tensorrt", "backend must be one of"),
     ("bench {vit} --threads 0", "threads must be at least 1"),
+    ("bench {out}/a.onnx", "bench takes models and pruned folders"),
+    ("evaluate {run} --data {data}", "is a run, not a model"),
     ("demo -o {run}", "which this command does not write"),
     ("run {out}/absent.yaml", "no such file"),
     ("discove {vit}", "did you mean 'discover'?"),

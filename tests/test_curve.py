@@ -107,6 +107,7 @@ def test_the_command_writes_tables_and_pictures(saved_vit, image_folder, other_i
     rows = list(csv.DictReader((tmp_path / "c" / "curve.csv").open()))
     assert [row["criterion"] for row in rows] == ["dense", "obs", "obs", "random", "random"]
     assert [float(row["top1"]) for row in rows] == [point["top1"] for point in printed["points"]]
+    assert {row["num_images"] for row in rows} == {"20"}
     assert (tmp_path / "c" / "curve.png").stat().st_size > 10_000
     assert (tmp_path / "c" / "curve.svg").read_text().startswith("<?xml")
     assert main([*given, "--seed", "1"]) == 2
@@ -148,13 +149,19 @@ def test_the_seed_reaches_the_search_for_the_largest_ratio(tiny_vit):
 
 def test_a_budget_from_the_command_line(saved_vit, image_folder, other_images, tmp_path, capsys):
     given = arguments(saved_vit, image_folder, tmp_path / "c")[:-2]
-    assert main([*given, "--max-drop", "0.9", "--criteria", "magnitude", "--compensations", "none"]) == 0
+    few = ["--eval-images-per-class", "2"]
+    assert main([*given, *few, "--max-drop", "0.9", "--criteria", "magnitude", "--compensations", "none"]) == 0
     shown = capsys.readouterr().out
     assert "largest ratio that costs at most 0.9 top-1, at 95 % confidence: 0.9" in shown
     # A terminal of 80 columns shows the whole table where one way to prune was asked for.
     assert "accuracy against size, magnitude, global, none" in shown
     assert max(len(line.rstrip()) for line in shown.splitlines() if line.startswith(("┃", "│"))) <= 80
-    assert json.loads((tmp_path / "c" / "curve.json").read_text())["largest_ratio"] == pytest.approx(0.9)
+    written = json.loads((tmp_path / "c" / "curve.json").read_text())
+    assert written["largest_ratio"] == pytest.approx(0.9)
+    assert {point["num_images"] for point in written["points"]} == {10}
+    drawn = (tmp_path / "c" / "curve.svg").read_text()
+    assert "<!-- budget -->" in drawn
+    assert "<!-- vit_tiny_patch16_224, 10 images, no retraining -->" in drawn
 
 
 def test_overwriting_spares_what_the_command_does_not_write(saved_vit, image_folder, other_images, tmp_path, capsys):

@@ -58,6 +58,13 @@ def test_a_folder_called_by_a_number_is_meant_before_an_index(tmp_path):
     assert find_images(tmp_path, 12, classes=["10"]).class_names == {2: "10"}
 
 
+def test_classes_by_english_name(tmp_path):
+    make_folder(tmp_path, ["n01440764", "n02102040", "n02012849", "n03126707"])
+    assert find_images(tmp_path, 1000, classes=["Tench", "English springer spaniel"]).labels == (0, 217)
+    with pytest.raises(VitpruneError, match="'crane' may be n02012849 or n03126707; name one"):
+        find_images(tmp_path, 1000, classes=["crane"])
+
+
 def test_wnids_that_timm_does_not_know_keep_their_name(tmp_path):
     assert describe_class("n00000001") == "n00000001"
 

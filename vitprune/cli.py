@@ -18,6 +18,7 @@ from vitprune.errors import VitpruneError
 from vitprune.recipe import explain_mistake, option_names, read_recipe
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
+SECONDS_BETWEEN_LINES = 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,7 +144,7 @@ def _add_device(parser: ArgumentParser) -> None:
 def _add_images(parser: ArgumentParser, *, required: bool, batch_size: int, what: str) -> None:
     parser.add_argument("--data", type=str, required=required, help=f"folder of class folders: {what}")
     parser.add_argument("--class-map", type=str, help="folder name per line, or JSON {folder: class index}")
-    parser.add_argument("--classes", type=str, nargs="+", help="only these, by folder name or class index")
+    parser.add_argument("--classes", type=str, nargs="+", help="only these: folder names, class indices, English names")
     parser.add_argument("--images-per-class", type=int, help="random sample of each class (default: all)")
     parser.add_argument("--strict", action="store_true", help="refuse undecodable images instead of skipping them")
     parser.add_argument("--batch-size", type=int, default=batch_size, help="images at once")
@@ -192,7 +193,7 @@ def _add_prune(parser: ArgumentParser) -> None:
         "--keep-classes",
         type=str,
         nargs="+",
-        help="only these classes will be asked for, by folder name or class index; 'data': those of --data",
+        help="only these classes will be asked for (named as for --classes); 'data': those of --data",
     )
     parser.add_argument(
         "--criterion",
@@ -238,6 +239,7 @@ def _add_curve(parser: ArgumentParser) -> None:
     _add_checkpoint(parser)
     _add_images(parser, required=False, batch_size=32, what="calibration images (default: those of the run)")
     parser.add_argument("--eval-data", type=str, required=True, help="folder of class folders: evaluation images")
+    parser.add_argument("--eval-images-per-class", type=int, help="random sample of each class of --eval-data")
     parser.add_argument(
         "--ratios", type=str, nargs="+", help="shares to remove: numbers or FIRST:LAST:STEP (0.1:0.8:0.1)"
     )
@@ -338,19 +340,50 @@ _ARGUMENTS: dict[str, tuple[str, Callable[[ArgumentParser], None]]] = {
 
 
 class _Tracked:
-    """Batches with a progress bar on stderr each time they are read."""
+    """Batches with progress on stderr each time they are read."""
 
     def __init__(self, batches: Any, description: str) -> None:
         self.batches, self.description = batches, description
         self.passes = 0
 
     def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.batches)
+        for first in batches:
+            yield first
+            break
+        # A reader that only looked at the first batch made no pass.
         self.passes += 1
         suffix = f" (pass {self.passes})" if self.passes > 1 else ""
-        return iter(_track(self.batches, self.description + suffix))
+        yield from _track(batches, self.description + suffix, total=len(self.batches), done=1)
 
 
-def _track(items: Any, description: str) -> Iterable[Any]:
+def _track(items: Iterable[Any], description: str, *, total: int | None = None, done: int = 0) -> Iterable[Any]:
+    """Show progress and time left while items are taken: a bar on a terminal, a line now and then in a log."""
+    total = len(items) if total is None else total
+    show = _draw_bar if sys.stderr.isatty() else _log_lines
+    return show(items, description, total, done)
+
+
+def _log_lines(items: Iterable[Any], description: str, total: int, done: int) -> Iterator[Any]:
+    from time import monotonic
+
+    started = said = monotonic()
+    for count, item in enumerate(items, done):
+        if monotonic() - said >= SECONDS_BETWEEN_LINES:
+            said = monotonic()
+            left = (said - started) / max(count - done, 1) * (total - count)
+            _note(f"{description} {count}/{total}, {_clock(said - started)} so far, about {_clock(left)} left")
+        yield item
+    if total > done:
+        _note(f"{description} {total}/{total}, {_clock(monotonic() - started)}")
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def _draw_bar(items: Iterable[Any], description: str, total: int, done: int) -> Iterator[Any]:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -369,7 +402,10 @@ def _track(items: Any, description: str) -> Iterable[Any]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=_console(stderr=True)) as progress:
-        yield from progress.track(items, total=len(items), description=description)
+        task = progress.add_task(description, total=total, completed=done)
+        for item in items:
+            yield item
+            progress.advance(task)
 
 
 def _console(*, stderr: bool = False):
@@ -453,6 +489,15 @@ def _report_skipped(batches) -> list[str]:
     return [name for name, _reason in batches.skipped]
 
 
+def _load(model: str, checkpoint: str | None, device: str = "cpu"):
+    from vitprune.discovery.run import is_run
+    from vitprune.models import load
+
+    if is_run(model):
+        raise VitpruneError(f"{model} is a run, not a model; 'vitprune prune {model} -o PRUNED' makes one of it")
+    return load(model, checkpoint=checkpoint, device=device)
+
+
 def _as_stored(model: str) -> str:
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 
@@ -470,10 +515,10 @@ def _discover(
     from vitprune.discovery.discover import class_paths, discover
     from vitprune.discovery.run import PATHS_FILE, RUN_FILES, Run, save_run
     from vitprune.files import refuse_existing
-    from vitprune.models import hash_weights, load
+    from vitprune.models import hash_weights
 
     refuse_existing(output, overwrite=overwrite, owned=RUN_FILES)
-    network = load(model, checkpoint=checkpoint, device=_pick_device(device))
+    network = _load(model, checkpoint, _pick_device(device))
     images = _find_images(network, data, class_map, classes, images_per_class, seed)
     batches = _batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
     started = time.perf_counter()
@@ -560,7 +605,7 @@ def _prune(
         )
     if floor is not None and allocation == "uniform":
         raise VitpruneError("--floor is for --allocation global; uniform leaves every FFN the same share")
-    if step is not None and not needs_steps(criterion or options.DEFAULT_CRITERION):
+    if step not in (None, 1) and not needs_steps(criterion or options.DEFAULT_CRITERION):
         raise VitpruneError(f"--step: the scores of criterion {criterion} do not change on the way; leave it out")
     if target_latency is None and (backend, latency_batch_size) != (None, None):
         raise VitpruneError("--backend and --latency-batch-size go with --target-latency, which is missing")
@@ -579,6 +624,8 @@ def _prune(
     started = time.perf_counter()
     if given_plan is None:
         target = _make_target(network, backend, latency_batch_size, **targets)
+        if tracked is not None:
+            tracked.description = _describe_passes(network, ratio, target, criterion, step)
         pruned, made = prune(
             network,
             tracked,
@@ -650,14 +697,14 @@ def _prune(
 def _open_source(source: str, checkpoint: str | None, device: str | None):
     """Open what 'prune' and 'curve' start from: a run (with its model) or a model."""
     from vitprune.discovery.run import is_run, load_run
-    from vitprune.models import hash_weights, load
+    from vitprune.models import hash_weights
 
     if not is_run(source):
-        return None, load(source, checkpoint=checkpoint, device=_pick_device(device))
+        return None, _load(source, checkpoint, _pick_device(device))
     run = load_run(source)
     if checkpoint is not None:
         raise VitpruneError(f"{source} is a run and names its own weights; leave --checkpoint out")
-    network = load(run.model, checkpoint=run.checkpoint, device=_pick_device(device))
+    network = _load(run.model, run.checkpoint, _pick_device(device))
     if hash_weights(network) != run.weights_sha256:
         raise VitpruneError(
             f"{source}: its scores are of other weights than {run.checkpoint or run.model} holds; discover again"
@@ -678,24 +725,32 @@ def _images_of(source: str, run, network, data, class_map, classes, images_per_c
 
 def _keep_classes(network, images, found, wanted: Sequence[str], *, data_given: bool):
     """Reduce a model's classifier, its calibration images and its discovery to some classes."""
+    from vitprune.data import find_class
     from vitprune.discovery.discover import only_classes
     from vitprune.models import keep_classes
 
     if images is None:
         raise VitpruneError("--keep-classes needs images of these classes; pass --data DIR")
-    index_of = {name: index for index, name in images.class_names.items()}
     if list(wanted) == ["data"]:
         if not data_given:
             raise VitpruneError("--keep-classes data takes the classes of --data DIR, which is missing")
         indices = sorted(images.class_names)
     else:
-        by_index = {str(index): index for index in images.class_names}
-        unknown = [name for name in wanted if name not in index_of and name not in by_index]
-        if unknown:
-            raise VitpruneError(f"--keep-classes: {images.root} has no images of class '{unknown[0]}'")
-        indices = sorted({index_of.get(name, by_index.get(name)) for name in wanted})
+        indices = sorted({find_class(images.root, images.class_names, name) for name in wanted})
     reduced = keep_classes(network, indices, label_names=[images.class_names[index] for index in indices])
     return reduced, images.only_classes(indices), None if found is None else only_classes(found, indices)
+
+
+def _describe_passes(network, ratio: float | None, target, criterion: str | None, step: float | None) -> str:
+    """Say what the images are read for, so that a user sees how much is still to come."""
+    from vitprune.pruning.schedule import list_stops, needs_steps
+    from vitprune.pruning.target import target_neurons
+
+    if not needs_steps(criterion or options.DEFAULT_CRITERION):
+        return "calibrate"
+    target = target or target_neurons(network, options.DEFAULT_RATIO if ratio is None else ratio)
+    stops = list_stops(target.share, options.DEFAULT_STEP if step is None else step)
+    return f"calibrate: {len(stops)} {'ranking' if len(stops) == 1 else 'rankings'}, then compensation"
 
 
 def _make_target(network, backend: str | None, batch_size: int | None, **targets: float):
@@ -723,12 +778,13 @@ def _make_target(network, backend: str | None, batch_size: int | None, **targets
 
 def _curve(
     source, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, eval_data,
-    ratios, criteria, allocations, compensations, step, max_drop, device, output, overwrite,
+    eval_images_per_class, ratios, criteria, allocations, compensations, step, max_drop, device, output, overwrite,
 ):  # fmt: skip
     from dataclasses import asdict
 
     from vitprune.evaluation.curve import Curve, find_largest_ratio, measure_curve, parse_ratios
     from vitprune.files import FORMAT_VERSION, open_resumable, write_json
+    from vitprune.models import architecture
     from vitprune.report.curve import render_curve, write_table
 
     several = {"criteria": criteria, "allocations": allocations, "compensations": compensations}
@@ -744,7 +800,7 @@ def _curve(
     images = _images_of(source, run, network, data, class_map, classes, images_per_class, seed)
     if images is None:
         raise VitpruneError("curve needs calibration images; pass --data DIR")
-    others = _find_images(network, eval_data, class_map, None, None, seed)
+    others = _find_images(network, eval_data, class_map, None, eval_images_per_class, seed)
     used = _calibration(images, None if run is None else run.images, _plan_of(source if run is None else run.model))
     _refuse_shared(others, used["sha256"], source)
     calibration, evaluation = (
@@ -754,7 +810,8 @@ def _curve(
     owned = frozenset({"points", "curve.json", "curve.csv", "curve.png", "curve.svg"})
     folder = open_resumable(output, request, owned=owned, overwrite=overwrite)
     curve = Curve(**several, step=step, seed=seed, folder=folder / "points")
-    for each, what in ((images, "calibration"), (others, "evaluation")):
+    calibrated = set(compensations) != {"none"}
+    for each, what in ((images, "calibration"), (others, "evaluation"))[0 if calibrated else 1 :]:
         _warn_of_few_classes(network, each, what)
     found = None if run is None else run.found
     largest = None
@@ -770,9 +827,10 @@ def _curve(
     evaluated = {"evaluation_data": str(others.root), "evaluation_files": others.files}
     write_json(folder / "curve.json", {"kind": "curve", "version": FORMAT_VERSION, **answer, **evaluated})
     write_table(points, folder / "curve.csv")
-    title = f"{Path(source).name}, {points[0].num_images} images, no retraining"
+    # Not the name of a run's folder: the picture travels without it.
+    title = f"{architecture(network)}, {points[0].num_images} images, no retraining"
     for suffix in ("png", "svg"):
-        render_curve(points, folder / f"curve.{suffix}", title=title)
+        render_curve(points, folder / f"curve.{suffix}", title=title, max_drop=max_drop)
 
     def show() -> None:
         dense, *pruned = points
@@ -898,9 +956,7 @@ def _analyze(
 
 def _open(model: str, checkpoint: str | None, device: str | None):
     if Path(model).suffix != ".onnx":
-        from vitprune.models import load
-
-        return load(model, checkpoint=checkpoint, device=_pick_device(device))
+        return _load(model, checkpoint, _pick_device(device))
     if checkpoint is not None:
         raise VitpruneError(f"{model} holds its own weights; leave --checkpoint out")
     if device not in (None, "cpu"):
@@ -982,12 +1038,11 @@ def _export(
 ):  # fmt: skip
     from vitprune.export.onnx_file import export_onnx
     from vitprune.files import refuse_existing
-    from vitprune.models import load
 
     refuse_existing(output, overwrite=overwrite)
     if num_images < 1:
         raise VitpruneError(f"num_images must be at least 1, got {num_images}")
-    network = load(model, checkpoint=checkpoint)
+    network = _load(model, checkpoint)
     plan = _plan_of(model)
     _refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
     if data is not None:
@@ -1026,10 +1081,13 @@ def _calibration_images(model: str, plan):
 def _bench(models, checkpoint, backend, batch_size, threads, seconds):
     from vitprune.evaluation.macs import amdahl_ceiling, count_macs
     from vitprune.export.bench import bench
-    from vitprune.models import build_dense, load
+    from vitprune.models import build_dense
 
     if threads is not None and threads < 1:
         raise VitpruneError(f"threads must be at least 1, got {threads}")
+    onnx_files = [name for name in models if Path(name).suffix == ".onnx"]
+    if onnx_files:
+        raise VitpruneError(f"{onnx_files[0]}: bench takes models and pruned folders, and exports them itself")
     folders = [name for name in models if Path(name).is_dir()]
     if checkpoint is not None and len(folders) == len(models):
         raise VitpruneError(f"{folders[0]} is a folder with its own weights; leave --checkpoint out")
@@ -1039,7 +1097,7 @@ def _bench(models, checkpoint, backend, batch_size, threads, seconds):
     if len(models) == 1 and Path(models[0]).is_dir():
         networks["dense"] = build_dense(models[0])
     for name in models:
-        networks[name] = load(name, checkpoint=None if name in folders else checkpoint)
+        networks[name] = _load(name, None if name in folders else checkpoint)
     rows = bench(
         networks,
         backends=backend,
@@ -1070,6 +1128,11 @@ def _bench(models, checkpoint, backend, batch_size, threads, seconds):
         columns = ("model", "backend", "batch", "threads", "median ms", "p95 ms", "images/s", "speed-up", "ceiling")
         _table(f"latency (speed-up over {rows[0].model})", columns, cells)
         print("ceiling: what fewer multiply-accumulates allow at most (Amdahl); attention and projections still run")
+        if any(row.speedup > ceilings[row.model] for row in rows):
+            print(
+                "above the ceiling: this backend ran the wider model at fewer multiply-accumulates per second "
+                "(memory, caches, kernels), so there is more to win than they tell"
+            )
 
     return answer, show
 

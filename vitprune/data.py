@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def find_images(
             {folder name: class index}.
         label_names: folder names of the model's classes, in order, where it knows them (``model.label_names``); other
             folders are left out.
-        classes: keep only these, by folder name or class index.
+        classes: keep only these, by folder name, class index, or the English name of a WordNet id (``tench``).
         images_per_class: keep a random sample of this size of each class (all, where a class has fewer).
         seed: of that sample.
 
@@ -191,19 +192,51 @@ def _read_class_map(path: Path) -> dict[str, int]:
 
 
 def _pick_classes(root: Path, folders: list[str], index_of: Mapping[str, int], classes: Sequence[str]) -> list[str]:
-    folder_of = {str(index): folder for folder, index in index_of.items()}
-    wanted = {name if name in index_of else folder_of.get(name, name) for name in classes}
-    absent = sorted(wanted - set(folders))
-    if absent:
-        raise VitpruneError(f"class '{absent[0]}' is neither a folder of {root} nor the index of one")
-    return [folder for folder in folders if folder in wanted]
+    wanted = {find_class(root, {index_of[folder]: folder for folder in folders}, name) for name in classes}
+    return [folder for folder in folders if index_of[folder] in wanted]
+
+
+def find_class(root: str | Path, class_names: Mapping[int, str], name: str) -> int:
+    """Return the class index that a user means by a folder name, a class index or an English name.
+
+    Args:
+        root: the data folder, for the message.
+        class_names: class index -> folder name, of the classes to choose from.
+        name: as the user wrote it; English names (of WordNet ids) in any case.
+
+    Raises:
+        VitpruneError: if no class has this name, or several have.
+
+    >>> find_class("photos", {0: "n01440764", 217: "n02102040"}, "English springer")
+    217
+    """
+    for index, folder in class_names.items():
+        if name == folder:
+            return index
+    if name in map(str, class_names):
+        return int(name)
+    named = [index for index, folder in class_names.items() if name.lower() in map(str.lower, _english_names(folder))]
+    if not named:
+        raise VitpruneError(f"class '{name}' is neither a folder of {root} nor the index or English name of one")
+    if len(named) > 1:
+        raise VitpruneError(f"class '{name}' may be {' or '.join(class_names[index] for index in named)}; name one")
+    return named[0]
 
 
 def describe_class(name: str) -> str:
     """Return a class name that people can read: the first lemma of a WordNet id, any other name as it is."""
+    return next(iter(_english_names(name)), name)
+
+
+def _english_names(folder: str) -> list[str]:
+    info, known = _wordnet()
+    return info.label_name_to_description(folder).split(", ") if folder in known else []
+
+
+@cache
+def _wordnet() -> tuple[ImageNetInfo, frozenset[str]]:
     info = ImageNetInfo("imagenet-22k")
-    known = _WNID.match(name) and name in info.label_names()
-    return info.label_name_to_description(name).split(",")[0] if known else name
+    return info, frozenset(info.label_names())
 
 
 def hash_images(images: ImageSet) -> tuple[str, ...]:

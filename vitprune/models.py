@@ -98,7 +98,7 @@ def _fetch(name: str) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=True)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
         raise VitpruneError(
             f"{name}: its weights could not be fetched from the hub ({reason}); "
             "get the file another way and pass --checkpoint FILE"
