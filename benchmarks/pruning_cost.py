@@ -30,7 +30,7 @@ def main(
     pruning_ratio: float = DEFAULT_RATIO,
     compensation: str = DEFAULT_COMPENSATION,
     step: float = DEFAULT_STEP,
-    batch_size: int = 50,
+    batch_size: int = 32,
 ):
     """Measure one pruning.
 
@@ -41,7 +41,7 @@ def main(
         pruning_ratio: share of FFN neurons to remove.
         compensation: as in ``vitprune prune``.
         step: as in ``vitprune prune``.
-        batch_size: images at once.
+        batch_size: images at once; the default is that of ``vitprune prune``.
     """
     torch.manual_seed(0)
     network = timm.create_model(model, pretrained=False).eval()

@@ -108,7 +108,7 @@ def _describe(name: str, module: nn.Module) -> FeedForward:
 def capture(model: nn.Module, ffns: Sequence[FeedForward], *, outputs: bool = False) -> Iterator[dict[str, Tensor]]:
     """Collect what the FFNs compute in the next forward pass, for ``torch.autograd.grad`` to differentiate at.
 
-    Gradients are switched on inside, and frozen parameters are no obstacle.
+    Gradients are switched on inside. Parameters are frozen there, so that the graph holds nothing for their sake.
 
     Args:
         model: the model that ``ffns`` were found in.
@@ -128,7 +128,7 @@ def capture(model: nn.Module, ffns: Sequence[FeedForward], *, outputs: bool = Fa
         return lambda _module, _inputs, output: keep(name, output)
 
     handles = []
-    with torch.enable_grad():
+    with torch.enable_grad(), frozen(model):
         try:
             if outputs:
                 for ffn in ffns:
@@ -140,6 +140,19 @@ def capture(model: nn.Module, ffns: Sequence[FeedForward], *, outputs: bool = Fa
         finally:
             for handle in handles:
                 handle.remove()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Ask for no gradients of the parameters for a while: about a third less to remember of each forward pass."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @contextmanager
