@@ -1,7 +1,8 @@
 """Slow reference of the layer-progressive neuron-path search: one image, one full forward for every layer and alpha.
 
 Letters: L FFNs, N tokens, T scoped tokens, H hidden neurons, K neurons per FFN, Q quadrature nodes, C image channels.
-F = softmax(logits)[label]; w_TH is the hidden vector of an FFN at the scoped tokens, the input of `mlp.fc2`.
+F = answer(logits)[label], softmax unless said otherwise; w_TH is the hidden vector of an FFN at the scoped tokens, the
+input of `mlp.fc2`.
 
 Arguments that keep their meaning: model is a timm Vision Transformer in eval mode and float64; image is normalised,
 [1, C, height, width] float64; label is a class index; tokens comes from `token_slice`; neurons is a list over L of
@@ -26,21 +27,26 @@ def clean_hidden(model: nn.Module, image: Tensor, tokens: slice) -> list[Tensor]
     return [h_1NH[0, tokens].detach() for h_1NH in _forward(model, image, {}, tokens)[1]]
 
 
+def softmax(logits: Tensor) -> Tensor:
+    """Turn logits [1, C] into probabilities."""
+    return logits.softmax(dim=-1)
+
+
 def prob_gradients(
-    model: nn.Module, image: Tensor, label: int, clamps: dict[int, Tensor], tokens: slice
+    model: nn.Module, image: Tensor, label: int, clamps: dict[int, Tensor], tokens: slice, answer=softmax
 ) -> tuple[float, dict[int, Tensor]]:
     """Return F and dF/dw_l (layer -> [T, H]) with the hidden vectors of some layers held at ``clamps`` ([T, H])."""
     leaves = {layer: w_TH.detach().clone().requires_grad_() for layer, w_TH in clamps.items()}
     logits, _ = _forward(model, image, leaves, tokens)
-    prob = logits.softmax(dim=-1)[0, label]
+    prob = answer(logits)[0, label]
     gradients = torch.autograd.grad(prob, list(leaves.values()))
     return prob.item(), dict(zip(leaves, gradients, strict=True))
 
 
-def joint_attribution_score(model, image, label, neurons, nodes, weights, tokens) -> float:
+def joint_attribution_score(model, image, label, neurons, nodes, weights, tokens, answer=softmax) -> float:
     """Return (sum_p w_p) * (integral of sum_p dF/dw_p): the product per token, then the mean over tokens."""
     clean = clean_hidden(model, image, tokens)
-    gradients = _integrated_gradients(model, image, label, clean, neurons, nodes, weights, tokens)
+    gradients = _integrated_gradients(model, image, label, clean, neurons, nodes, weights, tokens, answer)
     activation_T, gradient_T = 0.0, 0.0
     for layer, p in _pairs(neurons):
         activation_T = activation_T + clean[layer][:, p]
@@ -63,7 +69,9 @@ def completeness_gap(model, image, label, neurons, nodes, weights, tokens) -> fl
     return abs(complete_score(model, image, label, neurons, nodes, weights, tokens) - (prob_1 - prob_0))
 
 
-def search(model, image, label, top_k, nodes, weights, tokens, complete=False) -> tuple[list[list[int]], list[Tensor]]:
+def search(
+    model, image, label, top_k, nodes, weights, tokens, complete=False, answer=softmax
+) -> tuple[list[list[int]], list[Tensor]]:
     """Select K neurons layer after layer: the earlier selections and the whole current layer are scaled by alpha.
 
     Returns:
@@ -75,7 +83,7 @@ def search(model, image, label, top_k, nodes, weights, tokens, complete=False) -
     neurons, scores = [], []
     for layer, w_TH in enumerate(clean):
         scaled = [*neurons, list(range(w_TH.shape[1]))]
-        gradients = _integrated_gradients(model, image, label, clean, scaled, nodes, weights, tokens)
+        gradients = _integrated_gradients(model, image, label, clean, scaled, nodes, weights, tokens, answer)
         activation_T, gradient_T, product_T = (torch.zeros_like(w_TH[:, 0]) for _ in range(3))
         for earlier, p in _pairs(neurons):
             activation_T = activation_T + clean[earlier][:, p]
@@ -88,6 +96,18 @@ def search(model, image, label, top_k, nodes, weights, tokens, complete=False) -
         neurons.append(_best(score_H, top_k))
         scores.append(score_H)
     return neurons, scores
+
+
+def integrated_gradients(model, image, label, nodes, weights, tokens, answer=softmax) -> list[Tensor]:
+    """Return per layer the integrated gradients [H], tokens summed, while that layer alone is scaled by alpha."""
+    clean = clean_hidden(model, image, tokens)
+    scores = []
+    for layer, w_TH in enumerate(clean):
+        alone = [[] for _ in clean]
+        alone[layer] = list(range(w_TH.shape[1]))
+        gradients = _integrated_gradients(model, image, label, clean, alone, nodes, weights, tokens, answer)
+        scores.append((w_TH * gradients[layer]).sum(dim=0))
+    return scores
 
 
 def influence_pattern(model: nn.Module, image: Tensor, label: int, top_k: int, tokens: slice) -> list[list[int]]:
@@ -135,11 +155,13 @@ def _scaled(clean, neurons, alpha) -> dict[int, Tensor]:
     return clamps
 
 
-def _integrated_gradients(model, image, label, clean, neurons, nodes, weights, tokens) -> dict[int, Tensor]:
+def _integrated_gradients(
+    model, image, label, clean, neurons, nodes, weights, tokens, answer=softmax
+) -> dict[int, Tensor]:
     """Return layer -> integral over alpha of dF/dw_l [T, H] while ``neurons`` are scaled by alpha."""
     integrals = {layer: torch.zeros_like(clean[layer]) for layer in _scaled(clean, neurons, 1.0)}
     for alpha, weight in zip(nodes, weights, strict=True):
-        _, gradients = prob_gradients(model, image, label, _scaled(clean, neurons, alpha), tokens)
+        _, gradients = prob_gradients(model, image, label, _scaled(clean, neurons, alpha), tokens, answer)
         for layer, g_TH in gradients.items():
             integrals[layer] = integrals[layer] + weight * g_TH
     return integrals

@@ -10,8 +10,9 @@ import torch
 from conftest import make_vit
 
 from vitprune.discovery import engine
-from vitprune.discovery.baselines import influence_pattern_paths
+from vitprune.discovery.baselines import influence_pattern_paths, knowledge_neuron_paths
 from vitprune.discovery.engine import score_paths, search_paths
+from vitprune.discovery.objective import Objective
 from vitprune.discovery.quadrature import parse_quadrature
 from vitprune.discovery.trunk import check_trunk
 from vitprune.feed_forward import find_feed_forwards
@@ -88,6 +89,50 @@ def test_influence_pattern_equals_the_slow_reference(scope, tiny_vit, tiny_image
     for index, label in enumerate(LABELS.tolist()):
         expected = reference.influence_pattern(tiny_vit, tiny_images[index : index + 1], label, 2, tokens)
         assert paths.neurons_BLK[index].tolist() == expected
+
+
+@pytest.mark.parametrize("scope", ["cls", "all"])
+def test_knowledge_neurons_equal_the_slow_reference(scope, tiny_vit, tiny_images):
+    ffns = find_feed_forwards(tiny_vit)
+    paths = knowledge_neuron_paths(tiny_vit, ffns, tiny_images, LABELS, top_k=2, quadrature=GAUSS, scope=scope)
+    rule = (GAUSS.nodes, GAUSS.weights, reference.token_slice(tiny_vit, scope))
+    for index, label in enumerate(LABELS.tolist()):
+        image = tiny_images[index : index + 1]
+        for layer, score_H in enumerate(reference.integrated_gradients(tiny_vit, image, label, *rule)):
+            torch.testing.assert_close(paths.scores[layer][index], score_H, rtol=1e-9, atol=1e-9)
+        chosen = paths.neurons_BLK[index].tolist()
+        expected = reference.joint_attribution_score(tiny_vit, image, label, chosen, *rule)
+        assert paths.joint_scores_B[index].item() == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("target", ["label", "predicted", 4])
+@pytest.mark.parametrize("quantity", ["probability", "logit"])
+@pytest.mark.parametrize("scope", ["cls", "all"])
+def test_any_objective_equals_the_slow_reference(target, quantity, scope, tiny_vit, tiny_images):
+    ffns = find_feed_forwards(tiny_vit)
+    tokens = reference.token_slice(tiny_vit, scope)
+    paths = search_paths(
+        tiny_vit,
+        ffns,
+        tiny_images,
+        LABELS,
+        top_k=2,
+        quadrature=GAUSS,
+        scope=scope,
+        objective=Objective(target, quantity),
+    )
+    answer = reference.softmax if quantity == "probability" else lambda logits: logits
+    for index, label in enumerate(LABELS.tolist()):
+        image = tiny_images[index : index + 1]
+        predicted = tiny_vit(image).argmax().item()
+        of_class = {"label": label, "predicted": predicted}.get(target, target)
+        rule = (GAUSS.nodes, GAUSS.weights, tokens)
+        neurons, scores = reference.search(tiny_vit, image, of_class, 2, *rule, answer=answer)
+        assert paths.neurons_BLK[index].tolist() == neurons
+        for layer, score_H in enumerate(scores):
+            torch.testing.assert_close(paths.scores[layer][index], score_H, rtol=1e-9, atol=1e-9)
+        expected = reference.joint_attribution_score(tiny_vit, image, of_class, neurons, *rule, answer=answer)
+        assert paths.joint_scores_B[index].item() == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("scope", ["cls", "patch"])

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "vitprune"
 
 # Lower rows import nothing from higher ones.
 LAYERS = (
-    ("progress", "errors"),
+    ("progress", "errors", "processes"),
     ("options",),
     ("files",),
     ("feed_forward",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import warnings
 from argparse import ArgumentError
@@ -61,18 +62,26 @@ def _parse(parser: ArgumentParser, commands: dict[str, ArgumentParser], argv: Se
 def _run_command(command: str, given: dict[str, Any]) -> None:
     """Run one command, or the commands of a recipe, and print the answer on stdout."""
     as_json = given.pop("json", False)
+    if command != "discover" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise VitpruneError(f"'{command}' runs on one process; only 'discover' shares its images with others")
     if command == "run":
         answer = _run_recipe(**given, as_json=as_json)
     else:
-        answer, show = _execute(command, given)
+        outcome = _execute(command, given)
+        if outcome is None:
+            return
+        answer, show = outcome
         if not as_json:
             show()
     if as_json:
         print(json.dumps(answer, indent=2))
 
 
-def _execute(command: str, given: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
-    """Run one command with stdout kept for its result; what libraries print goes to stderr."""
+def _execute(command: str, given: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]] | None:
+    """Run one command with stdout kept for its result; what libraries print goes to stderr.
+
+    None where another process has the result.
+    """
     given = {key: value for key, value in given.items() if key not in ("config", "json")}
     seed = given.get("seed", 0)
     if not 0 <= seed < 2**63:
@@ -174,8 +183,20 @@ def _add_discover(parser: ArgumentParser) -> None:
         default=options.DEFAULT_QUADRATURE,
         help="gauss-legendre:NODES or riemann:STEPS (the paper: riemann:20)",
     )
+    parser.add_argument(
+        "--target", type=str, default="label", help=_listed(options.TARGET_CLASSES) + "; or a class for all images"
+    )
+    parser.add_argument(
+        "--quantity",
+        choices=tuple(options.QUANTITIES),
+        default="probability",
+        help=f"what of the target class is attributed: {_listed(options.QUANTITIES)}",
+    )
+    parser.add_argument(
+        "--shard-size", type=int, default=256, help="images per shard: a killed process loses its unfinished shard"
+    )
     _add_device(parser)
-    _add_output(parser, "run folder to write")
+    _add_output(parser, "run folder to write; a killed run goes on")
 
 
 def _add_prune(parser: ArgumentParser) -> None:
@@ -444,10 +465,11 @@ def _warn_of_few_classes(network: Any, images: Any, what: str) -> None:
         )
 
 
-def _pick_device(device: str | None) -> str:
+def _pick_device(device: str | None, *, local_rank: int | None = None) -> str:
     import torch
 
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = "cuda" if local_rank is None else f"cuda:{local_rank}"
+    return device or (cuda if torch.cuda.is_available() else "cpu")
 
 
 def _find_images(network, data: str, class_map, classes, images_per_class, seed: int, *, labels_matter: bool = True):
@@ -507,34 +529,69 @@ def _as_stored(model: str) -> str:
 
 def _discover(
     model, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, method, top_k,
-    tokens, quadrature, device, output, overwrite,
+    tokens, quadrature, target, quantity, shard_size, device, output, overwrite,
 ):  # fmt: skip
+    import shutil
     import time
 
     from vitprune.data import describe_class
-    from vitprune.discovery.discover import class_paths, discover
+    from vitprune.discovery.discover import class_paths, plan_search
     from vitprune.discovery.run import PATHS_FILE, RUN_FILES, Run, save_run
+    from vitprune.discovery.shards import find_shards, read_shards, share
     from vitprune.files import refuse_existing
     from vitprune.models import hash_weights
+    from vitprune.processes import join_processes
+    from vitprune.progress import untracked
 
     refuse_existing(output, overwrite=overwrite, owned=RUN_FILES)
-    network = _load(model, checkpoint, _pick_device(device))
-    images = _find_images(network, data, class_map, classes, images_per_class, seed)
-    batches = _batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
-    started = time.perf_counter()
-    found = discover(
-        network, _Tracked(batches, "discover"), method=method, top_k=top_k, tokens=tokens, quadrature=quadrature
-    )
-    seconds = time.perf_counter() - started
-    skipped = _report_skipped(batches)
+    if batch_size < 1 or shard_size < 1:
+        name, value = ("batch_size", batch_size) if batch_size < 1 else ("shard_size", shard_size)
+        raise VitpruneError(f"{name} must be at least 1, got {value}")
+    with join_processes() as processes:
+        local_rank = processes.local_rank if processes.count > 1 else None
+        network = _load(model, checkpoint, _pick_device(device, local_rank=local_rank))
+        images = _find_images(network, data, class_map, classes, images_per_class, seed)
+        search = plan_search(
+            network,
+            method=method,
+            top_k=top_k,
+            tokens=tokens,
+            quadrature=quadrature,
+            target=_target_class(images, target),
+            quantity=quantity,
+        )
+        shards = _open_shards(processes, network, search, images, batch_size, shard_size, output, overwrite)
+        missing = shards.missing()
+        processes.wait()  # or another process might see fewer missing
+        if len(missing) < len(shards) and processes.rank == 0:
+            _note(f"{len(shards) - len(missing)} of {len(shards)} shards are there already")
+        started = time.perf_counter()
+        with _keeping_what_is_finished(shards, processes):
+            find_shards(
+                network,
+                search,
+                shards,
+                share(missing, processes),
+                num_workers=workers,
+                strict=strict,
+                track=_track if processes.rank == 0 else untracked,
+            )
+            processes.wait()
+        if processes.rank > 0:
+            return None
+        seconds = time.perf_counter() - started
+        found, used, skipped = read_shards(search, shards)
+    if skipped:
+        _note(f"skipped {len(skipped)} images that cannot be decoded (first: {skipped[0]})")
     run = Run(
         found=found,
-        images=images.only(batches.files_read),
+        images=used,
         model=_as_stored(model),
         checkpoint=None if checkpoint is None else str(Path(checkpoint).resolve()),
         weights_sha256=hash_weights(network),
     )
     save_run(run, output)
+    shutil.rmtree(shards.folder)
     paths = class_paths(found)
     answer = {
         "num_images": len(found.labels),
@@ -570,6 +627,66 @@ def _discover(
         print(f"wrote {output}")
 
     return answer, show
+
+
+def _target_class(images, target: str) -> str | int:
+    from vitprune.data import find_class
+
+    if target in options.TARGET_CLASSES or not target:
+        return target
+    return int(target) if target.isdecimal() else find_class(images.root, images.class_names, target)
+
+
+@contextlib.contextmanager
+def _keeping_what_is_finished(shards, processes) -> Iterator[None]:
+    """Say what an interruption leaves behind; nothing, if no shard is finished."""
+    import shutil
+
+    try:
+        yield
+    except BaseException:
+        finished = len(shards) - len(shards.missing())
+        if finished:
+            _note(
+                f"{finished} of {len(shards)} shards are kept in {shards.folder}; the same command goes on from there"
+            )
+        elif processes.count == 1:
+            shutil.rmtree(shards.folder)
+        raise
+
+
+def _open_shards(processes, network, search, images, batch_size: int, shard_size: int, output: str, overwrite: bool):
+    """Open the folder of unfinished work beside the output; the first process does, the others follow."""
+    from vitprune import __version__
+    from vitprune.data import data_config
+    from vitprune.discovery.shards import Shards, describe_images
+    from vitprune.files import open_resumable
+    from vitprune.models import architecture, hash_weights
+
+    folder = Path(output).with_name(f"{Path(output).name}.shards")
+    shards = Shards(folder, images, batch_size, -(-shard_size // batch_size))
+    if processes.rank == 0:
+        request = {
+            "vitprune": __version__,
+            "architecture": architecture(network),
+            "transform": data_config(network),
+            "weights": hash_weights(network),
+            "images": describe_images(images),
+            "method": search.method,
+            "top_k": search.top_k,
+            "tokens": search.tokens,
+            "quadrature": search.rule.name,
+            "target": search.objective.target,
+            "quantity": search.objective.quantity,
+            "batch size": batch_size,
+            "shard size": shards.num_images,
+        }
+        # Of the request before as well, which may have had more shards.
+        owned = {path.name for path in folder.glob(shards.path(0).name.replace("000000", "*"))}
+        owned = frozenset(owned.union(shards.path(number).name for number in range(len(shards))))
+        open_resumable(folder, request, owned=owned, overwrite=overwrite)
+    processes.wait()
+    return shards
 
 
 def _prune(

@@ -53,12 +53,12 @@ class ImageSet:
         if count >= len(self):
             return self
         picked = [index * len(self) // count for index in range(count)]
-        return self._at(picked)
+        return self.at(picked)
 
     def only(self, files: Sequence[str]) -> ImageSet:
         """Return the images named in ``files``, in this set's order."""
         wanted = set(files)
-        return self._at([index for index, name in enumerate(self.files) if name in wanted])
+        return self.at([index for index, name in enumerate(self.files) if name in wanted])
 
     def only_classes(self, classes: Sequence[int]) -> ImageSet:
         """Return the images of some classes, renumbered: ``classes[i]`` becomes i."""
@@ -68,7 +68,8 @@ class ImageSet:
         names = {position[index]: name for index, name in self.class_names.items() if index in position}
         return replace(self, files=tuple(self.files[i] for i in picked), labels=labels, class_names=names)
 
-    def _at(self, picked: Sequence[int]) -> ImageSet:
+    def at(self, picked: Sequence[int]) -> ImageSet:
+        """Return the images at these places, in the order given."""
         labels = tuple(self.labels[index] for index in picked)
         names = {label: name for label, name in self.class_names.items() if label in set(labels)}
         return replace(self, files=tuple(self.files[i] for i in picked), labels=labels, class_names=names)
@@ -274,6 +275,23 @@ def data_config(model: Any) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
 
+@dataclass(frozen=True)
+class ReadBatch:
+    """What came of one batch of files.
+
+    Attributes:
+        files: those that could be decoded, in order.
+        images: float32 [B, channels, height, width], normalised; None where no file could be decoded.
+        labels: int64 [B].
+        skipped: the other files, with the reason.
+    """
+
+    files: tuple[str, ...]
+    images: Tensor | None
+    labels: Tensor
+    skipped: tuple[tuple[str, str], ...]
+
+
 class ImageBatches:
     """Batches of an image set under the model's own transform; may be read any number of times.
 
@@ -306,21 +324,28 @@ class ImageBatches:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.skipped, self.files_read = [], []
+    def read(self) -> Iterator[ReadBatch]:
+        """Read all batches, those without a single good image among them, and say which files they are of."""
         for decoded in self._loader:
             good = [(index, image) for index, image, _reason in decoded if image is not None]
-            for index, image, reason in decoded:
-                name = self.images.files[index]
-                if image is not None:
-                    self.files_read.append(name)
-                    continue
-                if self.strict:
-                    raise VitpruneError(f"{self.images.root / name}: cannot be decoded ({reason})")
-                self.skipped.append((name, reason))
-            if good:
-                labels = torch.tensor([self.images.labels[index] for index, _ in good])
-                yield torch.stack([image for _, image in good]), labels
+            skipped = [(self.images.files[index], reason) for index, image, reason in decoded if image is None]
+            if skipped and self.strict:
+                name, reason = skipped[0]
+                raise VitpruneError(f"{self.images.root / name}: cannot be decoded ({reason})")
+            yield ReadBatch(
+                tuple(self.images.files[index] for index, _image in good),
+                torch.stack([image for _index, image in good]) if good else None,
+                torch.tensor([self.images.labels[index] for index, _image in good], dtype=torch.int64),
+                tuple(skipped),
+            )
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.skipped, self.files_read = [], []
+        for batch in self.read():
+            self.files_read += batch.files
+            self.skipped += batch.skipped
+            if batch.images is not None:
+                yield batch.images, batch.labels
         if not self.files_read:
             name, reason = self.skipped[0]
             raise VitpruneError(f"{self.images.root}: no image could be decoded (first: {name}, {reason})")

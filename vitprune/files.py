@@ -206,9 +206,9 @@ def open_resumable(folder: str | Path, request: Mapping[str, Any], *, owned: fro
     path = folder / REQUEST_FILE
     wanted = json.loads(json.dumps(request))
     # A killed run leaves temporary files behind.
-    for name in (*owned, REQUEST_FILE):
-        for leftover in folder.glob(f".{name}.*"):
-            leftover.unlink()
+    for entry in folder.glob(".*"):
+        if any(entry.name.startswith(f".{name}.") for name in (*owned, REQUEST_FILE)):
+            entry.unlink()
     if path.is_file():
         before = read_json(path, kind="request")["request"]
         if before == wanted:

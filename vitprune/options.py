@@ -11,12 +11,23 @@ METHODS: Mapping[str, str] = {
     "jas-complete": "the same with the variant that obeys completeness",
     "activation": "highest activation in each layer",
     "influence-pattern": "highest gradient along the scaled image",
+    "knowledge-neurons": "integrated gradients of each FFN by itself",
 }
 
 TOKENS: Mapping[str, str] = {
     "cls": "class token",
     "patch": "patch tokens",
     "all": "every token",
+}
+
+TARGET_CLASSES: Mapping[str, str] = {
+    "label": "the image's own class (the paper)",
+    "predicted": "the class that the model answers",
+}
+
+QUANTITIES: Mapping[str, str] = {
+    "probability": "softmax (the paper)",
+    "logit": "before the softmax",
 }
 
 CRITERIA: Mapping[str, str] = {

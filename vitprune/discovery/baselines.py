@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vitprune.discovery.engine import PathBatch, score_paths
+from vitprune.discovery.engine import PathBatch, score_paths, search_paths
+from vitprune.discovery.objective import DEFAULT_OBJECTIVE, Objective
 from vitprune.discovery.quadrature import Quadrature
 from vitprune.discovery.trunk import record_clean, scope_slice
 from vitprune.feed_forward import FeedForward, capture
@@ -27,6 +28,7 @@ def activation_paths(
     top_k: int,
     quadrature: Quadrature,
     scope: str,
+    objective: Objective = DEFAULT_OBJECTIVE,
 ) -> PathBatch:
     """Select the neurons with the highest clean activation at the scoped tokens (mean over tokens).
 
@@ -37,7 +39,7 @@ def activation_paths(
     """
     clean = record_clean(model, ffns, images, tokens=scope_slice(model, scope))
     scores = tuple(hidden_BTH.mean(1) for hidden_BTH in clean.hidden_BTH)
-    return _as_paths(model, ffns, images, labels, scores, clean.logits_BC, top_k, quadrature, scope)
+    return _as_paths(model, ffns, images, labels, scores, clean.logits_BC, top_k, quadrature, scope, objective)
 
 
 def influence_pattern_paths(
@@ -49,6 +51,7 @@ def influence_pattern_paths(
     top_k: int,
     quadrature: Quadrature,
     scope: str,
+    objective: Objective = DEFAULT_OBJECTIVE,
 ) -> PathBatch:
     """Select the neurons with the highest mean gradient of the class probability along the scaled input.
 
@@ -61,19 +64,59 @@ def influence_pattern_paths(
     """
     tokens = scope_slice(model, scope)
     logits = record_clean(model, ffns, images, tokens=tokens).logits_BC
+    classes_B = objective.classes(labels, logits)
     sums: list[Tensor] = []
     for step in range(INFLUENCE_STEPS):
         with capture(model, ffns) as hidden:
-            probability = model(images * (step / INFLUENCE_STEPS)).softmax(-1).gather(1, labels.unsqueeze(1))
-            gradients = torch.autograd.grad(probability.sum(), list(hidden.values()))
+            value = objective.value(model(images * (step / INFLUENCE_STEPS)), classes_B)
+            gradients = torch.autograd.grad(value.sum(), list(hidden.values()))
         means = [gradient[:, tokens].mean(1) / INFLUENCE_STEPS for gradient in gradients]
         sums = means if not sums else [total + mean for total, mean in zip(sums, means, strict=True)]
-    return _as_paths(model, ffns, images, labels, tuple(sums), logits, top_k, quadrature, scope)
+    return _as_paths(model, ffns, images, labels, tuple(sums), logits, top_k, quadrature, scope, objective)
 
 
-def _as_paths(model, ffns, images, labels, scores, logits, top_k, quadrature, scope) -> PathBatch:
+def knowledge_neuron_paths(
+    model: nn.Module,
+    ffns: Sequence[FeedForward],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    top_k: int,
+    quadrature: Quadrature,
+    scope: str,
+    objective: Objective = DEFAULT_OBJECTIVE,
+) -> PathBatch:
+    r"""Select the neurons with the highest integrated gradients, each FFN by itself.
+
+    .. math:: s_i = \sum_t \bar w_{ti} \int_0^1 \frac{\partial F(\alpha \bar w_l)}{\partial w_{ti}} d\alpha
+
+    Scores of an FFN sum to the change of F as its scoped hidden vector grows from 0. Arguments and result as in
+    ``search_paths``.
+
+    Source:
+        Dai et al., "Knowledge Neurons in Pretrained Transformers", ACL 2022 (arXiv:2104.08696); here the whole hidden
+        vector grows, as in Sundararajan et al., ICML 2017 (arXiv:1703.01365); their formula grows one neuron at a time.
+    """
+    # The complete score of a neuron joined with no other.
+    alone = search_paths(
+        model,
+        ffns,
+        images,
+        labels,
+        top_k=0,
+        quadrature=quadrature,
+        scope=scope,
+        objective=objective,
+        complete=True,
+    )
+    return _as_paths(model, ffns, images, labels, alone.scores, alone.logits_BC, top_k, quadrature, scope, objective)
+
+
+def _as_paths(model, ffns, images, labels, scores, logits, top_k, quadrature, scope, objective) -> PathBatch:
     neurons_BLK = torch.stack(
         [score_BH.sort(dim=-1, descending=True, stable=True).indices[:, :top_k] for score_BH in scores], dim=1
     )
-    joint_B = score_paths(model, ffns, images, labels, neurons_BLK, quadrature=quadrature, scope=scope)
+    joint_B = score_paths(
+        model, ffns, images, labels, neurons_BLK, quadrature=quadrature, scope=scope, objective=objective
+    )
     return PathBatch(neurons_BLK, joint_B, None, scores, logits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.data import Batches, on_device
-from vitprune.discovery.baselines import activation_paths, influence_pattern_paths
+from vitprune.discovery.baselines import activation_paths, influence_pattern_paths, knowledge_neuron_paths
 from vitprune.discovery.engine import PathBatch, search_paths
-from vitprune.discovery.quadrature import parse_quadrature
+from vitprune.discovery.objective import Objective, make_objective
+from vitprune.discovery.quadrature import Quadrature, parse_quadrature
 from vitprune.discovery.trunk import check_trunk, resolve_scope
 from vitprune.errors import VitpruneError
-from vitprune.feed_forward import find_feed_forwards
+from vitprune.feed_forward import FeedForward, find_feed_forwards, frozen
 from vitprune.options import DEFAULT_QUADRATURE, METHODS, check_choice
 
 # Images x nodes that go through the trunk together; bounds the memory whatever the batch size and the quadrature.
@@ -27,6 +28,7 @@ _FIND_PATHS: Mapping[str, Callable[..., PathBatch]] = {
     "jas-complete": partial(search_paths, complete=True),
     "activation": activation_paths,
     "influence-pattern": influence_pattern_paths,
+    "knowledge-neurons": knowledge_neuron_paths,
 }
 
 
@@ -46,6 +48,8 @@ class Discovery:
         method: key of ``METHODS``.
         tokens: ``cls``, ``patch`` or ``all``.
         quadrature: as in ``parse_quadrature``.
+        target: whose answer was attributed: ``label``, ``predicted`` or a class index.
+        quantity: ``probability`` or ``logit``.
     """
 
     ffns: tuple[str, ...]
@@ -59,6 +63,52 @@ class Discovery:
     method: str
     tokens: str
     quadrature: str
+    target: str | int = "label"
+    quantity: str = "probability"
+
+
+@dataclass(frozen=True)
+class Search:
+    """A request for paths, checked against a model.
+
+    Attributes:
+        ffns: the model's FFNs.
+        method: key of ``METHODS``.
+        top_k: K, neurons per FFN.
+        tokens: ``cls``, ``patch`` or ``all``.
+        rule: for the integral over α.
+        objective: what is attributed.
+    """
+
+    ffns: tuple[FeedForward, ...]
+    method: str
+    top_k: int
+    tokens: str
+    rule: Quadrature
+    objective: Objective
+
+
+@dataclass(frozen=True)
+class Part:
+    """Paths of some images and sums of their scores; on the CPU.
+
+    Attributes:
+        neurons: int64 [I, L, K].
+        joint_scores: float32 [I].
+        labels: int64 [I].
+        predictions: int64 [I].
+        completeness_errors: float32 [I] for ``jas-complete``, else None.
+        classes: the class indices present, ascending.
+        score_sums: FFN name -> float64 [C, H]; sums over the images of a class.
+    """
+
+    neurons: Tensor
+    joint_scores: Tensor
+    labels: Tensor
+    predictions: Tensor
+    completeness_errors: Tensor | None
+    classes: tuple[int, ...]
+    score_sums: Mapping[str, Tensor]
 
 
 def discover(
@@ -69,6 +119,8 @@ def discover(
     top_k: int = 1,
     tokens: str | None = None,
     quadrature: str = DEFAULT_QUADRATURE,
+    target: str | int = "label",
+    quantity: str = "probability",
 ) -> Discovery:
     """Find the influential neuron path of each image, and the mean score of every neuron per class.
 
@@ -81,6 +133,8 @@ def discover(
         tokens: whose hidden vectors count: ``cls`` (class token), ``patch`` or ``all``; None takes the class token
             where the head reads it, else the patches.
         quadrature: ``gauss-legendre:NODES`` or ``riemann:STEPS``.
+        target: whose answer is attributed: ``label`` (each image's own class), ``predicted`` or a class index.
+        quantity: ``probability`` of that class (the paper) or its ``logit``.
 
     Returns:
         See ``Discovery``; on the CPU.
@@ -91,10 +145,33 @@ def discover(
     Source:
         arXiv:2503.09046.
     """
+    search = plan_search(
+        model, method=method, top_k=top_k, tokens=tokens, quadrature=quadrature, target=target, quantity=quantity
+    )
+    part = find_part(model, search, batches)
+    return combine(search, [] if part is None else [part])
+
+
+def plan_search(
+    model: nn.Module,
+    *,
+    method: str = "jas",
+    top_k: int = 1,
+    tokens: str | None = None,
+    quadrature: str = DEFAULT_QUADRATURE,
+    target: str | int = "label",
+    quantity: str = "probability",
+) -> Search:
+    """Check the arguments of ``discover`` against a model, before any image is read.
+
+    Raises:
+        VitpruneError: if an argument is out of range, or the weights are of 16 bits.
+    """
     ffns = find_feed_forwards(model)
     rule = parse_quadrature(quadrature)
     scope = resolve_scope(model, tokens)
     check_choice("method", method, METHODS)
+    objective = make_objective(target, quantity, num_classes=model.num_classes)
     narrowest = min(ffns, key=lambda ffn: ffn.num_neurons)
     if not 1 <= top_k <= narrowest.num_neurons:
         raise VitpruneError(
@@ -105,15 +182,42 @@ def discover(
         raise VitpruneError(
             f"the path search needs float32 or float64 weights, the model has {dtype}; use model.float()"
         )
+    return Search(tuple(ffns), method, top_k, scope, rule, objective)
+
+
+def find_part(model: nn.Module, search: Search, batches: Batches) -> Part | None:
+    """Find the paths of some images.
+
+    Args:
+        model: in eval mode.
+        search: as planned for this model.
+        batches: pairs of images and labels; read once.
+
+    Returns:
+        None where there are no images.
+
+    Raises:
+        VitpruneError: if the model has no isotropic trunk.
+    """
     parts: dict[str, list[Tensor]] = {name: [] for name in ("neurons", "scores", "errors", "labels", "predictions")}
-    sums: dict[str, dict[int, Tensor]] = {ffn.name: {} for ffn in ffns}
-    at_once = max(1, MAX_ROWS // len(rule.nodes))
+    sums: dict[str, dict[int, Tensor]] = {ffn.name: {} for ffn in search.ffns}
+    at_once = max(1, MAX_ROWS // len(search.rule.nodes))
     for batch_images, batch_labels in on_device(model, batches):
         if not parts["labels"]:
-            check_trunk(model, ffns, batch_images)
+            check_trunk(model, search.ffns, batch_images)
         for images, labels in zip(batch_images.split(at_once), batch_labels.split(at_once), strict=True):
-            paths = _FIND_PATHS[method](model, ffns, images, labels, top_k=top_k, quadrature=rule, scope=scope)
-            for ffn, score_BH in zip(ffns, paths.scores, strict=True):
+            with frozen(model):
+                paths = _FIND_PATHS[search.method](
+                    model,
+                    search.ffns,
+                    images,
+                    labels,
+                    top_k=search.top_k,
+                    quadrature=search.rule,
+                    scope=search.tokens,
+                    objective=search.objective,
+                )
+            for ffn, score_BH in zip(search.ffns, paths.scores, strict=True):
                 _add_by_class(sums[ffn.name], score_BH, labels)
             parts["neurons"].append(paths.neurons_BLK.cpu())
             parts["scores"].append(paths.joint_scores_B.float().cpu())
@@ -122,25 +226,54 @@ def discover(
             if paths.completeness_errors_B is not None:
                 parts["errors"].append(paths.completeness_errors_B.float().cpu())
     if not parts["labels"]:
-        raise VitpruneError("no images to discover paths on")
+        return None
     labels = torch.cat(parts["labels"])
-    counts = Counter(labels.tolist())
-    classes = tuple(sorted(counts))
-    return Discovery(
-        ffns=tuple(ffn.name for ffn in ffns),
+    classes = tuple(sorted(set(labels.tolist())))
+    return Part(
         neurons=torch.cat(parts["neurons"]),
         joint_scores=torch.cat(parts["scores"]),
         labels=labels,
         predictions=torch.cat(parts["predictions"]),
         completeness_errors=torch.cat(parts["errors"]) if parts["errors"] else None,
         classes=classes,
+        score_sums={name: torch.stack([by_class[index] for index in classes]) for name, by_class in sums.items()},
+    )
+
+
+def combine(search: Search, parts: Iterable[Part]) -> Discovery:
+    """Put parts together in the order given; holds the paths of all images, and the score sums of one part at a time.
+
+    Raises:
+        VitpruneError: if there is no part.
+    """
+    kept: dict[str, list[Tensor]] = {}
+    sums: dict[str, dict[int, Tensor]] = {ffn.name: {} for ffn in search.ffns}
+    for part in parts:
+        for name in ("neurons", "joint_scores", "labels", "predictions", "completeness_errors"):
+            kept.setdefault(name, []).append(getattr(part, name))
+        for name, sum_CH in part.score_sums.items():
+            for index, sum_H in zip(part.classes, sum_CH, strict=True):
+                sums[name][index] = sums[name][index] + sum_H if index in sums[name] else sum_H
+    if not kept:
+        raise VitpruneError("no images to discover paths on")
+    errors = kept.pop("completeness_errors")
+    whole = {name: torch.cat(tensors) for name, tensors in kept.items()}
+    counts = Counter(whole["labels"].tolist())
+    classes = tuple(sorted(counts))
+    return Discovery(
+        ffns=tuple(ffn.name for ffn in search.ffns),
+        **whole,
+        completeness_errors=None if errors[0] is None else torch.cat(errors),
+        classes=classes,
         class_scores={
             name: torch.stack([by_class[index] / counts[index] for index in classes]).float()
             for name, by_class in sums.items()
         },
-        method=method,
-        tokens=scope,
-        quadrature=quadrature,
+        method=search.method,
+        tokens=search.tokens,
+        quadrature=search.rule.name,
+        target=search.objective.target,
+        quantity=search.objective.quantity,
     )
 
 

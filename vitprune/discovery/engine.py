@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from vitprune.discovery.objective import DEFAULT_OBJECTIVE, Objective
 from vitprune.discovery.quadrature import Quadrature
 from vitprune.discovery.trunk import (
     CleanPass,
@@ -74,6 +75,7 @@ def search_paths(
     top_k: int,
     quadrature: Quadrature,
     scope: str,
+    objective: Objective = DEFAULT_OBJECTIVE,
     complete: bool = False,
 ) -> PathBatch:
     r"""Find each image's path, layer by layer.
@@ -89,10 +91,11 @@ def search_paths(
         model: timm Vision Transformer with an isotropic trunk (``check_trunk``), in eval mode.
         ffns: its FFNs.
         images: [B, 3, height, width], normalised by the model's own transform; any mix of classes.
-        labels: int64 [B]; the class whose probability F is attributed.
+        labels: int64 [B]; each image's class, for an objective that asks for it.
         top_k: K, neurons per FFN.
         quadrature: rule for the integral over α.
         scope: ``cls``, ``patch`` or ``all``.
+        objective: what F is.
         complete: use the variant that obeys completeness, :math:`\sum_p \bar w_p \int \partial F / \partial w_p`
             (summed over tokens) in place of the product of sums.
 
@@ -100,7 +103,7 @@ def search_paths(
         arXiv:2503.09046, section 3. There only the last of K neurons of each earlier layer enters the sums; here all
         do. For K = 1 the two agree.
     """
-    return _walk(model, ffns, images, labels, top_k, None, quadrature, scope, complete)
+    return _walk(model, ffns, images, labels, top_k, None, quadrature, scope, objective, complete)
 
 
 def score_paths(
@@ -112,6 +115,7 @@ def score_paths(
     *,
     quadrature: Quadrature,
     scope: str,
+    objective: Objective = DEFAULT_OBJECTIVE,
 ) -> Tensor:
     r"""Return the joint attribution score [B] of given paths.
 
@@ -123,11 +127,12 @@ def score_paths(
     Source:
         arXiv:2503.09046, definition 3.1.
     """
-    walked = _walk(model, ffns, images, labels, neurons_BLK.shape[-1], neurons_BLK, quadrature, scope, False)
+    top_k = neurons_BLK.shape[-1]
+    walked = _walk(model, ffns, images, labels, top_k, neurons_BLK, quadrature, scope, objective, False)
     return walked.joint_scores_B
 
 
-def _walk(model, ffns, images, labels, top_k, given_BLK, quadrature, scope, complete) -> PathBatch:
+def _walk(model, ffns, images, labels, top_k, given_BLK, quadrature, scope, objective, complete) -> PathBatch:
     """Go through the blocks once: score the layer (unless its neurons are given), select, advance."""
     tokens = scope_slice(model, scope)
     nodes, node_weights = quadrature.nodes, quadrature.weights
@@ -137,7 +142,7 @@ def _walk(model, ffns, images, labels, top_k, given_BLK, quadrature, scope, comp
     weights_Q = torch.tensor(node_weights, dtype=images.dtype, device=images.device)
     clean = record_clean(model, ffns, images, tokens=tokens)
     one_token = clean.hidden_BTH[0].shape[1] == 1
-    labels_R = labels.repeat(len(nodes))
+    classes_R = objective.classes(labels, clean.logits_BC).repeat(len(nodes))
 
     blocks = list(model.blocks)
     state = _Prefix(clean.stem_BND, None, ())
@@ -152,7 +157,7 @@ def _walk(model, ffns, images, labels, top_k, given_BLK, quadrature, scope, comp
             if given_BLK is None:
                 whole_QBTH = alphas_Q.view(-1, 1, 1, 1) * w_BTH
                 cut = _leave(block, layer, down(whole_QBTH).flatten(0, 1), None)
-                cut_grad_RND, _ = _suffix_gradient(model, clean, index, cut.x_RND, labels_R)
+                cut_grad_RND, _ = _suffix_gradient(model, clean, index, cut.x_RND, classes_R, objective)
                 along_BTH = _integrate(scale_branch(block, 2, cut_grad_RND[:, tokens]), weights_Q) @ down.weight
                 before_BT1 = _prefix_gradient(cut, cut_grad_RND, weights_Q)
                 if complete:
@@ -174,13 +179,14 @@ def _walk(model, ffns, images, labels, top_k, given_BLK, quadrature, scope, comp
             direction_BTD = scaled_BTD if complete else columns_BKD.sum(1, keepdim=True).expand_as(scaled_BTD)
             state = _leave(block, layer, out_QBTD.flatten(0, 1), direction_BTD.repeat(len(nodes), 1, 1))
 
-        end_grad_RND, prob_R = _suffix_gradient(model, clean, len(blocks) - 1, state.x_RND, labels_R)
+        last = len(blocks) - 1
+        end_grad_RND, value_R = _suffix_gradient(model, clean, last, state.x_RND, classes_R, objective)
         total_BT = _prefix_gradient(state, end_grad_RND, weights_Q).squeeze(-1)
     errors = None
     if complete:
         joint_B = total_BT.sum(1)
-        prob_QB = prob_R.view(len(nodes), -1)
-        errors = (joint_B - (prob_QB[-1] - prob_QB[-2])).abs()
+        value_QB = value_R.view(len(nodes), -1)
+        errors = (joint_B - (value_QB[-1] - value_QB[-2])).abs()
     else:
         joint_B = (selected_sum_BT1.squeeze(-1) * total_BT).mean(1)
     return PathBatch(torch.stack(neurons, 1), joint_B.detach(), errors, tuple(scores), clean.logits_BC)
@@ -267,12 +273,14 @@ def _assemble(mid_RND: Tensor, scoped_RTD: Tensor, free_RND: Tensor, tokens: sli
     return mid_RND.repeat(repeats, 1, 1) + torch.cat(parts, dim=1)
 
 
-def _suffix_gradient(model, clean: CleanPass, index: int, x_RND: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor]:
+def _suffix_gradient(
+    model, clean: CleanPass, index: int, x_RND: Tensor, classes_R: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor]:
     """Return dF/dx behind block ``index`` [R, N, D] and F [R]; a few rows at a time."""
-    gradients, probabilities = [], []
+    gradients, values = [], []
     num_read = num_tokens_read(model)
     rest = list(zip(model.blocks, clean.block_args, strict=True))[index + 1 :]
-    for rows, labels in zip(x_RND.detach().split(CHUNK_ROWS), labels_R.split(CHUNK_ROWS), strict=True):
+    for rows, classes in zip(x_RND.detach().split(CHUNK_ROWS), classes_R.split(CHUNK_ROWS), strict=True):
         with torch.enable_grad():
             leaf = x = rows.clone().requires_grad_()
             for position, (block, args) in enumerate(rest):
@@ -281,10 +289,10 @@ def _suffix_gradient(model, clean: CleanPass, index: int, x_RND: Tensor, labels_
                     x = mid + scale_branch(block, 2, block.mlp(block.norm2(mid)))
                 else:
                     x = block(x, *args[0], **args[1])
-            probability = head(model, x).softmax(-1).gather(1, labels.unsqueeze(1)).squeeze(1)
-            gradients.append(torch.autograd.grad(probability.sum(), leaf)[0])
-            probabilities.append(probability.detach())
-    return torch.cat(gradients), torch.cat(probabilities)
+            value = objective.value(head(model, x), classes)
+            gradients.append(torch.autograd.grad(value.sum(), leaf)[0])
+            values.append(value.detach())
+    return torch.cat(gradients), torch.cat(values)
 
 
 def _prefix_gradient(prefix: _Prefix, grad_RND: Tensor, weights_Q: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def is_run(folder: str | Path) -> bool:
 def save_run(run: Run, folder: str | Path) -> None:
     """Write a run folder, all or nothing: ``run.json``, ``paths.safetensors`` and ``class_scores.safetensors``."""
     found, images = run.found, run.images
-    facts = {"method": found.method, "tokens": found.tokens, "quadrature": found.quadrature}
+    facts = {name: getattr(found, name) for name in ("method", "tokens", "quadrature", "target", "quantity")}
     tensors = {
         "neurons": found.neurons,
         "joint_scores": found.joint_scores,
@@ -107,6 +107,8 @@ def load_run(folder: str | Path) -> Run:
         method=facts["method"],
         tokens=facts["tokens"],
         quadrature=facts["quadrature"],
+        target=facts["target"],
+        quantity=facts["quantity"],
     )
     images = ImageSet(
         Path(facts["data"]),

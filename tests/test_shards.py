@@ -1,0 +1,190 @@
+"""Paths in shards: no interruption and no number of processes changes what comes out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+import vitprune
+from vitprune.cli import main
+from vitprune.discovery.run import RUN_FILES
+from vitprune.discovery.shards import Shards, share
+from vitprune.processes import Processes
+
+MORE = ["--batch-size", "2", "--shard-size", "3", "--top-k", "2"]
+
+
+def command(saved_vit, image_folder, output, *more):
+    given = ["discover", str(saved_vit), "--data", str(image_folder), "-o", str(output), *MORE, *map(str, more)]
+    return [*given, "--quadrature", "gauss-legendre:3"]
+
+
+@pytest.fixture(scope="module")
+def whole(saved_vit, image_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards") / "whole"
+    assert main(command(saved_vit, image_folder, folder)) == 0
+    return folder
+
+
+def start(program, arguments, **environment):
+    return subprocess.Popen(
+        [*program, "-m", "vitprune", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def assert_same_files(got, whole):
+    assert {file.name for file in got.iterdir()} == RUN_FILES
+    for name in RUN_FILES:
+        assert (got / name).read_bytes() == (whole / name).read_bytes(), name
+    assert not got.with_name(f"{got.name}.shards").exists()
+
+
+def test_shards_equal_one_search_in_memory(whole, saved_vit, image_folder):
+    found = vitprune.load_run(whole).found
+    model = vitprune.load(saved_vit)
+    batches = vitprune.ImageBatches(vitprune.find_images(image_folder, 5), model, batch_size=2)
+    direct = vitprune.discover(model, batches, top_k=2, quadrature="gauss-legendre:3")
+    assert torch.equal(found.neurons, direct.neurons)
+    assert torch.equal(found.joint_scores, direct.joint_scores)
+    for name, scores in direct.class_scores.items():
+        torch.testing.assert_close(found.class_scores[name], scores)
+
+
+def test_a_search_killed_again_and_again_ends_with_the_same_bytes(whole, saved_vit, image_folder, tmp_path):
+    shards = tmp_path / "killed.shards"
+    for wanted in (1, 2, 4):
+        process = start([sys.executable], command(saved_vit, image_folder, tmp_path / "killed"))
+        while len(list(shards.glob("shard-*"))) < wanted and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not (tmp_path / "killed").exists()
+    before = {path.name: path.stat().st_mtime_ns for path in shards.glob("shard-*")}
+    assert len(before) >= 4
+    (shards / ".shard-000004.safetensors.left.safetensors").write_text("half")
+    process = start([sys.executable], command(saved_vit, image_folder, tmp_path / "killed"))
+    _out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert f"{len(before)} of 5 shards are there already" in err
+    assert_same_files(tmp_path / "killed", whole)
+
+
+def test_finished_shards_are_not_searched_again(whole, saved_vit, image_folder, tmp_path, monkeypatch):
+    from vitprune.discovery import shards as module
+
+    searched = []
+    find_part = module.find_part
+    monkeypatch.setattr(module, "find_part", lambda *a: searched.append(1) or find_part(*a))
+    stop = iter([False, False, True])
+    write = module._write
+    monkeypatch.setattr(module, "_write", lambda *a: write(*a) if not next(stop, False) else interrupt())
+    assert main(command(saved_vit, image_folder, tmp_path / "r")) == 130
+    assert len(list((tmp_path / "r.shards").glob("shard-*"))) == 2
+    searched.clear()
+    assert main(command(saved_vit, image_folder, tmp_path / "r")) == 0
+    assert len(searched) == 3
+    assert_same_files(tmp_path / "r", whole)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_two_processes_find_the_same(whole, saved_vit, image_folder, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = start(torchrun, command(saved_vit, image_folder, tmp_path / "two", "--json"), OMP_NUM_THREADS="1")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert json.loads(out)["num_images"] == 20
+    two, one = vitprune.load_run(tmp_path / "two").found, vitprune.load_run(whole).found
+    assert torch.equal(two.neurons, one.neurons)
+    torch.testing.assert_close(two.joint_scores, one.joint_scores)
+    assert not (tmp_path / "two.shards").exists()
+
+
+def test_a_rank_that_dies_loses_its_unfinished_shard_only(saved_vit, image_folder, tmp_path):
+    """The second process meets an image that it refuses; what both had finished is used when it is repaired."""
+    images = tmp_path / "images"
+    for path in sorted(image_folder.rglob("class*/*.*")):
+        target = images / path.relative_to(image_folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    files = vitprune.find_images(images, 5).files
+    broken = images / files[13]  # in the fourth shard, the second process's second
+    whole_bytes = broken.read_bytes()
+    broken.write_bytes(b"x" * len(whole_bytes))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = command(saved_vit, images, tmp_path / "two", "--strict")
+    process = start(torchrun, arguments, OMP_NUM_THREADS="1")
+    _out, err = process.communicate()
+    assert process.returncode != 0
+    assert "cannot be decoded" in err
+    finished = {path.name for path in (tmp_path / "two.shards").glob("shard-*")}
+    assert "shard-000001.safetensors" in finished
+    assert "shard-000003.safetensors" not in finished
+    broken.write_bytes(whole_bytes)
+    process = start(torchrun, arguments, OMP_NUM_THREADS="1")
+    _out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert f"{len(finished)} of 5 shards are there already" in err
+
+
+@pytest.mark.parametrize(("more", "named"), [(["--top-k", "1"], "top_k"), (["--target", "predicted"], "target")])
+def test_other_arguments_over_unfinished_shards_are_refused(more, named, saved_vit, image_folder, tmp_path, capsys):
+    process = start([sys.executable], command(saved_vit, image_folder, tmp_path / "r"))
+    while not list((tmp_path / "r.shards").glob("shard-*")) and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    arguments = command(saved_vit, image_folder, tmp_path / "r", *more)
+    assert main(arguments) == 2
+    assert f"was made with another {named}" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_a_shard_without_a_single_image(saved_vit, image_folder, tmp_path, capsys):
+    images = tmp_path / "images"
+    for index in range(5):
+        (images / f"class{index}").mkdir(parents=True)
+    for index in range(4):
+        (images / "class0" / f"{index}.png").write_text("no image")
+    Image.new("RGB", (32, 32)).save(images / "class3" / "x.png")
+    assert main(command(saved_vit, images, tmp_path / "r", "--json")) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["num_images"] == 1
+    assert answer["skipped"] == [f"class0/{index}.png" for index in range(4)]
+    (images / "class3" / "x.png").write_text("no image either")
+    assert main(command(saved_vit, images, tmp_path / "r2")) == 2
+    assert "no image could be decoded" in capsys.readouterr().err
+
+
+def test_only_discover_runs_on_several_processes(saved_vit, image_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["prune", str(saved_vit), "--data", str(image_folder), "-o", str(tmp_path / "p")]) == 2
+    assert "'prune' runs on one process" in capsys.readouterr().err
+
+
+def test_every_shard_has_one_process():
+    numbers = list(range(7))
+    for count in (1, 2, 3, 10):
+        parts = [share(numbers, Processes(rank, count)) for rank in range(count)]
+        assert sorted(number for part in parts for number in part) == numbers
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_the_number_of_shards(tmp_path, image_folder):
+    images = vitprune.find_images(image_folder, 5)
+    shards = Shards(tmp_path, images, batch_size=3, batches_per_shard=2)
+    assert (len(shards), shards.num_images, shards.missing()) == (4, 6, [0, 1, 2, 3])

@@ -1,0 +1,51 @@
+"""One program on several processes, as ``torchrun`` starts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed
+
+# Ranks may finish hours apart; torchrun ends the others when one dies.
+_PATIENCE = timedelta(days=30)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which process this is, and of how many.
+
+    Attributes:
+        rank: 0 .. count - 1.
+        count: processes that work together.
+        local_rank: place among those of this machine: which of its GPUs to use.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+
+    def wait(self) -> None:
+        """Wait until every process has come here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+
+@contextmanager
+def join_processes() -> Iterator[Processes]:
+    """Meet the other processes that ``torchrun`` started; alone, there is nobody to wait for.
+
+    They exchange nothing but the news that they are there (gloo, whatever the device): results meet as files.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Processes()
+        return
+    torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield Processes(torch.distributed.get_rank(), count, int(os.environ.get("LOCAL_RANK", "0")))
+    finally:
+        torch.distributed.destroy_process_group()
