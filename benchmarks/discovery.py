@@ -1,0 +1,263 @@
+"""Time, memory and fidelity of the path search against the procedure as published; writes a dated JSON file.
+
+    python benchmarks/discovery.py --checkpoint deit_tiny_patch16_224.safetensors --data imagenette/train
+    python benchmarks/discovery.py --model vit_base_patch16_224 --data imagenette/train --num_images 1 --repeats 1 \
+        --agreement_images 0
+
+All variants run in one process, in turns. Published (a): for every layer a clean forward pass, a forward pass on 20 x B
+images with all layers so far clamped, and one backward pass per clamped layer. Ours with the same 20 left Riemann steps
+(b), and by default (c). Agreement is the share of path neurons that equal those of 64 Gauss-Legendre nodes.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import date
+
+import timm
+import torch
+from common import RESULTS, describe_machine, log
+from jsonargparse import auto_cli
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import vitprune
+from vitprune.options import DEFAULT_QUADRATURE
+
+STEPS = 20
+
+
+def main(
+    data: str,
+    checkpoint: str | None = None,
+    model: str = "deit_tiny_patch16_224",
+    tokens: str = "cls",
+    top_k: int = 1,
+    num_images: int = 4,
+    repeats: int = 3,
+    agreement_images: int = 40,
+    label: str = "",
+):
+    """Measure the three variants.
+
+    Args:
+        data: folder of class folders.
+        checkpoint: weights; None draws them at random.
+        model: timm name.
+        tokens: ``cls``, ``patch`` or ``all``.
+        top_k: neurons per FFN.
+        num_images: in each timed run; ours also runs on twice as many.
+        repeats: of each timed run; medians are reported.
+        agreement_images: compared with 64 nodes; 0: none.
+        label: added to the name of the file in benchmarks/results.
+    """
+    network, images = _open(model, checkpoint, data)
+    timed = _read(network, images, num_images)
+    twice = _read(network, images, 2 * num_images)
+    ours = {"ours, riemann:20": f"riemann:{STEPS}", "ours, default": DEFAULT_QUADRATURE}
+
+    def search(batch: tuple[Tensor, Tensor], quadrature: str) -> Tensor:
+        return vitprune.discover(network, [batch], tokens=tokens, top_k=top_k, quadrature=quadrature).neurons
+
+    programs: dict[str, Callable[[tuple[Tensor, Tensor]], Tensor]] = {
+        "published": lambda batch: search_as_published(network, *batch, tokens=tokens, top_k=top_k)
+    }
+    for name, quadrature in ours.items():
+        programs[name] = lambda batch, quadrature=quadrature: search(batch, quadrature)
+    seconds: dict[str, list[float]] = {name: [] for name in (*programs, "ours, default, twice the images")}
+    paths: dict[str, Tensor] = {}
+    rates = []
+    for repeat in range(repeats):
+        rates.append(measure_matmul_rate())
+        for name, program in programs.items():
+            paths[name] = _time(seconds[name], lambda program=program: program(timed))
+            log(f"repeat {repeat + 1}: {name} {seconds[name][-1]:.2f} s")
+        _time(seconds["ours, default, twice the images"], lambda: programs["ours, default"](twice))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    rate = statistics.median(rates)
+    rows = {}
+    for name, program in programs.items():
+        with FlopCounterMode(display=False) as counter:
+            program(_read(network, images, 1))
+        flops = counter.get_total_flops()
+        per_image = medians[name] / num_images
+        rows[name] = {
+            "seconds_per_image": per_image,
+            "speedup": medians["published"] / medians[name],
+            "flops_per_image": flops,
+            "matmul_rate_share": flops / per_image / rate,
+            "same_paths_as_published": bool(torch.equal(paths[name], paths["published"])),
+        }
+    twofold = medians["ours, default, twice the images"] / medians["ours, default"]
+    for name, agreement in _measure_agreement(network, images, programs, search, agreement_images).items():
+        rows[name]["agreement_with_64_nodes"] = agreement
+    for name, quadrature in {"published": None, **ours}.items():
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            rows[name]["peak_gib"] = pool.apply(
+                _measure_peak, (model, checkpoint, data, num_images, quadrature, tokens, top_k)
+            )
+    result = {
+        **describe_machine(),
+        "threads": torch.get_num_threads(),
+        "tokens": tokens,
+        "top_k": top_k,
+        "num_images": num_images,
+        "matmul_gflops_per_second": rate / 1e9,
+        "seconds": seconds,
+        "twice_the_images": twofold,
+        "agreement_images": agreement_images,
+        "variants": rows,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    name = "-".join(filter(None, (str(date.today()), "discovery", model, label)))
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{model}, {tokens}, K = {top_k}: matrix products at {rate / 1e9:.0f} GFLOP/s")
+    print(f"twice the images take {twofold:.2f} x the time")
+    for name, row in rows.items():
+        agreement = row.get("agreement_with_64_nodes")
+        print(
+            f"{name:18}{row['seconds_per_image']:9.3f} s/image{row['speedup']:7.1f} x"
+            f"{row['flops_per_image'] / 1e9:9.0f} GFLOP {row['matmul_rate_share']:5.2f} of the rate"
+            f"{row['peak_gib']:6.2f} GiB" + ("" if agreement is None else f"  agreement {agreement:.4f}")
+        )
+
+
+def search_as_published(model: nn.Module, images: Tensor, labels: Tensor, *, tokens: str, top_k: int) -> Tensor:
+    """Return paths [B, L, K] by clean passes, full passes on 20 x B images and one backward pass per clamped layer.
+
+    Source:
+        arXiv:2503.09046. All K neurons of every earlier layer enter the sums.
+    """
+    ffns = vitprune.find_feed_forwards(model)
+    scope = {"cls": slice(0, 1), "patch": slice(model.num_prefix_tokens, None), "all": slice(None)}[tokens]
+    alphas_Q111 = torch.arange(STEPS, dtype=images.dtype).div(STEPS).view(-1, 1, 1, 1)
+    rows = torch.arange(STEPS * len(images))
+    neurons: list[Tensor] = []
+    for layer in range(len(ffns)):
+        clean = _record(model, ffns, images, scope)
+        clamped = []
+        for position in range(layer + 1):
+            factors_QBTH = torch.ones(STEPS, *clean[position].shape, dtype=images.dtype)
+            if position < layer:
+                shape = (STEPS, *clean[position].shape[:2], top_k)
+                places_QBTK = neurons[position].view(1, -1, 1, top_k).expand(shape)
+                factors_QBTH.scatter_(3, places_QBTK, alphas_Q111.expand(shape))
+            else:
+                factors_QBTH *= alphas_Q111
+            clamped.append((factors_QBTH * clean[position]).flatten(0, 1).requires_grad_())
+        with _clamping(model, ffns, clamped, scope):
+            logits = model(images.repeat(STEPS, 1, 1, 1))
+        probability = logits.softmax(-1)[rows, labels.repeat(STEPS)].sum()
+        gradients = []
+        for leaf in clamped:  # one at a time, as published
+            (gradient,) = torch.autograd.grad(probability, leaf, retain_graph=True)
+            gradients.append(gradient.unflatten(0, (STEPS, -1)).mean(0))
+        activation_BT1, gradient_BT1 = clean[0].new_zeros(1), clean[0].new_zeros(1)
+        for position, chosen_BK in enumerate(neurons):
+            chosen_BTK = chosen_BK.unsqueeze(1).expand(-1, clean[0].shape[1], -1)
+            activation_BT1 = activation_BT1 + clean[position].gather(2, chosen_BTK).sum(2, keepdim=True)
+            gradient_BT1 = gradient_BT1 + gradients[position].gather(2, chosen_BTK).sum(2, keepdim=True)
+        score_BH = ((clean[layer] + activation_BT1) * (gradients[layer] + gradient_BT1)).mean(1)
+        neurons.append(score_BH.sort(dim=-1, descending=True, stable=True).indices[:, :top_k])
+    return torch.stack(neurons, 1)
+
+
+def measure_matmul_rate() -> float:
+    """Return floating-point operations per second of a large float32 product, here and now."""
+    left, right = torch.randn(4096, 768), torch.randn(768, 3072)
+    left @ right
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < 1:
+        left @ right
+        count += 1
+    return count * 2 * 4096 * 768 * 3072 / (time.perf_counter() - started)
+
+
+@torch.no_grad()
+def _record(model, ffns, images: Tensor, scope: slice) -> list[Tensor]:
+    hidden: list[Tensor] = []
+    handles = [
+        model.get_submodule(ffn.down_proj).register_forward_pre_hook(lambda _m, args: hidden.append(args[0][:, scope]))
+        for ffn in ffns
+    ]
+    model(images)
+    for handle in handles:
+        handle.remove()
+    return hidden
+
+
+@contextmanager
+def _clamping(model, ffns, clamped: list[Tensor], scope: slice) -> Iterator[None]:
+    """Write hidden vectors [rows, T, H] into the first FFNs while a model runs."""
+
+    def hook_of(value: Tensor):
+        def hook(_module, args):
+            hidden = args[0].clone()
+            hidden[:, scope] = value
+            return (hidden,)
+
+        return hook
+
+    handles = [
+        model.get_submodule(ffn.down_proj).register_forward_pre_hook(hook_of(value))
+        for ffn, value in zip(ffns[: len(clamped)], clamped, strict=True)
+    ]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def _open(model: str, checkpoint: str | None, data: str):
+    if checkpoint is None:
+        torch.manual_seed(0)
+        network = timm.create_model(model).eval()
+    else:
+        network = vitprune.load(model, checkpoint=checkpoint)
+    return network, vitprune.find_images(data, network.num_classes)
+
+
+def _read(network, images, count: int) -> tuple[Tensor, Tensor]:
+    ((batch, labels),) = vitprune.ImageBatches(images.head(count), network, batch_size=count)
+    return batch, labels
+
+
+def _time(seconds: list[float], program: Callable[[], Tensor]) -> Tensor:
+    started = time.perf_counter()
+    answer = program()
+    seconds.append(time.perf_counter() - started)
+    return answer
+
+
+def _measure_agreement(network, images, programs, search, count: int) -> dict[str, float]:
+    shares: dict[str, list[float]] = {}
+    for first in range(0, count, 4):
+        chosen = images.head(count)
+        chosen = chosen.at(list(range(first, min(first + 4, count))))
+        ((batch, labels),) = vitprune.ImageBatches(chosen, network, batch_size=4)
+        truth = search((batch, labels), "gauss-legendre:64")
+        for name, program in programs.items():
+            if name != "published":  # the same steps as ours, and the same paths, for far more time
+                shares.setdefault(name, []).append(float((program((batch, labels)) == truth).double().sum()))
+        log(f"agreement: {first + len(batch)} of {count} images")
+    size = count * truth[0].numel() if count else 1
+    return {name: sum(values) / size for name, values in shares.items()}
+
+
+def _measure_peak(model, checkpoint, data, count, quadrature, tokens, top_k) -> float:
+    network, images = _open(model, checkpoint, data)
+    batch = _read(network, images, count)
+    if quadrature is None:
+        search_as_published(network, *batch, tokens=tokens, top_k=top_k)
+    else:
+        vitprune.discover(network, [batch], tokens=tokens, top_k=top_k, quadrature=quadrature)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
