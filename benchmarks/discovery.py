@@ -25,9 +25,11 @@ import torch
 from common import RESULTS, describe_machine, log
 from jsonargparse import auto_cli
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import vitprune
+from vitprune.discovery.trunk import plain_attention
 from vitprune.options import DEFAULT_QUADRATURE
 
 STEPS = 20
@@ -83,9 +85,7 @@ def main(
     rate = statistics.median(rates)
     rows = {}
     for name, program in programs.items():
-        with FlopCounterMode(display=False) as counter:
-            program(_read(network, images, 1))
-        flops = counter.get_total_flops()
+        flops = count_flops(network, lambda program=program: program(_read(network, images, 1)))
         per_image = medians[name] / num_images
         rows[name] = {
             "seconds_per_image": per_image,
@@ -177,6 +177,28 @@ def measure_matmul_rate() -> float:
         left @ right
         count += 1
     return count * 2 * 4096 * 768 * 3072 / (time.perf_counter() - started)
+
+
+class _FlopCounter(TorchDispatchMode):
+    """Counts matrix products; torch's own counter follows modules, which ``torch.autograd.grad`` at a leaf breaks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        count = flop_registry.get(function._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def count_flops(network: nn.Module, program: Callable[[], Tensor]) -> int:
+    """Count the floating-point operations of all matrix products, attention's among them."""
+    with _FlopCounter() as counter, plain_attention(network):
+        program()
+    return counter.total
 
 
 @torch.no_grad()

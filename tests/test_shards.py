@@ -88,8 +88,8 @@ def test_finished_shards_are_not_searched_again(whole, saved_vit, image_folder, 
     find_part = module.find_part
     monkeypatch.setattr(module, "find_part", lambda *a: searched.append(1) or find_part(*a))
     stop = iter([False, False, True])
-    write = module._write
-    monkeypatch.setattr(module, "_write", lambda *a: write(*a) if not next(stop, False) else interrupt())
+    write = module.write_shard
+    monkeypatch.setattr(module, "write_shard", lambda *a: write(*a) if not next(stop, False) else interrupt())
     assert main(command(saved_vit, image_folder, tmp_path / "r")) == 130
     assert len(list((tmp_path / "r.shards").glob("shard-*"))) == 2
     searched.clear()

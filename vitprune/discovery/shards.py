@@ -96,7 +96,28 @@ def find_shards(
     for position, number in enumerate(numbers):
         last = position == len(numbers) - 1
         stretch = _Stretch(reading if last else islice(reading, shards.batches_per_shard))
-        _write(shards.path(number), find_part(model, search, stretch), stretch)
+        part = find_part(model, search, stretch)
+        write_shard(shards, number, part, stretch.files, stretch.skipped)
+
+
+def write_shard(
+    shards: Shards, number: int, part: Part | None, files: Sequence[str], skipped: Sequence[tuple[str, str]]
+) -> None:
+    """Write one shard, as a whole or not at all.
+
+    Args:
+        shards: which it belongs to.
+        number: its number.
+        part: what was found on its images; None if none of them could be decoded.
+        files: names of the images that could be decoded, in the order of ``part``.
+        skipped: the other names, with the reason.
+    """
+    facts = {"files": files, "skipped": skipped, "classes": [] if part is None else part.classes}
+    tensors = {}
+    if part is not None:
+        tensors = {name: getattr(part, name) for name in _TENSORS if getattr(part, name) is not None}
+        tensors |= {f"score_sums.{name}": sum_CH for name, sum_CH in part.score_sums.items()}
+    write_tensors(shards.path(number), tensors, kind="shard", facts=facts)
 
 
 def read_shards(search: Search, shards: Shards) -> tuple[Discovery, ImageSet, list[str]]:
@@ -171,12 +192,3 @@ class _Stretch:
             self.skipped += batch.skipped
             if batch.images is not None:
                 yield batch.images, batch.labels
-
-
-def _write(path: Path, part: Part | None, stretch: _Stretch) -> None:
-    facts = {"files": stretch.files, "skipped": stretch.skipped, "classes": [] if part is None else part.classes}
-    tensors = {}
-    if part is not None:
-        tensors = {name: getattr(part, name) for name in _TENSORS if getattr(part, name) is not None}
-        tensors |= {f"score_sums.{name}": sum_CH for name, sum_CH in part.score_sums.items()}
-    write_tensors(path, tensors, kind="shard", facts=facts)

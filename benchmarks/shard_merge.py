@@ -1,0 +1,80 @@
+"""Bytes and seconds that the shards of a large run cost; writes a dated JSON file.
+
+    python benchmarks/shard_merge.py --num_shards 500
+
+Shards as ``vitprune discover`` writes them for ViT-B/16 on ImageNet's training images in the order of their class
+folders: 256 images of one or two of 1,000 classes, paths of one neuron per FFN. Their numbers are random.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+from common import RESULTS, describe_machine
+from jsonargparse import auto_cli
+
+import vitprune
+from vitprune.discovery.discover import Part, Search
+from vitprune.discovery.objective import DEFAULT_OBJECTIVE
+from vitprune.discovery.quadrature import parse_quadrature
+from vitprune.discovery.shards import Shards, read_shards, write_shard
+from vitprune.feed_forward import FeedForward
+
+NUM_FFNS, NUM_NEURONS, PER_SHARD, PER_CLASS = 12, 3072, 256, 1281
+
+
+def main(num_shards: int = 500):
+    """Write and merge shards.
+
+    Args:
+        num_shards: of 256 images each; ImageNet's training images make 5,005.
+    """
+    names = [f"blocks.{index}.mlp" for index in range(NUM_FFNS)]
+    ffns = tuple(FeedForward(name, (f"{name}.fc1",), f"{name}.fc2", NUM_NEURONS) for name in names)
+    search = Search(ffns, "jas", 1, "cls", parse_quadrature("gauss-legendre:4"), DEFAULT_OBJECTIVE)
+    labels = torch.arange(num_shards * PER_SHARD) // PER_CLASS
+    files = tuple(f"class{label:04}/image{index:08}.JPEG" for index, label in enumerate(labels.tolist()))
+    with tempfile.TemporaryDirectory() as folder:
+        images = vitprune.ImageSet(Path(folder), files, tuple(labels.tolist()))
+        shards = Shards(Path(folder), images, batch_size=32, batches_per_shard=PER_SHARD // 32)
+        started = time.perf_counter()
+        for number, labels_I in enumerate(labels.split(PER_SHARD)):
+            classes = tuple(sorted(set(labels_I.tolist())))
+            part = Part(
+                neurons=torch.randint(NUM_NEURONS, (PER_SHARD, NUM_FFNS, 1)),
+                joint_scores=torch.rand(PER_SHARD),
+                labels=labels_I.clone(),
+                predictions=labels_I.clone(),
+                completeness_errors=None,
+                classes=classes,
+                score_sums={name: torch.rand(len(classes), NUM_NEURONS, dtype=torch.float64) for name in names},
+            )
+            write_shard(shards, number, part, files[number * PER_SHARD : (number + 1) * PER_SHARD], ())
+        write_seconds = time.perf_counter() - started
+        size = sum(path.stat().st_size for path in Path(folder).iterdir())
+        started = time.perf_counter()
+        found, _images, _skipped = read_shards(search, shards)
+        merge_seconds = time.perf_counter() - started
+    result = {
+        **describe_machine(),
+        "num_shards": num_shards,
+        "num_images": len(found.labels),
+        "bytes": size,
+        "write_seconds": write_seconds,
+        "merge_seconds": merge_seconds,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{date.today()}-shard-merge.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{len(found.labels)} images, {size / 1e6:.0f} MB")
+    print(f"written in {write_seconds:.1f} s, merged in {merge_seconds:.1f} s")
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
