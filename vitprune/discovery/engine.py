@@ -20,7 +20,6 @@ while all nodes still share one state.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -148,8 +147,7 @@ def _walk(model, ffns, images, labels, top_k, given_BLK, quadrature, scope, obje
     state = _Prefix(clean.stem_BND, None, ())
     selected_sum_BT1 = clean.hidden_BTH[0].new_zeros(len(images), clean.hidden_BTH[0].shape[1], 1)
     neurons, scores = [], []
-    grad_mode = torch.no_grad() if one_token else torch.enable_grad()
-    with grad_mode, plain_attention(model) if one_token else nullcontext():
+    with torch.no_grad() if one_token else torch.enable_grad():
         for index, (block, ffn, w_BTH) in enumerate(zip(blocks, ffns, clean.hidden_BTH, strict=True)):
             down = model.get_submodule(ffn.down_proj)
             num_read = num_tokens_read(model) if index == len(blocks) - 1 and scope == "cls" else None
@@ -231,7 +229,7 @@ def _enter(block, prefix: _Prefix, args, tokens: slice, num_read: int | None) ->
     if prefix.tangent_RND is None:
         mid_RND, free_RND = run(prefix.x_RND)
         return _Layer(prefix, mid_RND, free_RND, None, None, tokens)
-    with forward_ad.dual_level():
+    with plain_attention(block), forward_ad.dual_level():
         mid, free = run(forward_ad.make_dual(prefix.x_RND, prefix.tangent_RND))
         (mid_RND, mid_tangent), (free_RND, free_tangent) = forward_ad.unpack_dual(mid), forward_ad.unpack_dual(free)
     return _Layer(prefix, mid_RND, free_RND, mid_tangent, free_tangent, tokens)
