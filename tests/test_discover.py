@@ -11,6 +11,7 @@ from families import build, example
 
 import vitprune
 from vitprune.discovery.discover import _FIND_PATHS, Discovery, class_paths, discover
+from vitprune.discovery.memory import measure_row_bytes, rows_within
 from vitprune.discovery.run import Run, load_run, save_run
 from vitprune.options import METHODS
 
@@ -82,12 +83,42 @@ def test_half_precision_is_refused_with_the_reason(tiny_vit, tiny_images):
         discover(tiny_vit.bfloat16(), [(tiny_images, LABELS)])
 
 
-def test_parts_of_a_batch_give_the_whole_batch_s_paths(tiny_vit, tiny_images, monkeypatch):
-    whole = discover(tiny_vit, [(tiny_images, LABELS)])
-    monkeypatch.setattr(sys.modules["vitprune.discovery.discover"], "MAX_ROWS", 1)
-    parts = discover(tiny_vit, [(tiny_images, LABELS)])
+@pytest.mark.parametrize("tokens", ["cls", "all"])
+@pytest.mark.parametrize("memory", [1e-9, 0.001, 10])
+def test_any_memory_gives_the_same_paths(tokens, memory, tiny_vit, tiny_images, monkeypatch):
+    whole = discover(tiny_vit, [(tiny_images, LABELS)], tokens=tokens)
+    monkeypatch.setattr(sys.modules["vitprune.discovery.discover"], "PREFIX_ROWS", 1)
+    parts = discover(tiny_vit, [(tiny_images, LABELS)], tokens=tokens, memory=memory)
     assert torch.equal(whole.neurons, parts.neurons)
     torch.testing.assert_close(whole.joint_scores, parts.joint_scores, rtol=1e-6, atol=1e-8)
+
+
+def test_out_of_memory_halves_what_goes_at_once(tiny_vit, tiny_images, monkeypatch):
+    module = sys.modules["vitprune.discovery.discover"]
+    whole, search = discover(tiny_vit, [(tiny_images, LABELS)]), module._search
+    tried = []
+
+    def search_with_little(model, request, images, labels, pace):
+        tried.append((len(images), pace.chunk_rows))
+        if len(images) > 1 or pace.chunk_rows > 4:
+            raise torch.OutOfMemoryError("no memory left")
+        return search(model, request, images, labels, pace)
+
+    monkeypatch.setattr(module, "_search", search_with_little)
+    found = discover(tiny_vit, [(tiny_images, LABELS)])
+    assert torch.equal(found.neurons, whole.neurons)
+    assert tried == [(3, 32), (3, 16), (3, 8), (2, 4), (1, 2), (1, 2), (1, 2)]
+    monkeypatch.setattr(module, "_search", lambda *_args: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+    with pytest.raises(torch.OutOfMemoryError):
+        discover(tiny_vit, [(tiny_images, LABELS)])
+
+
+def test_what_autograd_keeps_is_counted(tiny_vit, tiny_images):
+    """Deeper is more, by the same again for each block; weights do not count."""
+    measured = [measure_row_bytes(make_vit(depth=depth).requires_grad_(False), tiny_images) for depth in (1, 2, 3)]
+    assert measured[2] - measured[1] == measured[1] - measured[0] > 0
+    with pytest.raises(vitprune.VitpruneError, match="memory must be positive, got 0"):
+        rows_within(0, 1, torch.device("cpu"))
 
 
 def test_no_images_are_refused(tiny_vit):

@@ -9,7 +9,6 @@ import reference
 import torch
 from conftest import make_vit
 
-from vitprune.discovery import engine
 from vitprune.discovery.baselines import influence_pattern_paths, knowledge_neuron_paths
 from vitprune.discovery.engine import score_paths, search_paths
 from vitprune.discovery.objective import Objective
@@ -39,9 +38,9 @@ def build(trunk):
     return make_vit(name, **model_args)
 
 
-def search(model, images, labels, *, scope, top_k=2, complete=False, quadrature=GAUSS):
+def search(model, images, labels, *, scope, top_k=2, quadrature=GAUSS, **more):
     ffns = find_feed_forwards(model)
-    return search_paths(model, ffns, images, labels, top_k=top_k, quadrature=quadrature, scope=scope, complete=complete)
+    return search_paths(model, ffns, images, labels, top_k=top_k, quadrature=quadrature, scope=scope, **more)
 
 
 LABELS = torch.tensor([0, 3, 1])
@@ -137,10 +136,9 @@ def test_any_objective_equals_the_slow_reference(target, quantity, scope, tiny_v
 
 @pytest.mark.parametrize("scope", ["cls", "patch"])
 @pytest.mark.parametrize("rows", [1, 4, 1000])
-def test_chunks_do_not_change_the_result(scope, rows, tiny_vit, tiny_images, monkeypatch):
+def test_chunks_do_not_change_the_result(scope, rows, tiny_vit, tiny_images):
     whole = search(tiny_vit, tiny_images, LABELS, scope=scope)
-    monkeypatch.setattr(engine, "CHUNK_ROWS", rows)
-    chunked = search(tiny_vit, tiny_images, LABELS, scope=scope)
+    chunked = search(tiny_vit, tiny_images, LABELS, scope=scope, chunk_rows=rows)
     assert torch.equal(whole.neurons_BLK, chunked.neurons_BLK)
     torch.testing.assert_close(whole.joint_scores_B, chunked.joint_scores_B, rtol=1e-10, atol=1e-12)
 

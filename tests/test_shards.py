@@ -86,7 +86,7 @@ def test_finished_shards_are_not_searched_again(whole, saved_vit, image_folder, 
 
     searched = []
     find_part = module.find_part
-    monkeypatch.setattr(module, "find_part", lambda *a: searched.append(1) or find_part(*a))
+    monkeypatch.setattr(module, "find_part", lambda *a, **k: searched.append(1) or find_part(*a, **k))
     stop = iter([False, False, True])
     write = module.write_shard
     monkeypatch.setattr(module, "write_shard", lambda *a: write(*a) if not next(stop, False) else interrupt())

@@ -195,6 +195,9 @@ def _add_discover(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--shard-size", type=int, default=256, help="images per shard: a killed process loses its unfinished shard"
     )
+    parser.add_argument(
+        "--memory", type=float, help="GiB to use beside the weights (2 on a CPU, 80 percent of what is free on a GPU)"
+    )
     _add_device(parser)
     _add_output(parser, "run folder to write; a killed run goes on")
 
@@ -529,13 +532,14 @@ def _as_stored(model: str) -> str:
 
 def _discover(
     model, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, method, top_k,
-    tokens, quadrature, target, quantity, shard_size, device, output, overwrite,
+    tokens, quadrature, target, quantity, shard_size, memory, device, output, overwrite,
 ):  # fmt: skip
     import shutil
     import time
 
     from vitprune.data import describe_class
     from vitprune.discovery.discover import class_paths, plan_search
+    from vitprune.discovery.memory import check_budget
     from vitprune.discovery.run import PATHS_FILE, RUN_FILES, Run, save_run
     from vitprune.discovery.shards import find_shards, read_shards, share
     from vitprune.files import refuse_existing
@@ -560,6 +564,8 @@ def _discover(
             target=_target_class(images, target),
             quantity=quantity,
         )
+        if memory is not None:
+            check_budget(memory)
         shards = _open_shards(processes, network, search, images, batch_size, shard_size, output, overwrite)
         missing = shards.missing()
         processes.wait()  # or another process might see fewer missing
@@ -574,6 +580,7 @@ def _discover(
                 share(missing, processes),
                 num_workers=workers,
                 strict=strict,
+                memory=memory,
                 track=_track if processes.rank == 0 else untracked,
             )
             processes.wait()

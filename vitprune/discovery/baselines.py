@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vitprune.discovery.engine import PathBatch, score_paths, search_paths
+from vitprune.discovery.engine import CHUNK_ROWS, PathBatch, score_paths, search_paths
 from vitprune.discovery.objective import DEFAULT_OBJECTIVE, Objective
 from vitprune.discovery.quadrature import Quadrature
 from vitprune.discovery.trunk import record_clean, scope_slice
@@ -29,6 +29,7 @@ def activation_paths(
     quadrature: Quadrature,
     scope: str,
     objective: Objective = DEFAULT_OBJECTIVE,
+    chunk_rows: int = CHUNK_ROWS,
 ) -> PathBatch:
     """Select the neurons with the highest clean activation at the scoped tokens (mean over tokens).
 
@@ -39,7 +40,9 @@ def activation_paths(
     """
     clean = record_clean(model, ffns, images, tokens=scope_slice(model, scope))
     scores = tuple(hidden_BTH.mean(1) for hidden_BTH in clean.hidden_BTH)
-    return _as_paths(model, ffns, images, labels, scores, clean.logits_BC, top_k, quadrature, scope, objective)
+    return _as_paths(
+        model, ffns, images, labels, scores, clean.logits_BC, top_k, quadrature, scope, objective, chunk_rows
+    )
 
 
 def influence_pattern_paths(
@@ -52,6 +55,7 @@ def influence_pattern_paths(
     quadrature: Quadrature,
     scope: str,
     objective: Objective = DEFAULT_OBJECTIVE,
+    chunk_rows: int = CHUNK_ROWS,
 ) -> PathBatch:
     """Select the neurons with the highest mean gradient of the class probability along the scaled input.
 
@@ -72,7 +76,7 @@ def influence_pattern_paths(
             gradients = torch.autograd.grad(value.sum(), list(hidden.values()))
         means = [gradient[:, tokens].mean(1) / INFLUENCE_STEPS for gradient in gradients]
         sums = means if not sums else [total + mean for total, mean in zip(sums, means, strict=True)]
-    return _as_paths(model, ffns, images, labels, tuple(sums), logits, top_k, quadrature, scope, objective)
+    return _as_paths(model, ffns, images, labels, tuple(sums), logits, top_k, quadrature, scope, objective, chunk_rows)
 
 
 def knowledge_neuron_paths(
@@ -85,6 +89,7 @@ def knowledge_neuron_paths(
     quadrature: Quadrature,
     scope: str,
     objective: Objective = DEFAULT_OBJECTIVE,
+    chunk_rows: int = CHUNK_ROWS,
 ) -> PathBatch:
     r"""Select the neurons with the highest integrated gradients, each FFN by itself.
 
@@ -107,16 +112,29 @@ def knowledge_neuron_paths(
         quadrature=quadrature,
         scope=scope,
         objective=objective,
+        chunk_rows=chunk_rows,
         complete=True,
     )
-    return _as_paths(model, ffns, images, labels, alone.scores, alone.logits_BC, top_k, quadrature, scope, objective)
+    return _as_paths(
+        model, ffns, images, labels, alone.scores, alone.logits_BC, top_k, quadrature, scope, objective, chunk_rows
+    )
 
 
-def _as_paths(model, ffns, images, labels, scores, logits, top_k, quadrature, scope, objective) -> PathBatch:
+def _as_paths(
+    model, ffns, images, labels, scores, logits, top_k, quadrature, scope, objective, chunk_rows
+) -> PathBatch:
     neurons_BLK = torch.stack(
         [score_BH.sort(dim=-1, descending=True, stable=True).indices[:, :top_k] for score_BH in scores], dim=1
     )
     joint_B = score_paths(
-        model, ffns, images, labels, neurons_BLK, quadrature=quadrature, scope=scope, objective=objective
+        model,
+        ffns,
+        images,
+        labels,
+        neurons_BLK,
+        quadrature=quadrature,
+        scope=scope,
+        objective=objective,
+        chunk_rows=chunk_rows,
     )
     return PathBatch(neurons_BLK, joint_B, None, scores, logits)

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from vitprune.data import Batches, on_device
 from vitprune.discovery.baselines import activation_paths, influence_pattern_paths, knowledge_neuron_paths
 from vitprune.discovery.engine import PathBatch, search_paths
+from vitprune.discovery.memory import measure_row_bytes, rows_within
 from vitprune.discovery.objective import Objective, make_objective
 from vitprune.discovery.quadrature import Quadrature, parse_quadrature
-from vitprune.discovery.trunk import check_trunk, resolve_scope
+from vitprune.discovery.trunk import check_trunk, resolve_scope, scope_slice
 from vitprune.errors import VitpruneError
 from vitprune.feed_forward import FeedForward, find_feed_forwards, frozen
 from vitprune.options import DEFAULT_QUADRATURE, METHODS, check_choice
 
-# Images x nodes that go through the trunk together; bounds the memory whatever the batch size and the quadrature.
-MAX_ROWS = 64
+# Images x nodes whose prefixes advance together: enough to fill a CPU's matrix units.
+PREFIX_ROWS = 64
 
 _FIND_PATHS: Mapping[str, Callable[..., PathBatch]] = {
     "jas": search_paths,
@@ -121,6 +122,7 @@ def discover(
     quadrature: str = DEFAULT_QUADRATURE,
     target: str | int = "label",
     quantity: str = "probability",
+    memory: float | None = None,
 ) -> Discovery:
     """Find the influential neuron path of each image, and the mean score of every neuron per class.
 
@@ -135,6 +137,8 @@ def discover(
         quadrature: ``gauss-legendre:NODES`` or ``riemann:STEPS``.
         target: whose answer is attributed: ``label`` (each image's own class), ``predicted`` or a class index.
         quantity: ``probability`` of that class (the paper) or its ``logit``.
+        memory: GiB to use beside the weights; None takes 2 on a CPU and four fifths of what is free on a GPU. Decides
+            how many images and nodes go at once; where a GPU has less after all, half of them, and so on.
 
     Returns:
         See ``Discovery``; on the CPU.
@@ -148,7 +152,7 @@ def discover(
     search = plan_search(
         model, method=method, top_k=top_k, tokens=tokens, quadrature=quadrature, target=target, quantity=quantity
     )
-    part = find_part(model, search, batches)
+    part = find_part(model, search, batches, memory=memory)
     return combine(search, [] if part is None else [part])
 
 
@@ -185,13 +189,14 @@ def plan_search(
     return Search(tuple(ffns), method, top_k, scope, rule, objective)
 
 
-def find_part(model: nn.Module, search: Search, batches: Batches) -> Part | None:
+def find_part(model: nn.Module, search: Search, batches: Batches, *, memory: float | None = None) -> Part | None:
     """Find the paths of some images.
 
     Args:
         model: in eval mode.
         search: as planned for this model.
         batches: pairs of images and labels; read once.
+        memory: as in ``discover``.
 
     Returns:
         None where there are no images.
@@ -201,22 +206,23 @@ def find_part(model: nn.Module, search: Search, batches: Batches) -> Part | None
     """
     parts: dict[str, list[Tensor]] = {name: [] for name in ("neurons", "scores", "errors", "labels", "predictions")}
     sums: dict[str, dict[int, Tensor]] = {ffn.name: {} for ffn in search.ffns}
-    at_once = max(1, MAX_ROWS // len(search.rule.nodes))
+    pace = None
     for batch_images, batch_labels in on_device(model, batches):
-        if not parts["labels"]:
+        if pace is None:
             check_trunk(model, search.ffns, batch_images)
-        for images, labels in zip(batch_images.split(at_once), batch_labels.split(at_once), strict=True):
-            with frozen(model):
-                paths = _FIND_PATHS[search.method](
-                    model,
-                    search.ffns,
-                    images,
-                    labels,
-                    top_k=search.top_k,
-                    quadrature=search.rule,
-                    scope=search.tokens,
-                    objective=search.objective,
-                )
+            pace = _choose_pace(model, search, batch_images, memory)
+        start = 0
+        while start < len(batch_images):
+            images, labels = (each[start : start + pace.images] for each in (batch_images, batch_labels))
+            try:
+                paths = _search(model, search, images, labels, pace)
+            except torch.OutOfMemoryError:
+                if pace == _Pace(1, 1):
+                    raise
+                pace = _Pace(max(1, pace.images // 2), max(1, pace.chunk_rows // 2))
+                torch.cuda.empty_cache()
+                continue
+            start += len(images)
             for ffn, score_BH in zip(search.ffns, paths.scores, strict=True):
                 _add_by_class(sums[ffn.name], score_BH, labels)
             parts["neurons"].append(paths.neurons_BLK.cpu())
@@ -238,6 +244,39 @@ def find_part(model: nn.Module, search: Search, batches: Batches) -> Part | None
         classes=classes,
         score_sums={name: torch.stack([by_class[index] for index in classes]) for name, by_class in sums.items()},
     )
+
+
+@dataclass(frozen=True)
+class _Pace:
+    """Images searched at once, and rows (images x nodes) in one autograd graph of the suffix."""
+
+    images: int
+    chunk_rows: int
+
+
+def _choose_pace(model: nn.Module, search: Search, images: Tensor, memory: float | None) -> _Pace:
+    with frozen(model):
+        row_bytes = measure_row_bytes(model, images)
+    rows = rows_within(memory, row_bytes, images.device)
+    tokens = scope_slice(model, search.tokens)
+    # Several scoped tokens keep the graph of the prefix as well, of all nodes together.
+    together = max(rows, PREFIX_ROWS) if tokens == slice(0, 1) else rows // 2
+    return _Pace(max(1, together // len(search.rule.nodes)), rows)
+
+
+def _search(model: nn.Module, search: Search, images: Tensor, labels: Tensor, pace: _Pace) -> PathBatch:
+    with frozen(model):
+        return _FIND_PATHS[search.method](
+            model,
+            search.ffns,
+            images,
+            labels,
+            top_k=search.top_k,
+            quadrature=search.rule,
+            scope=search.tokens,
+            objective=search.objective,
+            chunk_rows=pace.chunk_rows,
+        )
 
 
 def combine(search: Search, parts: Iterable[Part]) -> Discovery:

@@ -75,6 +75,7 @@ def search_paths(
     quadrature: Quadrature,
     scope: str,
     objective: Objective = DEFAULT_OBJECTIVE,
+    chunk_rows: int = CHUNK_ROWS,
     complete: bool = False,
 ) -> PathBatch:
     r"""Find each image's path, layer by layer.
@@ -95,6 +96,7 @@ def search_paths(
         quadrature: rule for the integral over α.
         scope: ``cls``, ``patch`` or ``all``.
         objective: what F is.
+        chunk_rows: images x nodes that run through the suffix at once; changes memory, not results.
         complete: use the variant that obeys completeness, :math:`\sum_p \bar w_p \int \partial F / \partial w_p`
             (summed over tokens) in place of the product of sums.
 
@@ -102,7 +104,8 @@ def search_paths(
         arXiv:2503.09046, section 3. There only the last of K neurons of each earlier layer enters the sums; here all
         do. For K = 1 the two agree.
     """
-    return _walk(model, ffns, images, labels, top_k, None, quadrature, scope, objective, complete)
+    suffix = _Suffix(objective, chunk_rows)
+    return _walk(model, ffns, images, labels, top_k, None, quadrature, scope, suffix, complete)
 
 
 def score_paths(
@@ -115,6 +118,7 @@ def score_paths(
     quadrature: Quadrature,
     scope: str,
     objective: Objective = DEFAULT_OBJECTIVE,
+    chunk_rows: int = CHUNK_ROWS,
 ) -> Tensor:
     r"""Return the joint attribution score [B] of given paths.
 
@@ -127,11 +131,12 @@ def score_paths(
         arXiv:2503.09046, definition 3.1.
     """
     top_k = neurons_BLK.shape[-1]
-    walked = _walk(model, ffns, images, labels, top_k, neurons_BLK, quadrature, scope, objective, False)
+    suffix = _Suffix(objective, chunk_rows)
+    walked = _walk(model, ffns, images, labels, top_k, neurons_BLK, quadrature, scope, suffix, False)
     return walked.joint_scores_B
 
 
-def _walk(model, ffns, images, labels, top_k, given_BLK, quadrature, scope, objective, complete) -> PathBatch:
+def _walk(model, ffns, images, labels, top_k, given_BLK, quadrature, scope, suffix, complete) -> PathBatch:
     """Go through the blocks once: score the layer (unless its neurons are given), select, advance."""
     tokens = scope_slice(model, scope)
     nodes, node_weights = quadrature.nodes, quadrature.weights
@@ -141,7 +146,7 @@ def _walk(model, ffns, images, labels, top_k, given_BLK, quadrature, scope, obje
     weights_Q = torch.tensor(node_weights, dtype=images.dtype, device=images.device)
     clean = record_clean(model, ffns, images, tokens=tokens)
     one_token = clean.hidden_BTH[0].shape[1] == 1
-    classes_R = objective.classes(labels, clean.logits_BC).repeat(len(nodes))
+    classes_R = suffix.objective.classes(labels, clean.logits_BC).repeat(len(nodes))
 
     blocks = list(model.blocks)
     state = _Prefix(clean.stem_BND, None, ())
@@ -155,7 +160,7 @@ def _walk(model, ffns, images, labels, top_k, given_BLK, quadrature, scope, obje
             if given_BLK is None:
                 whole_QBTH = alphas_Q.view(-1, 1, 1, 1) * w_BTH
                 cut = _leave(block, layer, down(whole_QBTH).flatten(0, 1), None)
-                cut_grad_RND, _ = _suffix_gradient(model, clean, index, cut.x_RND, classes_R, objective)
+                cut_grad_RND, _ = _suffix_gradient(model, clean, index, cut.x_RND, classes_R, suffix)
                 along_BTH = _integrate(scale_branch(block, 2, cut_grad_RND[:, tokens]), weights_Q) @ down.weight
                 before_BT1 = _prefix_gradient(cut, cut_grad_RND, weights_Q)
                 if complete:
@@ -178,7 +183,7 @@ def _walk(model, ffns, images, labels, top_k, given_BLK, quadrature, scope, obje
             state = _leave(block, layer, out_QBTD.flatten(0, 1), direction_BTD.repeat(len(nodes), 1, 1))
 
         last = len(blocks) - 1
-        end_grad_RND, value_R = _suffix_gradient(model, clean, last, state.x_RND, classes_R, objective)
+        end_grad_RND, value_R = _suffix_gradient(model, clean, last, state.x_RND, classes_R, suffix)
         total_BT = _prefix_gradient(state, end_grad_RND, weights_Q).squeeze(-1)
     errors = None
     if complete:
@@ -188,6 +193,14 @@ def _walk(model, ffns, images, labels, top_k, given_BLK, quadrature, scope, obje
     else:
         joint_B = (selected_sum_BT1.squeeze(-1) * total_BT).mean(1)
     return PathBatch(torch.stack(neurons, 1), joint_B.detach(), errors, tuple(scores), clean.logits_BC)
+
+
+@dataclass(frozen=True)
+class _Suffix:
+    """What runs behind the layer under test: what F is, and how many rows at once."""
+
+    objective: Objective
+    chunk_rows: int
 
 
 @dataclass(frozen=True)
@@ -272,13 +285,14 @@ def _assemble(mid_RND: Tensor, scoped_RTD: Tensor, free_RND: Tensor, tokens: sli
 
 
 def _suffix_gradient(
-    model, clean: CleanPass, index: int, x_RND: Tensor, classes_R: Tensor, objective: Objective
+    model, clean: CleanPass, index: int, x_RND: Tensor, classes_R: Tensor, suffix: _Suffix
 ) -> tuple[Tensor, Tensor]:
     """Return dF/dx behind block ``index`` [R, N, D] and F [R]; a few rows at a time."""
     gradients, values = [], []
     num_read = num_tokens_read(model)
     rest = list(zip(model.blocks, clean.block_args, strict=True))[index + 1 :]
-    for rows, classes in zip(x_RND.detach().split(CHUNK_ROWS), classes_R.split(CHUNK_ROWS), strict=True):
+    split = (x_RND.detach().split(suffix.chunk_rows), classes_R.split(suffix.chunk_rows))
+    for rows, classes in zip(*split, strict=True):
         with torch.enable_grad():
             leaf = x = rows.clone().requires_grad_()
             for position, (block, args) in enumerate(rest):
@@ -287,7 +301,7 @@ def _suffix_gradient(
                     x = mid + scale_branch(block, 2, block.mlp(block.norm2(mid)))
                 else:
                     x = block(x, *args[0], **args[1])
-            value = objective.value(head(model, x), classes)
+            value = suffix.objective.value(head(model, x), classes)
             gradients.append(torch.autograd.grad(value.sum(), leaf)[0])
             values.append(value.detach())
     return torch.cat(gradients), torch.cat(values)

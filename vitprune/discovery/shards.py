@@ -68,6 +68,7 @@ def find_shards(
     *,
     num_workers: int = 0,
     strict: bool = False,
+    memory: float | None = None,
     track: Track = untracked,
 ) -> None:
     """Find and write some shards, one after another; each is there as a whole or not at all.
@@ -79,6 +80,7 @@ def find_shards(
         numbers: which of them, ascending.
         num_workers: processes that decode images.
         strict: refuse an undecodable image instead of leaving it out.
+        memory: as in ``discover``.
         track: wraps (batches, description), for progress.
 
     Raises:
@@ -96,7 +98,7 @@ def find_shards(
     for position, number in enumerate(numbers):
         last = position == len(numbers) - 1
         stretch = _Stretch(reading if last else islice(reading, shards.batches_per_shard))
-        part = find_part(model, search, stretch)
+        part = find_part(model, search, stretch, memory=memory)
         write_shard(shards, number, part, stretch.files, stretch.skipped)
 
 
