@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from datetime import date
 
 import timm
 import torch
-from common import RESULTS, describe_machine, log
+from common import RESULTS, describe_machine, log, peak_bytes
 from jsonargparse import auto_cli
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -278,7 +277,7 @@ def _measure_peak(model, checkpoint, data, count, quadrature, tokens, top_k) -> 
         search_as_published(network, *batch, tokens=tokens, top_k=top_k)
     else:
         vitprune.discover(network, [batch], tokens=tokens, top_k=top_k, quadrature=quadrature)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_bytes() / 2**30
 
 
 if __name__ == "__main__":

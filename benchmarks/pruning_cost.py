@@ -9,13 +9,12 @@ line does.
 from __future__ import annotations
 
 import json
-import resource
 import time
 from datetime import date
 
 import timm
 import torch
-from common import RESULTS, describe_machine, log, track
+from common import RESULTS, describe_machine, log, peak_bytes, track
 from jsonargparse import auto_cli
 
 import vitprune
@@ -47,13 +46,13 @@ def main(
     network = timm.create_model(model, pretrained=False).eval()
     images = vitprune.find_images(data, network.num_classes).head(num_images)
     batches = vitprune.ImageBatches(images, network, batch_size=batch_size)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_bytes()
     started = time.perf_counter()
     pruned, plan = vitprune.prune(
         network, batches, pruning_ratio=pruning_ratio, compensation=compensation, step=step, track=track
     )
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_bytes()
     result = {
         **describe_machine(),
         "threads": torch.get_num_threads(),
@@ -63,8 +62,8 @@ def main(
         "step": step,
         "batch_size": batch_size,
         "prune_seconds": round(seconds, 1),
-        "peak_gib": round(peak / 2**20, 2),
-        "peak_before_gib": round(before / 2**20, 2),
+        "peak_gib": round(peak / 2**30, 2),
+        "peak_before_gib": round(before / 2**30, 2),
         "macs": [count_macs(network), count_macs(pruned)],
         "num_parameters": [count_parameters(network), count_parameters(pruned)],
         "widths": plan.widths,

@@ -12,13 +12,10 @@ goes on there. Hours on 2 CPU cores (the one-shot rows alone: 79 minutes on one 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import resource
-import time
 from dataclasses import asdict, replace
 from datetime import date
 
-from common import RESULTS, describe_machine, log, open_points, read_batches, refuse_overlap, track
+from common import RESULTS, describe_machine, open_points, read_batches, refuse_overlap, track
 from jsonargparse import auto_cli
 
 import vitprune
@@ -43,7 +40,6 @@ def main(
     distill_ratios: list[float] = [0.5, 0.7],  # noqa: B006
     criteria: list[str] | None = None,
     slow_images: int = 250,
-    cost_images: int = 100,
     picture: str | None = None,
     label: str = "all",
 ):
@@ -62,7 +58,6 @@ def main(
         distill_ratios: shares to remove by the default with distill as well.
         criteria: how neurons are ranked (default: all).
         slow_images: images for the path search and integrated gradients.
-        cost_images: images to measure time and memory of every criterion with, in a process of its own; 0: do not.
         picture: PNG or SVG file to write as well.
         label: names the files in benchmarks/results, where several runs share the work.
     """
@@ -93,17 +88,11 @@ def main(
                 network, full, others, curve, ratios=shares, found=found, scores=scores, track=track
             )
     points = [points[0], *(point for point in points if point.criterion != "dense")]
-    costs = {}
-    for criterion in criteria if cost_images else ():
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            costs[criterion] = pool.apply(_measure_cost, (model, checkpoint, calibration, criterion, cost_images))
-        log(f"cost {criterion} {costs[criterion]}")
     name = f"{date.today()}-quality-{label}-{model}"
     result = {
         **describe_machine(),
         "num_calibration_images": len(images),
         "slow_criteria": {"criteria": [c for c in SLOW if c in criteria], "num_images": slow_images},
-        "costs": {"num_images": cost_images, "criteria": costs},
         "rows": [asdict(point) for point in points],
     }
     RESULTS.mkdir(exist_ok=True)
@@ -118,19 +107,6 @@ def main(
     for point in points:
         line = f"{point.criterion:21}{point.allocation:9}{point.compensation:13}{point.step:5.2f}"
         print(f"{line}{point.pruning_ratio:6.2f} {point.top1:.3f} {point.drop:+.3f} p {point.p_value:.2g}")
-
-
-def _measure_cost(model: str, checkpoint: str, calibration: str, criterion: str, count: int) -> dict[str, float]:
-    network = vitprune.load(model, checkpoint=checkpoint)
-    images = vitprune.find_images(calibration, network.num_classes).head(count)
-    batches = list(vitprune.ImageBatches(images, network, batch_size=50))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.perf_counter()
-    found = vitprune.discover(network, batches) if criterion == "jas" else None
-    vitprune.score_neurons(network, criterion, batches=batches, found=found)
-    seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": round(seconds, 1), "peak_mib": round(peak / 1024), "peak_before_mib": round(before / 1024)}
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ folders: 256 images of one or two of 1,000 classes, paths of one neuron per FFN.
 from __future__ import annotations
 
 import json
-import resource
 import tempfile
 import time
 from datetime import date
 from pathlib import Path
 
 import torch
-from common import RESULTS, describe_machine
+from common import RESULTS, describe_machine, peak_bytes
 from jsonargparse import auto_cli
 
 import vitprune
@@ -68,7 +67,7 @@ def main(num_shards: int = 500):
         "bytes": size,
         "write_seconds": write_seconds,
         "merge_seconds": merge_seconds,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": peak_bytes() / 2**30,
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{date.today()}-shard-merge.json").write_text(json.dumps(result, indent=1) + "\n")
