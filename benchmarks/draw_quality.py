@@ -35,11 +35,12 @@ def main(
         model: named in the title.
     """
     points: dict[tuple, CurvePoint] = {}
+    dense: list[CurvePoint] = []
     for table in tables:
         for point in read_points(table):
+            dense += [point] if point.criterion == "dense" else []
             ratio = round(point.pruning_ratio, 3)
             points[point.criterion, point.allocation, point.compensation, point.step, ratio] = point
-    dense = [point for point in points.values() if point.criterion == "dense"]
     if len({(point.top1, point.num_images) for point in dense}) != 1:
         raise SystemExit("the tables are not of one model and one set of images")
     shown = [

@@ -40,8 +40,9 @@ def main(num_shards: int = 500):
     labels = torch.arange(num_shards * PER_SHARD) // PER_CLASS
     files = tuple(f"class{label:04}/image{index:08}.JPEG" for index, label in enumerate(labels.tolist()))
     with tempfile.TemporaryDirectory() as folder:
-        images = vitprune.ImageSet(Path(folder), files, tuple(labels.tolist()))
-        shards = Shards(Path(folder), images, batch_size=32, batches_per_shard=PER_SHARD // 32)
+        class_names = {label: f"class{label:04}" for label in set(labels.tolist())}
+        images = vitprune.ImageSet(Path(folder), files, tuple(labels.tolist()), class_names)
+        shards = Shards(Path(folder), {}, images, batch_size=32, batches_per_shard=PER_SHARD // 32)
         started = time.perf_counter()
         for number, labels_I in enumerate(labels.split(PER_SHARD)):
             classes = tuple(sorted(set(labels_I.tolist())))
@@ -54,10 +55,13 @@ def main(num_shards: int = 500):
                 classes=classes,
                 score_sums={name: torch.rand(len(classes), NUM_NEURONS, dtype=torch.float64) for name in names},
             )
-            write_shard(shards, number, part, files[number * PER_SHARD : (number + 1) * PER_SHARD], ())
+            of_shard = [files[place] for place in shards.places(number)]
+            write_shard(shards.path(number), part, of_shard, (), identity=shards.identity(number))
         write_seconds = time.perf_counter() - started
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
         started = time.perf_counter()
+        if shards.missing():
+            raise SystemExit("a shard is missing")
         found, _images, _skipped = read_shards(search, shards)
         merge_seconds = time.perf_counter() - started
     result = {

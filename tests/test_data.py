@@ -65,6 +65,13 @@ def test_classes_by_english_name(tmp_path):
         find_images(tmp_path, 1000, classes=["crane"])
 
 
+def test_folders_that_share_a_class_are_picked_one_by_one(tmp_path):
+    (tmp_path / "map.json").write_text('{"ant": 0, "bee": 0, "cat": 1}')
+    make_folder(tmp_path / "data", ["ant", "bee", "cat"])
+    for asked, files in ((["ant"], ("ant/a.png",)), (["bee"], ("bee/a.png",)), (["0"], ("ant/a.png", "bee/a.png"))):
+        assert find_images(tmp_path / "data", 2, class_map=tmp_path / "map.json", classes=asked).files == files
+
+
 def test_wnids_that_timm_does_not_know_keep_their_name(tmp_path):
     assert describe_class("n00000001") == "n00000001"
 

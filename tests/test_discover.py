@@ -10,8 +10,8 @@ from conftest import make_vit
 from families import build, example
 
 import vitprune
-from vitprune.discovery.discover import _FIND_PATHS, Discovery, class_paths, discover
-from vitprune.discovery.memory import measure_row_bytes, rows_within
+from vitprune.discovery.discover import _FIND_PATHS, Discovery, class_paths, discover, plan_search, set_pace
+from vitprune.discovery.memory import budget_bytes, measure_row_bytes
 from vitprune.discovery.run import Run, load_run, save_run
 from vitprune.options import METHODS
 
@@ -84,13 +84,24 @@ def test_half_precision_is_refused_with_the_reason(tiny_vit, tiny_images):
 
 
 @pytest.mark.parametrize("tokens", ["cls", "all"])
-@pytest.mark.parametrize("memory", [1e-9, 0.001, 10])
-def test_any_memory_gives_the_same_paths(tokens, memory, tiny_vit, tiny_images, monkeypatch):
+@pytest.mark.parametrize("memory_gib", [1e-9, 0.001, 10])
+def test_any_memory_gives_the_same_paths(tokens, memory_gib, tiny_vit, tiny_images):
     whole = discover(tiny_vit, [(tiny_images, LABELS)], tokens=tokens)
-    monkeypatch.setattr(sys.modules["vitprune.discovery.discover"], "PREFIX_ROWS", 1)
-    parts = discover(tiny_vit, [(tiny_images, LABELS)], tokens=tokens, memory=memory)
+    parts = discover(tiny_vit, [(tiny_images, LABELS)], tokens=tokens, memory_gib=memory_gib)
     assert torch.equal(whole.neurons, parts.neurons)
     torch.testing.assert_close(whole.joint_scores, parts.joint_scores, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["jas", "jas-complete", "influence-pattern"])
+@pytest.mark.parametrize("tokens", ["cls", "all"])
+def test_less_memory_is_a_smaller_pace(method, tokens, tiny_vit, tiny_images):
+    search = plan_search(tiny_vit, method=method, tokens=tokens)
+    paces = [set_pace(tiny_vit, search, tiny_images, memory_gib=gib) for gib in (1e-9, 0.003, 0.01, 1)]
+    images, rows = [pace.images for pace in paces], [pace.chunk_rows for pace in paces]
+    assert images == sorted(images)
+    assert rows == sorted(rows)
+    assert (images[0], rows[0]) == (1, 1)
+    assert images[-1] > 1
 
 
 def test_out_of_memory_halves_what_goes_at_once(tiny_vit, tiny_images, monkeypatch):
@@ -118,7 +129,7 @@ def test_what_autograd_keeps_is_counted(tiny_vit, tiny_images):
     measured = [measure_row_bytes(make_vit(depth=depth).requires_grad_(False), tiny_images) for depth in (1, 2, 3)]
     assert measured[2] - measured[1] == measured[1] - measured[0] > 0
     with pytest.raises(vitprune.VitpruneError, match="memory must be positive, got 0"):
-        rows_within(0, 1, torch.device("cpu"))
+        budget_bytes(0, torch.device("cpu"))
 
 
 def test_no_images_are_refused(tiny_vit):

@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "vitprune"
 
 # Lower rows import nothing from higher ones.
 LAYERS = (
-    ("progress", "errors", "processes"),
-    ("options",),
+    ("progress", "errors"),
+    ("options", "processes"),
     ("files",),
     ("feed_forward",),
     ("models", "data"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import warnings
 from argparse import ArgumentError
@@ -16,10 +15,13 @@ from jsonargparse import ArgumentParser, Namespace
 
 from vitprune import options
 from vitprune.errors import VitpruneError
+from vitprune.processes import count_processes
 from vitprune.recipe import explain_mistake, option_names, read_recipe
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
 SECONDS_BETWEEN_LINES = 20
+# A run names its images in the header of a safetensors file, which may have 100 MB.
+MOST_NAME_BYTES = 80_000_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +64,7 @@ def _parse(parser: ArgumentParser, commands: dict[str, ArgumentParser], argv: Se
 def _run_command(command: str, given: dict[str, Any]) -> None:
     """Run one command, or the commands of a recipe, and print the answer on stdout."""
     as_json = given.pop("json", False)
-    if command != "discover" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if command != "discover" and count_processes() > 1:
         raise VitpruneError(f"'{command}' runs on one process; only 'discover' shares its images with others")
     if command == "run":
         answer = _run_recipe(**given, as_json=as_json)
@@ -92,7 +94,8 @@ def _execute(command: str, given: dict[str, Any]) -> tuple[dict[str, Any], Calla
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, named so that torch need not be imported here
             raise
-        raise VitpruneError("out of memory on the device; try a smaller --batch-size, or --device cpu") from error
+        remedy = "fewer quadrature nodes" if command == "discover" else "a smaller --batch-size"
+        raise VitpruneError(f"out of memory on the device; try {remedy}, or --device cpu") from error
 
 
 def _run_recipe(recipe: str, dry_run: bool, as_json: bool) -> dict[str, Any]:
@@ -468,11 +471,11 @@ def _warn_of_few_classes(network: Any, images: Any, what: str) -> None:
         )
 
 
-def _pick_device(device: str | None, *, local_rank: int | None = None) -> str:
+def _pick_device(device: str | None, processes: Any = None) -> str:
     import torch
 
-    cuda = "cuda" if local_rank is None else f"cuda:{local_rank}"
-    return device or (cuda if torch.cuda.is_available() else "cpu")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return f"cuda:{processes.local_rank}" if device == "cuda" and processes and processes.count > 1 else device
 
 
 def _find_images(network, data: str, class_map, classes, images_per_class, seed: int, *, labels_matter: bool = True):
@@ -515,12 +518,17 @@ def _report_skipped(batches) -> list[str]:
 
 
 def _load(model: str, checkpoint: str | None, device: str = "cpu"):
-    from vitprune.discovery.run import is_run
     from vitprune.models import load
+
+    _refuse_run(model)
+    return load(model, checkpoint=checkpoint, device=device)
+
+
+def _refuse_run(model: str) -> None:
+    from vitprune.discovery.run import is_run
 
     if is_run(model):
         raise VitpruneError(f"{model} is a run, not a model; 'vitprune prune {model} -o PRUNED' makes one of it")
-    return load(model, checkpoint=checkpoint, device=device)
 
 
 def _as_stored(model: str) -> str:
@@ -534,15 +542,14 @@ def _discover(
     model, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, method, top_k,
     tokens, quadrature, target, quantity, shard_size, memory, device, output, overwrite,
 ):  # fmt: skip
-    import shutil
     import time
 
     from vitprune.data import describe_class
     from vitprune.discovery.discover import class_paths, plan_search
-    from vitprune.discovery.memory import check_budget
+    from vitprune.discovery.memory import budget_bytes
     from vitprune.discovery.run import PATHS_FILE, RUN_FILES, Run, save_run
-    from vitprune.discovery.shards import find_shards, read_shards, share
-    from vitprune.files import refuse_existing
+    from vitprune.discovery.shards import Shards, find_shards, read_shards, share
+    from vitprune.files import held, open_resumable, refuse_existing
     from vitprune.models import hash_weights
     from vitprune.processes import join_processes
     from vitprune.progress import untracked
@@ -551,10 +558,13 @@ def _discover(
     if batch_size < 1 or shard_size < 1:
         name, value = ("batch_size", batch_size) if batch_size < 1 else ("shard_size", shard_size)
         raise VitpruneError(f"{name} must be at least 1, got {value}")
-    with join_processes() as processes:
-        local_rank = processes.local_rank if processes.count > 1 else None
-        network = _load(model, checkpoint, _pick_device(device, local_rank=local_rank))
+    folder = Path(output).absolute().with_name(f"{Path(output).absolute().name}.shards")
+    with contextlib.ExitStack() as stack:
+        processes = stack.enter_context(join_processes())
+        network = _load(model, checkpoint, _pick_device(device, processes))
         images = _find_images(network, data, class_map, classes, images_per_class, seed)
+        if sum(map(len, images.files)) > MOST_NAME_BYTES:
+            raise VitpruneError(f"{len(images)} images are too many to name in one run; take some --classes at a time")
         search = plan_search(
             network,
             method=method,
@@ -564,10 +574,17 @@ def _discover(
             target=_target_class(images, target),
             quantity=quantity,
         )
-        if memory is not None:
-            check_budget(memory)
-        shards = _open_shards(processes, network, search, images, batch_size, shard_size, output, overwrite)
-        missing = shards.missing()
+        budget_bytes(memory, next(network.parameters()).device)
+        request = _describe_search(network, search, images, batch_size, shard_size)
+        shards = Shards(folder, request, images, batch_size, -(-shard_size // batch_size))
+        if processes.rank == 0:
+            stack.enter_context(held(folder.with_name(f"{folder.name}.lock"), what=folder))
+            # Of the request before as well, which may have had more shards.
+            owned = {path.name for path in folder.glob("shard-*.safetensors")}
+            owned = frozenset(owned.union(shards.path(number).name for number in range(len(shards))))
+            open_resumable(folder, request, owned=owned, overwrite=overwrite)
+        processes.wait()
+        missing = shards.missing(strict=strict)
         processes.wait()  # or another process might see fewer missing
         if len(missing) < len(shards) and processes.rank == 0:
             _note(f"{len(shards) - len(missing)} of {len(shards)} shards are there already")
@@ -580,25 +597,32 @@ def _discover(
                 share(missing, processes),
                 num_workers=workers,
                 strict=strict,
-                memory=memory,
+                memory_gib=memory,
                 track=_track if processes.rank == 0 else untracked,
             )
             processes.wait()
-        if processes.rank > 0:
-            return None
+            if processes.rank > 0:
+                return None
+            absent = shards.missing(strict=strict)
+            if absent:
+                raise VitpruneError(
+                    f"{len(absent)} of {len(shards)} shards are missing, or of other images or arguments than these "
+                    "(were all processes started alike, and do they see the same files?)"
+                )
         seconds = time.perf_counter() - started
+        num_searched = sum(len(shards.places(number)) for number in missing)
         found, used, skipped = read_shards(search, shards)
-    if skipped:
-        _note(f"skipped {len(skipped)} images that cannot be decoded (first: {skipped[0]})")
-    run = Run(
-        found=found,
-        images=used,
-        model=_as_stored(model),
-        checkpoint=None if checkpoint is None else str(Path(checkpoint).resolve()),
-        weights_sha256=hash_weights(network),
-    )
-    save_run(run, output)
-    shutil.rmtree(shards.folder)
+        if skipped:
+            _note(f"skipped {len(skipped)} images that cannot be decoded (first: {skipped[0]})")
+        run = Run(
+            found=found,
+            images=used,
+            model=_as_stored(model),
+            checkpoint=None if checkpoint is None else str(Path(checkpoint).resolve()),
+            weights_sha256=hash_weights(network),
+        )
+        save_run(run, output)
+        shards.remove()
     paths = class_paths(found)
     answer = {
         "num_images": len(found.labels),
@@ -630,70 +654,69 @@ def _discover(
             print(f"... and {len(paths) - 20} more classes")
         if "max_completeness_error" in answer:
             print(f"largest completeness error {answer['max_completeness_error']:.2e}")
-        print(f"{len(found.labels)} images in {seconds:.1f} s ({seconds / len(found.labels):.2f} s per image)")
+        rate = f" ({seconds / num_searched:.2f} s per image)" if num_searched else ""
+        earlier = len(images) - num_searched
+        print(
+            f"{len(found.labels)} images"
+            + (f", {earlier} of them searched before" if earlier else "")
+            + f", in {seconds:.1f} s{rate}"
+        )
         print(f"wrote {output}")
 
     return answer, show
 
 
 def _target_class(images, target: str) -> str | int:
+    """Return the class that is meant: as for --classes, or the index of a class without images."""
     from vitprune.data import find_class
 
-    if target in options.TARGET_CLASSES or not target:
-        return target
-    return int(target) if target.isdecimal() else find_class(images.root, images.class_names, target)
+    names = images.class_names
+    if target in options.TARGET_CLASSES or (target.isdecimal() and target not in names.values()):
+        return int(target) if target.isdecimal() else target
+    return find_class(images.root, names, target)
 
 
 @contextlib.contextmanager
 def _keeping_what_is_finished(shards, processes) -> Iterator[None]:
     """Say what an interruption leaves behind; nothing, if no shard is finished."""
-    import shutil
-
     try:
         yield
     except BaseException:
         finished = len(shards) - len(shards.missing())
-        if finished:
+        if finished and processes.rank == 0:
             _note(
                 f"{finished} of {len(shards)} shards are kept in {shards.folder}; the same command goes on from there"
             )
-        elif processes.count == 1:
-            shutil.rmtree(shards.folder)
+        elif not finished and processes.count == 1:
+            shards.remove()
         raise
 
 
-def _open_shards(processes, network, search, images, batch_size: int, shard_size: int, output: str, overwrite: bool):
-    """Open the folder of unfinished work beside the output; the first process does, the others follow."""
+def _describe_search(network, search, images, batch_size: int, shard_size: int) -> dict[str, Any]:
+    """Say what the shards of a search depend on; the files of each are looked at beside that."""
+    import hashlib
+
     from vitprune import __version__
     from vitprune.data import data_config
-    from vitprune.discovery.shards import Shards, describe_images
-    from vitprune.files import open_resumable
     from vitprune.models import architecture, hash_weights
 
-    folder = Path(output).with_name(f"{Path(output).name}.shards")
-    shards = Shards(folder, images, batch_size, -(-shard_size // batch_size))
-    if processes.rank == 0:
-        request = {
-            "vitprune": __version__,
-            "architecture": architecture(network),
-            "transform": data_config(network),
-            "weights": hash_weights(network),
-            "images": describe_images(images),
-            "method": search.method,
-            "top_k": search.top_k,
-            "tokens": search.tokens,
-            "quadrature": search.rule.name,
-            "target": search.objective.target,
-            "quantity": search.objective.quantity,
-            "batch size": batch_size,
-            "shard size": shards.num_images,
-        }
-        # Of the request before as well, which may have had more shards.
-        owned = {path.name for path in folder.glob(shards.path(0).name.replace("000000", "*"))}
-        owned = frozenset(owned.union(shards.path(number).name for number in range(len(shards))))
-        open_resumable(folder, request, owned=owned, overwrite=overwrite)
-    processes.wait()
-    return shards
+    listed = json.dumps([images.files, images.labels])
+    return {
+        "vitprune": __version__,
+        "architecture": architecture(network),
+        "transform": data_config(network),
+        "weights": hash_weights(network),
+        "data folder": str(images.root),
+        "list of images": hashlib.sha256(listed.encode()).hexdigest()[:16],
+        "method": search.method,
+        "top_k": search.top_k,
+        "tokens": search.tokens,
+        "quadrature": search.rule.name,
+        "target": search.objective.target,
+        "quantity": search.objective.quantity,
+        "batch size": batch_size,
+        "shard size": shard_size,
+    }
 
 
 def _prune(
@@ -749,7 +772,7 @@ def _prune(
     if given_plan is None:
         target = _make_target(network, backend, latency_batch_size, **targets)
         if tracked is not None:
-            tracked.description = _describe_passes(network, ratio, target, criterion, step)
+            tracked.description = _describe_passes(network, ratio, target, criterion, step, compensate)
         pruned, made = prune(
             network,
             tracked,
@@ -865,7 +888,9 @@ def _keep_classes(network, images, found, wanted: Sequence[str], *, data_given: 
     return reduced, images.only_classes(indices), None if found is None else only_classes(found, indices)
 
 
-def _describe_passes(network, ratio: float | None, target, criterion: str | None, step: float | None) -> str:
+def _describe_passes(
+    network, ratio: float | None, target, criterion: str | None, step: float | None, compensate: str
+) -> str:
     """Say what the images are read for, so that a user sees how much is still to come."""
     from vitprune.pruning.schedule import list_stops, needs_steps
     from vitprune.pruning.target import target_neurons
@@ -874,7 +899,8 @@ def _describe_passes(network, ratio: float | None, target, criterion: str | None
         return "calibrate"
     target = target or target_neurons(network, options.DEFAULT_RATIO if ratio is None else ratio)
     stops = list_stops(target.share, options.DEFAULT_STEP if step is None else step)
-    return f"calibrate: {len(stops)} {'ranking' if len(stops) == 1 else 'rankings'}, then compensation"
+    then = "" if compensate == "none" else ", then compensation"
+    return f"calibrate: {len(stops)} {'ranking' if len(stops) == 1 else 'rankings'}{then}"
 
 
 def _make_target(network, backend: str | None, batch_size: int | None, **targets: float):
@@ -1219,6 +1245,7 @@ def _bench(models, checkpoint, backend, batch_size, threads, seconds):
         raise VitpruneError(f"models must be different, and not called 'dense', got {', '.join(models)}")
     networks = {}
     if len(models) == 1 and Path(models[0]).is_dir():
+        _refuse_run(models[0])
         networks["dense"] = build_dense(models[0])
     for name in models:
         networks[name] = _load(name, None if name in folders else checkpoint)

@@ -71,7 +71,8 @@ class ImageSet:
     def at(self, picked: Sequence[int]) -> ImageSet:
         """Return the images at these places, in the order given."""
         labels = tuple(self.labels[index] for index in picked)
-        names = {label: name for label, name in self.class_names.items() if label in set(labels)}
+        present = set(labels)
+        names = {label: name for label, name in self.class_names.items() if label in present}
         return replace(self, files=tuple(self.files[i] for i in picked), labels=labels, class_names=names)
 
 
@@ -193,8 +194,10 @@ def _read_class_map(path: Path) -> dict[str, int]:
 
 
 def _pick_classes(root: Path, folders: list[str], index_of: Mapping[str, int], classes: Sequence[str]) -> list[str]:
-    wanted = {find_class(root, {index_of[folder]: folder for folder in folders}, name) for name in classes}
-    return [folder for folder in folders if index_of[folder] in wanted]
+    class_names = {index_of[folder]: folder for folder in folders}
+    named = {name for name in classes if name in folders}  # a class map may give several folders one class
+    wanted = {find_class(root, class_names, name) for name in classes if name not in named}
+    return [folder for folder in folders if folder in named or index_of[folder] in wanted]
 
 
 def find_class(root: str | Path, class_names: Mapping[int, str], name: str) -> int:

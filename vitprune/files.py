@@ -190,6 +190,29 @@ def _check_kind(path: str | Path, content: Any, kind: str) -> None:
         raise VitpruneError(f"{path}: format version {content['version']} is newer than this vitprune; upgrade it")
 
 
+@contextmanager
+def held(path: str | Path, *, what: str) -> Iterator[None]:
+    """Hold a lock file, so that no other program on this machine works on the same thing; a kill releases it.
+
+    Raises:
+        VitpruneError: if another one holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise VitpruneError(f"another process works on {what}; wait for it, or choose another output") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
 def open_resumable(folder: str | Path, request: Mapping[str, Any], *, owned: frozenset[str], overwrite: bool) -> Path:
     """Open a folder that a killed run may have left, if it was made by the same request.
 
@@ -205,13 +228,13 @@ def open_resumable(folder: str | Path, request: Mapping[str, Any], *, owned: fro
     folder = Path(folder)
     path = folder / REQUEST_FILE
     wanted = json.loads(json.dumps(request))
-    # A killed run leaves temporary files behind.
-    for entry in folder.glob(".*"):
-        if any(entry.name.startswith(f".{name}.") for name in (*owned, REQUEST_FILE)):
-            entry.unlink()
     if path.is_file():
         before = read_json(path, kind="request")["request"]
         if before == wanted:
+            # A killed run leaves temporary files behind.
+            for entry in folder.glob(".*"):
+                if any(entry.name.startswith(f".{name}.") for name in (*owned, REQUEST_FILE)):
+                    entry.unlink()
             return folder
         changed = sorted(key for key in {**before, **wanted} if before.get(key) != wanted.get(key))
         if not overwrite:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
-import torch.distributed
+from vitprune.errors import VitpruneError
 
 # Ranks may finish hours apart; torchrun ends the others when one dies.
 _PATIENCE = timedelta(days=30)
@@ -29,9 +29,25 @@ class Processes:
     local_rank: int = 0
 
     def wait(self) -> None:
-        """Wait until every process has come here."""
+        """Wait until every process has come here.
+
+        Raises:
+            VitpruneError: if one has ended instead.
+        """
         if self.count > 1:
-            torch.distributed.barrier()
+            import torch.distributed
+
+            try:
+                torch.distributed.barrier()
+            except RuntimeError as error:
+                raise VitpruneError(f"process {self.rank} stops because another one did; see its message") from error
+
+
+def count_processes() -> int:
+    """Return how many processes ``torchrun`` started; 1 where it started none."""
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        return 1
+    return int(os.environ["WORLD_SIZE"])
 
 
 @contextmanager
@@ -40,10 +56,12 @@ def join_processes() -> Iterator[Processes]:
 
     They exchange nothing but the news that they are there (gloo, whatever the device): results meet as files.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count = count_processes()
     if count == 1:
         yield Processes()
         return
+    import torch.distributed
+
     torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
     try:
         yield Processes(torch.distributed.get_rank(), count, int(os.environ.get("LOCAL_RANK", "0")))

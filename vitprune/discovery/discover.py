@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vitprune.data import Batches, on_device
 from vitprune.discovery.baselines import activation_paths, influence_pattern_paths, knowledge_neuron_paths
 from vitprune.discovery.engine import PathBatch, search_paths
-from vitprune.discovery.memory import measure_row_bytes, rows_within
+from vitprune.discovery.memory import count_rows
 from vitprune.discovery.objective import Objective, make_objective
 from vitprune.discovery.quadrature import Quadrature, parse_quadrature
 from vitprune.discovery.trunk import check_trunk, resolve_scope, scope_slice
@@ -21,8 +21,8 @@ from vitprune.errors import VitpruneError
 from vitprune.feed_forward import FeedForward, find_feed_forwards, frozen
 from vitprune.options import DEFAULT_QUADRATURE, METHODS, check_choice
 
-# Images x nodes whose prefixes advance together: enough to fill a CPU's matrix units.
-PREFIX_ROWS = 64
+# On a CPU, more rows (images x nodes) than these in the prefix and in the suffix only leave its caches.
+CPU_PREFIX_ROWS, CPU_SUFFIX_ROWS = 64, 32
 
 _FIND_PATHS: Mapping[str, Callable[..., PathBatch]] = {
     "jas": search_paths,
@@ -122,7 +122,7 @@ def discover(
     quadrature: str = DEFAULT_QUADRATURE,
     target: str | int = "label",
     quantity: str = "probability",
-    memory: float | None = None,
+    memory_gib: float | None = None,
 ) -> Discovery:
     """Find the influential neuron path of each image, and the mean score of every neuron per class.
 
@@ -137,8 +137,9 @@ def discover(
         quadrature: ``gauss-legendre:NODES`` or ``riemann:STEPS``.
         target: whose answer is attributed: ``label`` (each image's own class), ``predicted`` or a class index.
         quantity: ``probability`` of that class (the paper) or its ``logit``.
-        memory: GiB to use beside the weights; None takes 2 on a CPU and four fifths of what is free on a GPU. Decides
-            how many images and nodes go at once; where a GPU has less after all, half of them, and so on.
+        memory_gib: to use beside the weights; None takes 2 on a CPU and four fifths of what is free on a GPU. Decides
+            how many images and nodes go at once, as far as one image allows; where a GPU has less after all, half of
+            them, and so on.
 
     Returns:
         See ``Discovery``; on the CPU.
@@ -152,7 +153,7 @@ def discover(
     search = plan_search(
         model, method=method, top_k=top_k, tokens=tokens, quadrature=quadrature, target=target, quantity=quantity
     )
-    part = find_part(model, search, batches, memory=memory)
+    part = find_part(model, search, batches, memory_gib=memory_gib)
     return combine(search, [] if part is None else [part])
 
 
@@ -189,14 +190,22 @@ def plan_search(
     return Search(tuple(ffns), method, top_k, scope, rule, objective)
 
 
-def find_part(model: nn.Module, search: Search, batches: Batches, *, memory: float | None = None) -> Part | None:
+def find_part(
+    model: nn.Module,
+    search: Search,
+    batches: Batches,
+    *,
+    memory_gib: float | None = None,
+    pace: Pace | None = None,
+) -> Part | None:
     """Find the paths of some images.
 
     Args:
         model: in eval mode.
         search: as planned for this model.
         batches: pairs of images and labels; read once.
-        memory: as in ``discover``.
+        memory_gib: as in ``discover``.
+        pace: from ``set_pace`` on this model and request, where it is there already; halved where memory runs out.
 
     Returns:
         None where there are no images.
@@ -206,20 +215,18 @@ def find_part(model: nn.Module, search: Search, batches: Batches, *, memory: flo
     """
     parts: dict[str, list[Tensor]] = {name: [] for name in ("neurons", "scores", "errors", "labels", "predictions")}
     sums: dict[str, dict[int, Tensor]] = {ffn.name: {} for ffn in search.ffns}
-    pace = None
     for batch_images, batch_labels in on_device(model, batches):
         if pace is None:
-            check_trunk(model, search.ffns, batch_images)
-            pace = _choose_pace(model, search, batch_images, memory)
+            pace = set_pace(model, search, batch_images, memory_gib=memory_gib)
         start = 0
         while start < len(batch_images):
             images, labels = (each[start : start + pace.images] for each in (batch_images, batch_labels))
             try:
                 paths = _search(model, search, images, labels, pace)
             except torch.OutOfMemoryError:
-                if pace == _Pace(1, 1):
+                if (pace.images, pace.chunk_rows) == (1, 1):
                     raise
-                pace = _Pace(max(1, pace.images // 2), max(1, pace.chunk_rows // 2))
+                pace.images, pace.chunk_rows = max(1, pace.images // 2), max(1, pace.chunk_rows // 2)
                 torch.cuda.empty_cache()
                 continue
             start += len(images)
@@ -246,25 +253,39 @@ def find_part(model: nn.Module, search: Search, batches: Batches, *, memory: flo
     )
 
 
-@dataclass(frozen=True)
-class _Pace:
-    """Images searched at once, and rows (images x nodes) in one autograd graph of the suffix."""
+@dataclass
+class Pace:
+    """How much goes at once; changes memory and time, not results.
+
+    Attributes:
+        images: searched together.
+        chunk_rows: images x nodes in one autograd graph of the suffix.
+    """
 
     images: int
     chunk_rows: int
 
 
-def _choose_pace(model: nn.Module, search: Search, images: Tensor, memory: float | None) -> _Pace:
+def set_pace(model: nn.Module, search: Search, images: Tensor, *, memory_gib: float | None = None) -> Pace:
+    """Find out how much of a search fits into memory, on images [B, 3, height, width] of the right size.
+
+    Raises:
+        VitpruneError: if the model has no isotropic trunk, or the budget is not positive.
+    """
+    check_trunk(model, search.ffns, images)
     with frozen(model):
-        row_bytes = measure_row_bytes(model, images)
-    rows = rows_within(memory, row_bytes, images.device)
-    tokens = scope_slice(model, search.tokens)
-    # Several scoped tokens keep the graph of the prefix as well, of all nodes together.
-    together = max(rows, PREFIX_ROWS) if tokens == slice(0, 1) else rows // 2
-    return _Pace(max(1, together // len(search.rule.nodes)), rows)
+        graph_rows, block_rows = count_rows(model, images, memory_gib)
+    if images.device.type == "cpu":
+        graph_rows, block_rows = min(graph_rows, CPU_SUFFIX_ROWS), min(block_rows, CPU_PREFIX_ROWS)
+    if scope_slice(model, search.tokens) != slice(0, 1):
+        # Several scoped tokens keep the graph of the prefix, of all nodes together, beside that of the suffix.
+        block_rows = graph_rows // 2
+    complete = search.method in ("jas-complete", "knowledge-neurons")
+    num_nodes = len(search.rule.nodes) + 2 * complete
+    return Pace(max(1, min(block_rows // num_nodes, graph_rows)), graph_rows)
 
 
-def _search(model: nn.Module, search: Search, images: Tensor, labels: Tensor, pace: _Pace) -> PathBatch:
+def _search(model: nn.Module, search: Search, images: Tensor, labels: Tensor, pace: Pace) -> PathBatch:
     with frozen(model):
         return _FIND_PATHS[search.method](
             model,
@@ -292,7 +313,8 @@ def combine(search: Search, parts: Iterable[Part]) -> Discovery:
             kept.setdefault(name, []).append(getattr(part, name))
         for name, sum_CH in part.score_sums.items():
             for index, sum_H in zip(part.classes, sum_CH, strict=True):
-                sums[name][index] = sums[name][index] + sum_H if index in sums[name] else sum_H
+                # A view would keep the file that it was read from in memory.
+                sums[name][index] = sums[name][index] + sum_H if index in sums[name] else sum_H.clone()
     if not kept:
         raise VitpruneError("no images to discover paths on")
     errors = kept.pop("completeness_errors")

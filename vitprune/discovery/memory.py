@@ -1,6 +1,6 @@
-"""How many rows (images x quadrature nodes) fit into a memory budget.
+"""How much of a search fits into a memory budget.
 
-Letters: B images.
+Letters: B images, L blocks; a row is one image at one quadrature node.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vitprune.discovery.trunk import plain_attention
 from vitprune.errors import VitpruneError
 
 GIB = 2**30
-# On a CPU more rows than these only leave its caches.
-CPU_BUDGET_GIB, CPU_ROWS = 2.0, 32
-# Beside what autograd keeps of a row: gradients on their way, the states of the prefix and their tangents.
-_OVERHEAD = 1.5
+CPU_BUDGET_GIB = 2.0
+# Measured on ViT-B/16: gradients on their way make half as much again; a block with its tangents holds four times what
+# autograd keeps of it.
+_GRAPH_OVERHEAD, _TANGENT_OVERHEAD = 1.5, 4
 
 
 def measure_row_bytes(model: nn.Module, images: Tensor) -> int:
@@ -36,36 +37,41 @@ def measure_row_bytes(model: nn.Module, images: Tensor) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def check_budget(budget_gib: float) -> None:
-    """Refuse a budget that is none.
-
-    Raises:
-        VitpruneError: if the budget is not positive.
-    """
-    if not budget_gib > 0:
-        raise VitpruneError(f"memory must be positive, got {budget_gib}")
-
-
-def rows_within(budget_gib: float | None, row_bytes: int, device: torch.device) -> int:
-    """Return how many rows may be in an autograd graph at once, at least 1.
+def count_rows(model: nn.Module, images: Tensor, memory_gib: float | None) -> tuple[int, int]:
+    """Return how many rows fit into one autograd graph of all blocks, and into one block with tangents.
 
     Args:
-        budget_gib: memory beside the model's weights; None takes 2 GiB on a CPU and four fifths of what is free on a
-            GPU.
-        row_bytes: as ``measure_row_bytes`` found.
-        device: where the model is.
+        model: timm Vision Transformer with frozen parameters.
+        images: [B, 3, height, width]; one is looked at.
+        memory_gib: to use beside the weights; None takes 2 on a CPU and four fifths of what is free on a GPU.
+
+    Returns:
+        Both at least 1.
+
+    Raises:
+        VitpruneError: if the budget is not positive.
+    """
+    budget = budget_bytes(memory_gib, images.device)
+    graph = measure_row_bytes(model, images)
+    with plain_attention(model):
+        block = measure_row_bytes(model, images) / len(model.blocks)
+    return max(1, int(budget / (_GRAPH_OVERHEAD * graph))), max(1, int(budget / (_TANGENT_OVERHEAD * block)))
+
+
+def budget_bytes(memory_gib: float | None, device: torch.device) -> float:
+    """Return the bytes that a search may use.
 
     Raises:
         VitpruneError: if the budget is not positive.
 
-    >>> rows_within(1.0, 50 * 2**20, torch.device("cpu"))
-    13
+    >>> budget_bytes(0.5, torch.device("cpu")) / 2**30
+    0.5
     """
-    if budget_gib is not None:
-        check_budget(budget_gib)
-    else:
-        budget_gib = CPU_BUDGET_GIB
-        if device.type == "cuda":
-            budget_gib = 0.8 * torch.cuda.mem_get_info(device)[0] / GIB
-    rows = max(1, int(budget_gib * GIB / (_OVERHEAD * row_bytes)))
-    return min(rows, CPU_ROWS) if device.type == "cpu" else rows
+    if memory_gib is not None:
+        if not memory_gib > 0:
+            raise VitpruneError(f"memory must be positive, got {memory_gib}")
+        return memory_gib * GIB
+    if device.type != "cuda":
+        return CPU_BUDGET_GIB * GIB
+    free = torch.cuda.mem_get_info(device)[0]
+    return 0.8 * (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))

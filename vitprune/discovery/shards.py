@@ -1,26 +1,28 @@
 """Paths of many images, written in shards as they are found: what is finished survives, whoever found it.
 
-A shard is a fixed stretch of the images, whatever the number of processes, so that the same request ends in the same
-files after any interruption.
-
-Letters: I images, L FFNs, K neurons per FFN, C classes, H hidden neurons.
+A shard is a fixed stretch of the images, whatever the number of processes, and says which request and which files it is
+of. Letters: I images, L FFNs, K neurons per FFN, C classes, H hidden neurons.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from vitprune.data import ImageBatches, ImageSet, ReadBatch
-from vitprune.discovery.discover import Discovery, Part, Search, combine, find_part
+from vitprune.data import ImageBatches, ImageSet, ReadBatch, data_config
+from vitprune.discovery.discover import Discovery, Part, Search, combine, find_part, set_pace
 from vitprune.errors import VitpruneError
-from vitprune.files import read_tensors, write_tensors
+from vitprune.files import REQUEST_FILE, read_tensors, write_tensors
 from vitprune.processes import Processes
 from vitprune.progress import Track, untracked
 
@@ -32,32 +34,82 @@ class Shards:
     """How images are cut into shards, and where these are kept.
 
     Attributes:
-        folder: of the shard files; belongs to one request alone.
+        folder: of the shard files.
+        request: everything that their content depends on beside the images; JSON values.
         images: all of them.
-        batch_size: images decoded and searched together.
+        batch_size: images decoded together.
         batches_per_shard: how many of these make a shard.
     """
 
     folder: Path
+    request: Mapping[str, Any]
     images: ImageSet
     batch_size: int
     batches_per_shard: int
 
     @property
-    def num_images(self) -> int:
+    def images_per_shard(self) -> int:
         """Images in every shard but the last."""
         return self.batch_size * self.batches_per_shard
 
     def __len__(self) -> int:
-        return -(-len(self.images) // self.num_images)
+        return -(-len(self.images) // self.images_per_shard)
 
     def path(self, number: int) -> Path:
         """Return the file of a shard."""
         return self.folder / f"shard-{number:06}.safetensors"
 
-    def missing(self) -> list[int]:
-        """Return the numbers of the shards that are not there yet."""
-        return [number for number in range(len(self)) if not self.path(number).is_file()]
+    def places(self, number: int) -> range:
+        """Return which of the images a shard is of."""
+        size = self.images_per_shard
+        return range(number * size, min((number + 1) * size, len(self.images)))
+
+    @cached_property
+    def _request_hash(self) -> str:
+        return _hash(self.request)
+
+    def identity(self, number: int) -> str:
+        """Return a hash of the request and of a shard's files: names, labels, sizes and times of change."""
+
+        def look_at(name: str) -> tuple[int, int] | None:
+            try:
+                found = (self.images.root / name).stat()
+            except OSError:  # such an image is skipped, or refused, when it is decoded
+                return None
+            return found.st_size, found.st_mtime_ns
+
+        places = self.places(number)
+        names = self.images.files[places.start : places.stop]
+        labels = self.images.labels[places.start : places.stop]
+        return _hash([self._request_hash, str(self.images.root), names, labels, [look_at(name) for name in names]])
+
+    def missing(self, *, strict: bool = False) -> list[int]:
+        """Return the numbers of the shards that are not there, or are not of this request and these files.
+
+        Args:
+            strict: count a shard that skipped an image as missing.
+        """
+        return [number for number in range(len(self)) if not self._is_there(number, strict)]
+
+    def _is_there(self, number: int, strict: bool) -> bool:
+        try:
+            with safe_open(self.path(number), framework="pt") as stream:
+                facts = json.loads((stream.metadata() or {}).get("vitprune", "{}"))
+        except (FileNotFoundError, SafetensorError):
+            return False
+        return facts.get("identity") == self.identity(number) and not (strict and facts["skipped"])
+
+    def remove(self) -> None:
+        """Remove the shards, then the folder if nothing else is in it."""
+        for pattern in ("shard-*.safetensors", ".shard-*", REQUEST_FILE):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def find_shards(
@@ -68,7 +120,7 @@ def find_shards(
     *,
     num_workers: int = 0,
     strict: bool = False,
-    memory: float | None = None,
+    memory_gib: float | None = None,
     track: Track = untracked,
 ) -> None:
     """Find and write some shards, one after another; each is there as a whole or not at all.
@@ -80,7 +132,7 @@ def find_shards(
         numbers: which of them, ascending.
         num_workers: processes that decode images.
         strict: refuse an undecodable image instead of leaving it out.
-        memory: as in ``discover``.
+        memory_gib: as in ``discover``.
         track: wraps (batches, description), for progress.
 
     Raises:
@@ -88,38 +140,43 @@ def find_shards(
     """
     if not numbers:
         return
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, *data_config(model)["input_size"], generator=generator).to(parameter.device, parameter.dtype)
+    pace = set_pace(model, search, image, memory_gib=memory_gib)
     # One loader for all shards: its processes go on decoding while a shard is written.
-    size, total = shards.num_images, len(shards.images)
-    places = [place for number in numbers for place in range(number * size, min((number + 1) * size, total))]
+    places = [place for number in numbers for place in shards.places(number)]
     batches = ImageBatches(
         shards.images.at(places), model, batch_size=shards.batch_size, num_workers=num_workers, strict=strict
     )
     reading = iter(track(_Read(batches), "discover"))
     for position, number in enumerate(numbers):
+        identity = shards.identity(number)  # before its files are read: a later change makes the shard stale
         last = position == len(numbers) - 1
         stretch = _Stretch(reading if last else islice(reading, shards.batches_per_shard))
-        part = find_part(model, search, stretch, memory=memory)
-        write_shard(shards, number, part, stretch.files, stretch.skipped)
+        part = find_part(model, search, stretch, pace=pace)
+        write_shard(shards.path(number), part, stretch.files, stretch.skipped, identity=identity)
 
 
 def write_shard(
-    shards: Shards, number: int, part: Part | None, files: Sequence[str], skipped: Sequence[tuple[str, str]]
+    path: Path, part: Part | None, files: Sequence[str], skipped: Sequence[tuple[str, str]], *, identity: str
 ) -> None:
     """Write one shard, as a whole or not at all.
 
     Args:
-        shards: which it belongs to.
-        number: its number.
+        path: where.
         part: what was found on its images; None if none of them could be decoded.
         files: names of the images that could be decoded, in the order of ``part``.
         skipped: the other names, with the reason.
+        identity: as ``Shards.identity`` gives it.
     """
-    facts = {"files": files, "skipped": skipped, "classes": [] if part is None else part.classes}
+    classes = [] if part is None else part.classes
+    facts = {"identity": identity, "files": files, "skipped": skipped, "classes": classes}
     tensors = {}
     if part is not None:
         tensors = {name: getattr(part, name) for name in _TENSORS if getattr(part, name) is not None}
         tensors |= {f"score_sums.{name}": sum_CH for name, sum_CH in part.score_sums.items()}
-    write_tensors(shards.path(number), tensors, kind="shard", facts=facts)
+    write_tensors(path, tensors, kind="shard", facts=facts)
 
 
 def read_shards(search: Search, shards: Shards) -> tuple[Discovery, ImageSet, list[str]]:
@@ -141,25 +198,20 @@ def read_shards(search: Search, shards: Shards) -> tuple[Discovery, ImageSet, li
             skipped.extend(facts["skipped"])
             if facts["files"]:
                 yield Part(
-                    **{name: tensors.get(name) for name in _TENSORS},
+                    # Tensors as they were read keep the whole file in memory.
+                    **{name: tensors[name].clone() if name in tensors else None for name in _TENSORS},
                     classes=tuple(facts["classes"]),
                     score_sums={ffn.name: tensors[f"score_sums.{ffn.name}"] for ffn in search.ffns},
                 )
 
-    parts = read()
-    first = next(parts, None)
-    if first is None:
+    try:
+        found = combine(search, read())
+    except VitpruneError as error:
+        if files:
+            raise
         name, reason = skipped[0]
-        raise VitpruneError(f"{shards.images.root}: no image could be decoded (first: {name}, {reason})")
-    found = combine(search, chain([first], parts))
+        raise VitpruneError(f"{shards.images.root}: no image could be decoded (first: {name}, {reason})") from error
     return found, shards.images.only(files), [name for name, _reason in skipped]
-
-
-def describe_images(images: ImageSet) -> str:
-    """Return a hash of the names, sizes and labels of image files; their content is not read."""
-    sizes = [(images.root / name).stat().st_size for name in images.files]
-    listed = json.dumps([images.files, images.labels, sizes])
-    return hashlib.sha256(listed.encode()).hexdigest()[:16]
 
 
 def share(numbers: Sequence[int], processes: Processes) -> list[int]:
