@@ -221,7 +221,10 @@ def find_class(root: str | Path, class_names: Mapping[int, str], name: str) -> i
         return int(name)
     named = [index for index, folder in class_names.items() if name.lower() in map(str.lower, _english_names(folder))]
     if not named:
-        raise VitpruneError(f"class '{name}' is neither a folder of {root} nor the index or English name of one")
+        raise VitpruneError(
+            f"class '{name}' is neither a folder of {root} nor the index or English name of one: "
+            f"there are no images of class '{name}'"
+        )
     if len(named) > 1:
         raise VitpruneError(f"class '{name}' may be {' or '.join(class_names[index] for index in named)}; name one")
     return named[0]
