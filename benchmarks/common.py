@@ -50,7 +50,7 @@ def open_points(folder: str, model: torch.nn.Module, *sets: vitprune.ImageSet) -
 
 def describe_machine() -> dict[str, Any]:
     """Return hardware, versions, date and the command, with files and folders by their last name."""
-    words = [Path(word).name if word.startswith("/") else word for word in sys.argv]
+    words = [Path(word).name if word.startswith(("/", "..")) else word for word in sys.argv]
     return {
         "date": str(date.today()),
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
