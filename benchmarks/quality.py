@@ -40,7 +40,6 @@ def main(
     distill_ratios: list[float] = [0.5, 0.7],  # noqa: B006
     criteria: list[str] | None = None,
     slow_images: int = 250,
-    picture: str | None = None,
     label: str = "all",
 ):
     """Measure the table.
@@ -58,7 +57,6 @@ def main(
         distill_ratios: shares to remove by the default with distill as well.
         criteria: how neurons are ranked (default: all).
         slow_images: images for the path search and integrated gradients.
-        picture: PNG or SVG file to write as well.
         label: names the files in benchmarks/results, where several runs share the work.
     """
     criteria = list(CRITERIA) if criteria is None else criteria
@@ -102,8 +100,7 @@ def main(
     hidden = {("sequential", 1.0), *((("none", 1.0),) if len(criteria) > 3 else ())}
     shown = [point for point in points if point.criterion == "dense" or (point.compensation, point.step) not in hidden]
     title = f"{model}, {points[0].num_images} photos, no retraining"
-    for path in filter(None, (picture, RESULTS / f"{name}.png")):
-        render_curve(shown, path, title=title)
+    render_curve(shown, RESULTS / f"{name}.png", title=title)
     for point in points:
         line = f"{point.criterion:21}{point.allocation:9}{point.compensation:13}{point.step:5.2f}"
         print(f"{line}{point.pruning_ratio:6.2f} {point.top1:.3f} {point.drop:+.3f} p {point.p_value:.2g}")

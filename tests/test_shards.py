@@ -272,6 +272,13 @@ def test_a_shard_without_a_single_image(saved_vit, image_folder, tmp_path, capsy
     assert "no image could be decoded" in capsys.readouterr().err
 
 
+def test_more_names_than_a_header_holds_are_refused_beforehand(saved_vit, image_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vitprune.cli.MOST_NAME_BYTES", 100)
+    assert main(command(saved_vit, image_folder, tmp_path / "r")) == 2
+    assert "20 images are too many to name in one run" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_only_discover_runs_on_several_processes(saved_vit, image_folder, tmp_path, capsys, monkeypatch):
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "localhost")):
         monkeypatch.setenv(name, value)

@@ -550,7 +550,6 @@ def _discover(
     from vitprune.discovery.run import PATHS_FILE, RUN_FILES, Run, save_run
     from vitprune.discovery.shards import Shards, find_shards, read_shards, share
     from vitprune.files import held, open_resumable, refuse_existing
-    from vitprune.models import hash_weights
     from vitprune.processes import join_processes
     from vitprune.progress import untracked
 
@@ -619,7 +618,7 @@ def _discover(
             images=used,
             model=_as_stored(model),
             checkpoint=None if checkpoint is None else str(Path(checkpoint).resolve()),
-            weights_sha256=hash_weights(network),
+            weights_sha256=request["weights"],
         )
         save_run(run, output)
         shards.remove()
