@@ -144,7 +144,7 @@ def capture(model: nn.Module, ffns: Sequence[FeedForward], *, outputs: bool = Fa
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Ask for no gradients of the parameters for a while: about a third less to remember of each forward pass."""
+    """Ask for no gradients of the parameters for a while: a forward pass then keeps less for the backward pass."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:
