@@ -184,7 +184,8 @@ def _add_discover(parser: ArgumentParser) -> None:
         "--quadrature",
         type=str,
         default=options.DEFAULT_QUADRATURE,
-        help="gauss-legendre:NODES or riemann:STEPS (the paper: riemann:20)",
+        help="adaptive (2 nodes, 5 where those leave a choice in doubt), gauss-legendre:NODES or riemann:STEPS (the "
+        "paper: riemann:20)",
     )
     parser.add_argument(
         "--target", type=str, default="label", help=_listed(options.TARGET_CLASSES) + "; or a class for all images"

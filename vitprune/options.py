@@ -74,7 +74,7 @@ BACKENDS: Mapping[str, str] = {
     "onnxruntime-cpu": "ONNX Runtime, CPU provider",
 }
 
-DEFAULT_QUADRATURE = "gauss-legendre:4"
+DEFAULT_QUADRATURE = "adaptive"
 DEFAULT_RATIO = 0.5
 DEFAULT_CRITERION = "obs"
 DEFAULT_ALLOCATION = "global"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vitprune.discovery.engine import CHUNK_ROWS, PathBatch, score_paths, search_paths
+from vitprune.discovery.engine import CHUNK_ROWS, PathBatch, score_alone, score_paths
 from vitprune.discovery.objective import DEFAULT_OBJECTIVE, Objective
 from vitprune.discovery.quadrature import Quadrature
 from vitprune.discovery.trunk import record_clean, scope_slice
@@ -102,22 +102,17 @@ def knowledge_neuron_paths(
         Dai et al., "Knowledge Neurons in Pretrained Transformers", ACL 2022 (arXiv:2104.08696); here the whole hidden
         vector grows, as in Sundararajan et al., ICML 2017 (arXiv:1703.01365); their formula grows one neuron at a time.
     """
-    # The complete score of a neuron joined with no other.
-    alone = search_paths(
+    scores, logits = score_alone(
         model,
         ffns,
         images,
         labels,
-        top_k=0,
         quadrature=quadrature,
         scope=scope,
         objective=objective,
         chunk_rows=chunk_rows,
-        complete=True,
     )
-    return _as_paths(
-        model, ffns, images, labels, alone.scores, alone.logits_BC, top_k, quadrature, scope, objective, chunk_rows
-    )
+    return _as_paths(model, ffns, images, labels, scores, logits, top_k, quadrature, scope, objective, chunk_rows)
 
 
 def _as_paths(

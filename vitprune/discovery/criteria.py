@@ -27,7 +27,7 @@ from vitprune.discovery.statistics import (
 from vitprune.errors import VitpruneError
 from vitprune.feed_forward import FeedForward, find_feed_forwards, hook_hidden
 from vitprune.models import has_classifier
-from vitprune.options import CRITERIA, DEFAULT_QUADRATURE, DEFAULT_RIDGE, check_choice
+from vitprune.options import CRITERIA, DEFAULT_RIDGE, check_choice
 from vitprune.progress import Track, untracked
 
 Scores = dict[str, Tensor]
@@ -180,7 +180,7 @@ def fisher(model: nn.Module, statistics: Mapping[str, Statistics]) -> Scores:
     return {name: of_ffn.fisher_H / 2 for name, of_ffn in statistics.items()}
 
 
-def integrated_gradients(model: nn.Module, batches: Batches, *, quadrature: str = DEFAULT_QUADRATURE) -> Scores:
+def integrated_gradients(model: nn.Module, batches: Batches, *, quadrature: str = "gauss-legendre:4") -> Scores:
     r"""Attribute the loss to neurons along the way from a silent FFN to the real one.
 
     .. math:: s_i = \frac{1}{B} \sum_b \Big| \sum_n h_{bni} \int_0^1
@@ -193,7 +193,7 @@ def integrated_gradients(model: nn.Module, batches: Batches, *, quadrature: str 
         model: timm Vision Transformer in eval mode; images -> logits [B, C].
         batches: pairs of images [B, 3, height, width] (normalised by the model's own transform) and class labels [B]
             (int64). Read once; each batch costs a forward and a backward pass per FFN and node.
-        quadrature: ``gauss-legendre:NODES`` or ``riemann:STEPS``.
+        quadrature: ``adaptive`` (all of its nodes), ``gauss-legendre:NODES`` or ``riemann:STEPS``.
 
     Returns:
         FFN name -> scores [H]; float64, nats per image, non-negative; higher is more important.
@@ -206,7 +206,7 @@ def integrated_gradients(model: nn.Module, batches: Batches, *, quadrature: str 
         (arXiv:2104.08696, knowledge neurons), who attribute the probability.
     """
     ffns = find_feed_forwards(model)
-    rule = parse_quadrature(quadrature)
+    rule = parse_quadrature(quadrature).whole()
     sums = {ffn.name: torch.zeros(ffn.num_neurons, dtype=torch.float64) for ffn in ffns}
     count = 0
     for images, labels in on_device(model, batches):

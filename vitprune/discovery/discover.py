@@ -134,7 +134,8 @@ def discover(
         top_k: K, neurons per FFN; 1 .. the narrowest FFN.
         tokens: whose hidden vectors count: ``cls`` (class token), ``patch`` or ``all``; None takes the class token
             where the head reads it, else the patches.
-        quadrature: ``gauss-legendre:NODES`` or ``riemann:STEPS``.
+        quadrature: ``adaptive``, ``gauss-legendre:NODES`` or ``riemann:STEPS``; see ``parse_quadrature``. ``adaptive`` takes
+            its further nodes where the first ones do not settle a choice, and for what is not chosen layer by layer.
         target: whose answer is attributed: ``label`` (each image's own class), ``predicted`` or a class index.
         quantity: ``probability`` of that class (the paper) or its ``logit``.
         memory_gib: to use beside the weights; None takes 2 on a CPU and four fifths of what is free on a GPU. Decides
@@ -278,10 +279,13 @@ def set_pace(model: nn.Module, search: Search, images: Tensor, *, memory_gib: fl
     if images.device.type == "cpu":
         graph_rows, block_rows = min(graph_rows, CPU_SUFFIX_ROWS), min(block_rows, CPU_PREFIX_ROWS)
     if scope_slice(model, search.tokens) != slice(0, 1):
-        # Several scoped tokens keep the graph of the prefix, of all nodes together, beside that of the suffix.
-        block_rows = graph_rows // 2
-    complete = search.method in ("jas-complete", "knowledge-neurons")
-    num_nodes = len(search.rule.nodes) + 2 * complete
+        # Several scoped tokens keep the graph of the prefix, of all nodes together, beside that of the suffix; further
+        # nodes have a graph of their own.
+        block_rows = graph_rows // (3 if search.rule.more_nodes else 2)
+    if search.method == "jas":
+        num_nodes = len(search.rule.nodes)
+    else:  # the complete joint score takes F(0) and F(1) beside all nodes
+        num_nodes = len(search.rule.whole().nodes) + 2 * (search.method == "jas-complete")
     return Pace(max(1, min(block_rows // num_nodes, graph_rows)), graph_rows)
 
 

@@ -12,6 +12,9 @@ of the class probability over α. Three facts make it cheap without changing a n
 * Only the suffix behind the layer under test needs a forward and a backward pass, and in the last block only the
   tokens that the head reads.
 
+A rule with further nodes takes them where the first ones leave it in doubt which neurons are the best (``find_doubtful``):
+for those images and that layer alone, by going through the blocks before it again.
+
 Letters: B images, N tokens, T scoped tokens, D embedding width, H hidden neurons, L FFNs, K neurons per FFN,
 Q quadrature nodes, R = Q*B rows (node-major). Tensors without an H at the end that start with R may have B rows only
 while all nodes still share one state.
@@ -20,14 +23,16 @@ while all nodes still share one state.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from vitprune.discovery.doubt import find_doubtful
 from vitprune.discovery.objective import DEFAULT_OBJECTIVE, Objective
 from vitprune.discovery.quadrature import Quadrature
+from vitprune.discovery.tangents import LeanTangents
 from vitprune.discovery.trunk import (
     CleanPass,
     attend,
@@ -35,7 +40,6 @@ from vitprune.discovery.trunk import (
     can_attend_first,
     head,
     num_tokens_read,
-    plain_attention,
     record_clean,
     scale_branch,
     scope_slice,
@@ -93,7 +97,7 @@ def search_paths(
         images: [B, 3, height, width], normalised by the model's own transform; any mix of classes.
         labels: int64 [B]; each image's class, for an objective that asks for it.
         top_k: K, neurons per FFN.
-        quadrature: rule for the integral over α.
+        quadrature: rule for the integral over α; the joint score of a path (not of ``complete``) takes its first nodes.
         scope: ``cls``, ``patch`` or ``all``.
         objective: what F is.
         chunk_rows: images x nodes that run through the suffix at once; changes memory, not results.
@@ -104,8 +108,29 @@ def search_paths(
         arXiv:2503.09046, section 3. There only the last of K neurons of each earlier layer enters the sums; here all
         do. For K = 1 the two agree.
     """
-    suffix = _Suffix(objective, chunk_rows)
-    return _walk(model, ffns, images, labels, top_k, None, quadrature, scope, suffix, complete)
+    clean = record_clean(model, ffns, images, tokens=scope_slice(model, scope))
+    course = _Course(clean, objective.classes(labels, clean.logits_BC), quadrature.nodes, objective, scope, complete, chunk_rows)
+    neurons: list[Tensor] = []
+    scores: list[Tensor] = []
+    with course.grad_mode():
+        prefix = course.start()
+        for index in range(len(ffns)):
+            layer = _enter(model, course, index, prefix)
+            score_QBH = _score_nodes(model, ffns, course, index, layer)
+            score_BH = _integrate(score_QBH, quadrature.weights)
+            if quadrature.more_nodes:
+                _settle(model, ffns, course, neurons, quadrature, top_k, score_QBH, score_BH)
+            # A stable sort breaks ties towards the lower index, whatever the device.
+            best_BK = score_BH.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+            prefix = _advance(model, ffns, course, index, layer, best_BK)
+            scores.append(score_BH)
+            neurons.append(best_BK)
+        neurons_BLK = torch.stack(neurons, 1)
+        if complete:
+            joint_B, errors_B = _complete_joint_score(model, ffns, course, neurons_BLK, quadrature.whole())
+        else:
+            joint_B, errors_B = _joint_score(model, course, prefix, quadrature.weights), None
+    return PathBatch(neurons_BLK, joint_B, errors_B, tuple(scores), clean.logits_BC)
 
 
 def score_paths(
@@ -130,77 +155,88 @@ def score_paths(
     Source:
         arXiv:2503.09046, definition 3.1.
     """
-    top_k = neurons_BLK.shape[-1]
-    suffix = _Suffix(objective, chunk_rows)
-    walked = _walk(model, ffns, images, labels, top_k, neurons_BLK, quadrature, scope, suffix, False)
-    return walked.joint_scores_B
+    clean = record_clean(model, ffns, images, tokens=scope_slice(model, scope))
+    rule = quadrature.whole()
+    course = _Course(clean, objective.classes(labels, clean.logits_BC), rule.nodes, objective, scope, False, chunk_rows)
+    with course.grad_mode():
+        return _joint_score(model, course, _walk(model, ffns, course, neurons_BLK.unbind(1)), rule.weights)
 
 
-def _walk(model, ffns, images, labels, top_k, given_BLK, quadrature, scope, suffix, complete) -> PathBatch:
-    """Go through the blocks once: score the layer (unless its neurons are given), select, advance."""
-    tokens = scope_slice(model, scope)
-    nodes, node_weights = quadrature.nodes, quadrature.weights
-    if complete:  # two nodes of weight 0 give F(0) and F(1)
-        nodes, node_weights = (*nodes, 0.0, 1.0), (*node_weights, 0.0, 0.0)
-    alphas_Q = torch.tensor(nodes, dtype=images.dtype, device=images.device)
-    weights_Q = torch.tensor(node_weights, dtype=images.dtype, device=images.device)
-    clean = record_clean(model, ffns, images, tokens=tokens)
-    one_token = clean.hidden_BTH[0].shape[1] == 1
-    classes_R = suffix.objective.classes(labels, clean.logits_BC).repeat(len(nodes))
+def score_alone(
+    model: nn.Module,
+    ffns: Sequence[FeedForward],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    quadrature: Quadrature,
+    scope: str,
+    objective: Objective = DEFAULT_OBJECTIVE,
+    chunk_rows: int = CHUNK_ROWS,
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return each FFN's scores [B, H] joined with no other FFN, by the variant that obeys completeness; and logits.
 
-    blocks = list(model.blocks)
-    state = _Prefix(clean.stem_BND, None, ())
-    selected_sum_BT1 = clean.hidden_BTH[0].new_zeros(len(images), clean.hidden_BTH[0].shape[1], 1)
-    neurons, scores = [], []
-    with torch.no_grad() if one_token else torch.enable_grad():
-        for index, (block, ffn, w_BTH) in enumerate(zip(blocks, ffns, clean.hidden_BTH, strict=True)):
-            down = model.get_submodule(ffn.down_proj)
-            num_read = num_tokens_read(model) if index == len(blocks) - 1 and scope == "cls" else None
-            layer = _enter(block, state, clean.block_args[index], tokens, num_read)
-            if given_BLK is None:
-                whole_QBTH = alphas_Q.view(-1, 1, 1, 1) * w_BTH
-                cut = _leave(block, layer, down(whole_QBTH).flatten(0, 1), None)
-                cut_grad_RND, _ = _suffix_gradient(model, clean, index, cut.x_RND, classes_R, suffix)
-                along_BTH = _integrate(scale_branch(block, 2, cut_grad_RND[:, tokens]), weights_Q) @ down.weight
-                before_BT1 = _prefix_gradient(cut, cut_grad_RND, weights_Q)
-                if complete:
-                    score_BH = (w_BTH * along_BTH + before_BT1).sum(1)
-                else:
-                    score_BH = ((w_BTH + selected_sum_BT1) * (along_BTH + before_BT1)).mean(1)
-                # A stable sort breaks ties towards the lower index, whatever the device.
-                best_BK = score_BH.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-                scores.append(score_BH.detach())
-            else:
-                best_BK = given_BLK[:, index]
-            neurons.append(best_BK)
-
-            chosen_BTK = w_BTH.gather(-1, best_BK.unsqueeze(1).expand(-1, w_BTH.shape[1], -1))
-            selected_sum_BT1 = selected_sum_BT1 + chosen_BTK.sum(-1, keepdim=True)
-            columns_BKD = down.weight.T[best_BK]
-            scaled_BTD = chosen_BTK @ columns_BKD
-            out_QBTD = down(w_BTH) + (alphas_Q - 1).view(-1, 1, 1, 1) * scaled_BTD
-            direction_BTD = scaled_BTD if complete else columns_BKD.sum(1, keepdim=True).expand_as(scaled_BTD)
-            state = _leave(block, layer, out_QBTD.flatten(0, 1), direction_BTD.repeat(len(nodes), 1, 1))
-
-        last = len(blocks) - 1
-        end_grad_RND, value_R = _suffix_gradient(model, clean, last, state.x_RND, classes_R, suffix)
-        total_BT = _prefix_gradient(state, end_grad_RND, weights_Q).squeeze(-1)
-    errors = None
-    if complete:
-        joint_B = total_BT.sum(1)
-        value_QB = value_R.view(len(nodes), -1)
-        errors = (joint_B - (value_QB[-1] - value_QB[-2])).abs()
-    else:
-        joint_B = (selected_sum_BT1.squeeze(-1) * total_BT).mean(1)
-    return PathBatch(torch.stack(neurons, 1), joint_B.detach(), errors, tuple(scores), clean.logits_BC)
+    Arguments as in ``search_paths``.
+    """
+    clean = record_clean(model, ffns, images, tokens=scope_slice(model, scope))
+    rule = quadrature.whole()
+    course = _Course(clean, objective.classes(labels, clean.logits_BC), rule.nodes, objective, scope, True, chunk_rows)
+    scores = []
+    with torch.no_grad():
+        prefix = course.start()
+        for index, (block, ffn) in enumerate(zip(model.blocks, ffns, strict=True)):
+            layer = _enter(model, course, index, prefix)
+            scores.append(_integrate(_score_nodes(model, ffns, course, index, layer), rule.weights))
+            prefix = _leave(block, layer, model.get_submodule(ffn.down_proj)(clean.hidden_BTH[index]), None)
+    return tuple(scores), clean.logits_BC
 
 
 @dataclass(frozen=True)
-class _Suffix:
-    """What runs behind the layer under test: what F is, and how many rows at once."""
+class _Course:
+    """What stays the same on the way through the blocks.
 
+    Attributes:
+        clean: the undisturbed pass.
+        classes_B: int64; the class that each image's F is of.
+        nodes: values of α.
+        objective: what F is.
+        scope: ``cls``, ``patch`` or ``all``.
+        complete: whether layers are scored by the variant that obeys completeness.
+        chunk_rows: rows in one graph of the suffix.
+    """
+
+    clean: CleanPass
+    classes_B: Tensor
+    nodes: tuple[float, ...]
     objective: Objective
+    scope: str
+    complete: bool
     chunk_rows: int
+
+    @property
+    def one_token(self) -> bool:
+        return self.clean.hidden_BTH[0].shape[1] == 1
+
+    def grad_mode(self):
+        """Several scoped tokens need a graph of the prefix, one does not."""
+        return torch.no_grad() if self.one_token else torch.enable_grad()
+
+    def start(self) -> _Prefix:
+        return _Prefix(self.clean.stem_BND, None, (), torch.zeros_like(self.clean.hidden_BTH[0][..., :1]))
+
+    def alphas(self) -> Tensor:
+        """Return α [Q, 1, 1, 1]."""
+        stem_BND = self.clean.stem_BND
+        return torch.tensor(self.nodes, dtype=stem_BND.dtype, device=stem_BND.device).view(-1, 1, 1, 1)
+
+    def only(self, rows_F: Tensor, nodes: tuple[float, ...]) -> _Course:
+        """Return the same for some of the images, at other nodes."""
+        clean = CleanPass(
+            self.clean.stem_BND[rows_F],
+            self.clean.block_args,
+            tuple(w_BTH[rows_F] for w_BTH in self.clean.hidden_BTH),
+            self.clean.logits_BC[rows_F],
+        )
+        return replace(self, clean=clean, classes_B=self.classes_B[rows_F], nodes=nodes)
 
 
 @dataclass(frozen=True)
@@ -209,12 +245,14 @@ class _Prefix:
 
     One scoped token: ``tangent_RND`` is the derivative of x when every selected neuron moves (None: no neuron yet).
     Several: ``x_RND`` is an autograd graph over ``probes`` (zeros [R, T, D] added to each clamped FFN output), each
-    with the direction [R, T, D] in which the selected neurons move that output.
+    with the direction [R, T, D] in which the selected neurons move that output. ``selected_BT1`` is the sum of the
+    selected neurons' clean activations.
     """
 
     x_RND: Tensor
     tangent_RND: Tensor | None
     probes: tuple[tuple[Tensor, Tensor], ...]
+    selected_BT1: Tensor
 
 
 @dataclass(frozen=True)
@@ -229,7 +267,82 @@ class _Layer:
     tokens: slice
 
 
-def _enter(block, prefix: _Prefix, args, tokens: slice, num_read: int | None) -> _Layer:
+def _settle(model, ffns, course: _Course, neurons, rule: Quadrature, top_k: int, score_QBH, score_BH) -> None:
+    """Write scores of all nodes of a rule into ``score_BH`` where those of its first nodes leave the best in doubt."""
+    doubtful_F = find_doubtful(score_QBH, score_BH, top_k)
+    # A share of the images has room for more nodes than the caller reckoned with.
+    room = max(1, len(score_BH) * len(rule.nodes) // len(rule.more_nodes))
+    for rows_F in doubtful_F.split(room) if len(doubtful_F) else ():
+        few = course.only(rows_F, rule.more_nodes)
+        prefix = _walk(model, ffns, few, [best_BK[rows_F] for best_BK in neurons])
+        layer = _enter(model, few, len(neurons), prefix)
+        more_QFH = _score_nodes(model, ffns, few, len(neurons), layer)
+        score_BH[rows_F] = _integrate(torch.cat([score_QBH[:, rows_F], more_QFH]), rule.whole().weights)
+
+
+def _walk(model, ffns, course: _Course, neurons_LBK: Sequence[Tensor]) -> _Prefix:
+    """Go through the first blocks with given neurons."""
+    prefix = course.start()
+    for index, best_BK in enumerate(neurons_LBK):
+        prefix = _advance(model, ffns, course, index, _enter(model, course, index, prefix), best_BK)
+    return prefix
+
+
+def _score_nodes(model, ffns, course: _Course, index: int, layer: _Layer) -> Tensor:
+    """Return the scores that each node alone would give [Q, B, H]; they are linear in the gradient."""
+    block, down, w_BTH = model.blocks[index], model.get_submodule(ffns[index].down_proj), course.clean.hidden_BTH[index]
+    cut = _leave(block, layer, down(course.alphas() * w_BTH).flatten(0, 1), None)
+    grad_RND, _ = _suffix_gradient(model, course, index, cut.x_RND)
+    slope_RTD = scale_branch(block, 2, grad_RND[:, layer.tokens])
+    before_RT1 = _prefix_gradient(cut, grad_RND)
+    scores = []
+    for slope_BTD, before_BT1 in zip(*(each.chunk(len(course.nodes)) for each in (slope_RTD, before_RT1)), strict=True):
+        along_BTH = slope_BTD @ down.weight
+        if course.complete:
+            scores.append((w_BTH * along_BTH + before_BT1).sum(1))
+        else:
+            scores.append(((w_BTH + layer.prefix.selected_BT1) * (along_BTH + before_BT1)).mean(1))
+    return torch.stack(scores).detach()
+
+
+def _advance(model, ffns, course: _Course, index: int, layer: _Layer, best_BK: Tensor) -> _Prefix:
+    """Clamp the FFN with its selected neurons scaled by α."""
+    block, down, w_BTH = model.blocks[index], model.get_submodule(ffns[index].down_proj), course.clean.hidden_BTH[index]
+    chosen_BTK = w_BTH.gather(-1, best_BK.unsqueeze(1).expand(-1, w_BTH.shape[1], -1))
+    columns_BKD = down.weight.T[best_BK]
+    scaled_BTD = chosen_BTK @ columns_BKD
+    out_QBTD = down(w_BTH) + (course.alphas() - 1) * scaled_BTD
+    direction_BTD = scaled_BTD if course.complete else columns_BKD.sum(1, keepdim=True).expand_as(scaled_BTD)
+    left = _leave(block, layer, out_QBTD.flatten(0, 1), direction_BTD.repeat(len(course.nodes), 1, 1))
+    return replace(left, selected_BT1=layer.prefix.selected_BT1 + chosen_BTK.sum(-1, keepdim=True))
+
+
+def _joint_score(model, course: _Course, prefix: _Prefix, weights: tuple[float, ...]) -> Tensor:
+    """Return the product of sums, a mean over the scoped tokens [B]."""
+    total_BT1, _ = _integrate_end(model, course, prefix, weights)
+    return (prefix.selected_BT1 * total_BT1).mean((1, 2)).detach()
+
+
+def _complete_joint_score(model, ffns, course: _Course, neurons_BLK: Tensor, rule: Quadrature) -> tuple[Tensor, Tensor]:
+    """Return the sum of products [B], and how far it is from F(1) - F(0) [B]."""
+    course = replace(course, nodes=(*rule.nodes, 0.0, 1.0))
+    prefix = _walk(model, ffns, course, neurons_BLK.unbind(1))
+    total_BT1, value_QB = _integrate_end(model, course, prefix, (*rule.weights, 0.0, 0.0))
+    joint_B = total_BT1.sum((1, 2)).detach()
+    return joint_B, (joint_B - (value_QB[-1] - value_QB[-2])).abs()
+
+
+def _integrate_end(model, course: _Course, prefix: _Prefix, weights: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Return the integral of dF along all selected neurons, per scoped token [B, T or 1, 1], and F at each node [Q, B]."""
+    grad_RND, value_R = _suffix_gradient(model, course, len(model.blocks) - 1, prefix.x_RND)
+    along_RT1 = _prefix_gradient(prefix, grad_RND)
+    return _integrate(along_RT1.unflatten(0, (len(weights), -1)), weights), value_R.view(len(weights), -1)
+
+
+def _enter(model, course: _Course, index: int, prefix: _Prefix) -> _Layer:
+    block, args, tokens = model.blocks[index], course.clean.block_args[index], scope_slice(model, course.scope)
+    num_read = num_tokens_read(model) if index == len(model.blocks) - 1 and course.scope == "cls" else None
+
     def run(x_RND: Tensor) -> tuple[Tensor, Tensor]:
         if num_read and can_attend_first(block):
             mid_RND = attend_first(block, x_RND, num_read)
@@ -242,7 +355,7 @@ def _enter(block, prefix: _Prefix, args, tokens: slice, num_read: int | None) ->
     if prefix.tangent_RND is None:
         mid_RND, free_RND = run(prefix.x_RND)
         return _Layer(prefix, mid_RND, free_RND, None, None, tokens)
-    with plain_attention(block), forward_ad.dual_level():
+    with forward_ad.dual_level(), LeanTangents():
         mid, free = run(forward_ad.make_dual(prefix.x_RND, prefix.tangent_RND))
         (mid_RND, mid_tangent), (free_RND, free_tangent) = forward_ad.unpack_dual(mid), forward_ad.unpack_dual(free)
     return _Layer(prefix, mid_RND, free_RND, mid_tangent, free_tangent, tokens)
@@ -266,13 +379,13 @@ def _leave(block, layer: _Layer, out_RTD: Tensor, direction_RTD: Tensor | None) 
         probes, out_RTD = (*probes, (probe_RTD, direction_RTD)), out_RTD + probe_RTD
     x_RND = _assemble(layer.mid_RND, scale_branch(block, 2, out_RTD), layer.free_RND, layer.tokens)
     if several or (layer.mid_tangent_RND is None and direction_RTD is None):
-        return _Prefix(x_RND, None, probes)
+        return _Prefix(x_RND, None, probes, layer.prefix.selected_BT1)
     moved_RTD = torch.zeros_like(out_RTD) if direction_RTD is None else scale_branch(block, 2, direction_RTD)
     if layer.mid_tangent_RND is None:
         tangent_RND = _assemble(torch.zeros_like(x_RND), moved_RTD, torch.zeros_like(layer.free_RND), layer.tokens)
     else:
         tangent_RND = _assemble(layer.mid_tangent_RND, moved_RTD, layer.free_tangent_RND, layer.tokens)
-    return _Prefix(x_RND, tangent_RND, probes)
+    return _Prefix(x_RND, tangent_RND, probes, layer.prefix.selected_BT1)
 
 
 def _assemble(mid_RND: Tensor, scoped_RTD: Tensor, free_RND: Tensor, tokens: slice) -> Tensor:
@@ -284,14 +397,13 @@ def _assemble(mid_RND: Tensor, scoped_RTD: Tensor, free_RND: Tensor, tokens: sli
     return mid_RND.repeat(repeats, 1, 1) + torch.cat(parts, dim=1)
 
 
-def _suffix_gradient(
-    model, clean: CleanPass, index: int, x_RND: Tensor, classes_R: Tensor, suffix: _Suffix
-) -> tuple[Tensor, Tensor]:
+def _suffix_gradient(model, course: _Course, index: int, x_RND: Tensor) -> tuple[Tensor, Tensor]:
     """Return dF/dx behind block ``index`` [R, N, D] and F [R]; a few rows at a time."""
     gradients, values = [], []
     num_read = num_tokens_read(model)
-    rest = list(zip(model.blocks, clean.block_args, strict=True))[index + 1 :]
-    split = (x_RND.detach().split(suffix.chunk_rows), classes_R.split(suffix.chunk_rows))
+    rest = list(zip(model.blocks, course.clean.block_args, strict=True))[index + 1 :]
+    classes_R = course.classes_B.repeat(len(course.nodes))
+    split = (x_RND.detach().split(course.chunk_rows), classes_R.split(course.chunk_rows))
     for rows, classes in zip(*split, strict=True):
         with torch.enable_grad():
             leaf = x = rows.clone().requires_grad_()
@@ -301,24 +413,23 @@ def _suffix_gradient(
                     x = mid + scale_branch(block, 2, block.mlp(block.norm2(mid)))
                 else:
                     x = block(x, *args[0], **args[1])
-            value = suffix.objective.value(head(model, x), classes)
+            value = course.objective.value(head(model, x), classes)
             gradients.append(torch.autograd.grad(value.sum(), leaf)[0])
             values.append(value.detach())
     return torch.cat(gradients), torch.cat(values)
 
 
-def _prefix_gradient(prefix: _Prefix, grad_RND: Tensor, weights_Q: Tensor) -> Tensor:
-    """Integrate dF along the selected neurons of all earlier layers, per scoped token [B, T, 1]."""
+def _prefix_gradient(prefix: _Prefix, grad_RND: Tensor) -> Tensor:
+    """Return dF along the selected neurons of all earlier layers, per scoped token [R, T or 1, 1]."""
     if prefix.tangent_RND is not None:
-        return _integrate((grad_RND * prefix.tangent_RND).sum((1, 2)), weights_Q).view(-1, 1, 1)
+        return (grad_RND * prefix.tangent_RND).sum((1, 2)).view(-1, 1, 1)
     if not prefix.probes:
-        return grad_RND.new_zeros(1, 1, 1)
+        return grad_RND.new_zeros(len(grad_RND), 1, 1)
     probes, directions = zip(*prefix.probes, strict=True)
     pulled = torch.autograd.grad(prefix.x_RND, probes, grad_outputs=grad_RND, retain_graph=True)
-    along_RT = sum((pull * direction).sum(-1) for pull, direction in zip(pulled, directions, strict=True))
-    return _integrate(along_RT, weights_Q).unsqueeze(-1)
+    return sum((pull * direction).sum(-1, keepdim=True) for pull, direction in zip(pulled, directions, strict=True))
 
 
-def _integrate(values_R: Tensor, weights_Q: Tensor) -> Tensor:
-    """Sum node-major rows [Q*B, ...] with the quadrature weights -> [B, ...]."""
-    return torch.tensordot(weights_Q, values_R.unflatten(0, (len(weights_Q), -1)), dims=1)
+def _integrate(values_QX: Tensor, weights: tuple[float, ...]) -> Tensor:
+    """Sum [Q, ...] with the quadrature weights -> [...]."""
+    return torch.tensordot(torch.tensor(weights, dtype=values_QX.dtype, device=values_QX.device), values_QX, dims=1)
