@@ -118,7 +118,7 @@ def test_out_of_memory_halves_what_goes_at_once(tiny_vit, tiny_images, monkeypat
     monkeypatch.setattr(module, "_search", search_with_little)
     found = discover(tiny_vit, [(tiny_images, LABELS)])
     assert torch.equal(found.neurons, whole.neurons)
-    assert tried == [(3, 32), (3, 16), (3, 8), (2, 4), (1, 2), (1, 2), (1, 2)]
+    assert tried == [(3, 32), (3, 16), (3, 8), (3, 4), (2, 2), (1, 1), (1, 1), (1, 1)]
     monkeypatch.setattr(module, "_search", lambda *_args: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
     with pytest.raises(torch.OutOfMemoryError):
         discover(tiny_vit, [(tiny_images, LABELS)])

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import reference
 import torch
 from conftest import make_vit
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import forward_ad
+from torch.nn import functional
 
+from vitprune.discovery import engine
 from vitprune.discovery.baselines import influence_pattern_paths, knowledge_neuron_paths
+from vitprune.discovery.doubt import find_doubtful
 from vitprune.discovery.engine import score_paths, search_paths
 from vitprune.discovery.objective import Objective
 from vitprune.discovery.quadrature import parse_quadrature
+from vitprune.discovery.tangents import LeanTangents
 from vitprune.discovery.trunk import check_trunk
 from vitprune.feed_forward import find_feed_forwards
 
 GAUSS = parse_quadrature("gauss-legendre:3")
+ADAPTIVE = parse_quadrature("adaptive")
 
 # name -> (model arguments, token scopes): every kind of trunk that the engine knows, small.
 TRUNKS = {
@@ -148,6 +157,68 @@ def test_images_of_a_batch_do_not_see_each_other(tiny_vit, tiny_images):
     for index in range(3):
         alone = search(tiny_vit, tiny_images[index : index + 1], LABELS[index : index + 1], scope="cls")
         assert torch.equal(alone.neurons_BLK[0], together.neurons_BLK[index])
+
+
+@pytest.mark.parametrize("scope", ["cls", "patch"])
+@pytest.mark.parametrize("complete", [False, True])
+def test_what_is_never_settled_takes_the_finest_rule(scope, complete, tiny_vit, tiny_images, monkeypatch):
+    monkeypatch.setattr(engine, "NODE_DOUBT", float("inf"))
+    monkeypatch.setattr(engine, "RULE_DOUBT", float("inf"))
+    finest = ADAPTIVE.rules()[-1]
+    got = search(tiny_vit, tiny_images, LABELS, scope=scope, complete=complete, quadrature=ADAPTIVE)
+    expected = search(tiny_vit, tiny_images, LABELS, scope=scope, complete=complete, quadrature=finest)
+    assert torch.equal(got.neurons_BLK[:, :-1], expected.neurons_BLK[:, :-1])
+    for scores, expected_scores in zip(got.scores, expected.scores, strict=True):
+        torch.testing.assert_close(scores, expected_scores, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("scope", "nodes"), [("cls", 2), ("patch", 5)])
+def test_what_is_settled_at_once_takes_the_first_rule(scope, nodes, tiny_vit, tiny_images, monkeypatch):
+    monkeypatch.setattr(engine, "NODE_DOUBT", 0.0)
+    monkeypatch.setattr(engine, "RULE_DOUBT", 0.0)
+    (first,) = (rule for rule in ADAPTIVE.rules() if len(rule.nodes) == nodes)
+    got = search(tiny_vit, tiny_images, LABELS, scope=scope, quadrature=ADAPTIVE)
+    expected = search(tiny_vit, tiny_images, LABELS, scope=scope, quadrature=replace(first, finer=None))
+    for scores, expected_scores in zip(got.scores, expected.scores, strict=True):
+        torch.testing.assert_close(scores, expected_scores, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scope", ["cls", "patch"])
+def test_a_doubtful_image_does_not_change_another(scope, tiny_vit, tiny_images, monkeypatch):
+    monkeypatch.setattr(engine, "NODE_DOUBT", 2.0)  # images go different ways
+    together = search(tiny_vit, tiny_images, LABELS, scope=scope, quadrature=ADAPTIVE)
+    for index in range(len(tiny_images)):
+        one = slice(index, index + 1)
+        alone = search(tiny_vit, tiny_images[one], LABELS[one], scope=scope, quadrature=ADAPTIVE)
+        for scores, alone_scores in zip(together.scores, alone.scores, strict=True):
+            torch.testing.assert_close(scores[one], alone_scores, rtol=1e-9, atol=1e-9)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 4))
+def test_doubt_is_what_pair_by_pair_says(seed, top_k):
+    variants_VBH = torch.randn(3, 2, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    score_BH = variants_VBH.mean(0)
+    doubtful = find_doubtful(score_BH, variants_VBH, top_k, share=0.3).tolist()
+    for image in range(2):
+        ranked = score_BH[image].argsort(descending=True).tolist()
+        pairs = [(best, other) for best in ranked[:top_k] for other in ranked[top_k:]]
+        margins = [[float(scores[image, i] - scores[image, j]) for scores in variants_VBH] for i, j in pairs]
+        assert (image in doubtful) == any(sum(each) / 3 < 0.3 * (max(each) - min(each)) for each in margins)
+
+
+@pytest.mark.parametrize("mask", [None, torch.linspace(-2, 2, 25).view(1, 5, 5).double(), torch.ones(5, 5).tril() > 0])
+def test_tangents_of_attention_equal_finite_differences(mask):
+    inputs, moved = torch.randn(2, 3, 4, 2, 5, 8, dtype=torch.float64)  # of query, key and value each
+
+    def attend(query, key, value):
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    step = 1e-5
+    expected = (attend(*(inputs + step * moved)) - attend(*(inputs - step * moved))) / (2 * step)
+    with forward_ad.dual_level(), LeanTangents():
+        answer = forward_ad.unpack_dual(attend(*map(forward_ad.make_dual, inputs, moved)))
+    torch.testing.assert_close(answer.primal, attend(*inputs))
+    torch.testing.assert_close(answer.tangent, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_permuting_neurons_permutes_the_path(tiny_vit, tiny_images):

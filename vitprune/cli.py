@@ -183,9 +183,8 @@ def _add_discover(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--quadrature",
         type=str,
-        default=options.DEFAULT_QUADRATURE,
-        help="adaptive (2 nodes, 5 where those leave a choice in doubt), gauss-legendre:NODES or riemann:STEPS (the "
-        "paper: riemann:20)",
+        help="adaptive (2 nodes, up to 23 where those leave a choice in doubt; default of jas and jas-complete), "
+        "gauss-legendre:NODES (default of the other methods: gauss-legendre:8), riemann:STEPS (the paper: riemann:20)",
     )
     parser.add_argument(
         "--target", type=str, default="label", help=_listed(options.TARGET_CLASSES) + "; or a class for all images"

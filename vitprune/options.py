@@ -74,7 +74,7 @@ BACKENDS: Mapping[str, str] = {
     "onnxruntime-cpu": "ONNX Runtime, CPU provider",
 }
 
-DEFAULT_QUADRATURE = "adaptive"
+DEFAULT_QUADRATURE, DEFAULT_FIXED_QUADRATURE = "adaptive", "gauss-legendre:8"
 DEFAULT_RATIO = 0.5
 DEFAULT_CRITERION = "obs"
 DEFAULT_ALLOCATION = "global"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitprune.data import Batches, on_device
 from vitprune.discovery.discover import Discovery
-from vitprune.discovery.quadrature import parse_quadrature
+from vitprune.discovery.quadrature import parse_fixed_quadrature
 from vitprune.discovery.second_order import obs
 from vitprune.discovery.statistics import (
     ABSOLUTE,
@@ -193,7 +193,7 @@ def integrated_gradients(model: nn.Module, batches: Batches, *, quadrature: str 
         model: timm Vision Transformer in eval mode; images -> logits [B, C].
         batches: pairs of images [B, 3, height, width] (normalised by the model's own transform) and class labels [B]
             (int64). Read once; each batch costs a forward and a backward pass per FFN and node.
-        quadrature: ``adaptive`` (all of its nodes), ``gauss-legendre:NODES`` or ``riemann:STEPS``.
+        quadrature: ``gauss-legendre:NODES`` or ``riemann:STEPS``.
 
     Returns:
         FFN name -> scores [H]; float64, nats per image, non-negative; higher is more important.
@@ -206,7 +206,7 @@ def integrated_gradients(model: nn.Module, batches: Batches, *, quadrature: str 
         (arXiv:2104.08696, knowledge neurons), who attribute the probability.
     """
     ffns = find_feed_forwards(model)
-    rule = parse_quadrature(quadrature).whole()
+    rule = parse_fixed_quadrature(quadrature)
     sums = {ffn.name: torch.zeros(ffn.num_neurons, dtype=torch.float64) for ffn in ffns}
     count = 0
     for images, labels in on_device(model, batches):

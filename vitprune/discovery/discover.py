@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from vitprune.data import Batches, on_device
 from vitprune.discovery.baselines import activation_paths, influence_pattern_paths, knowledge_neuron_paths
-from vitprune.discovery.engine import PathBatch, search_paths
+from vitprune.discovery.engine import PathBatch, first_rule, search_paths
 from vitprune.discovery.memory import count_rows
 from vitprune.discovery.objective import Objective, make_objective
-from vitprune.discovery.quadrature import Quadrature, parse_quadrature
+from vitprune.discovery.quadrature import Quadrature, parse_fixed_quadrature, parse_quadrature
 from vitprune.discovery.trunk import check_trunk, resolve_scope, scope_slice
 from vitprune.errors import VitpruneError
 from vitprune.feed_forward import FeedForward, find_feed_forwards, frozen
-from vitprune.options import DEFAULT_QUADRATURE, METHODS, check_choice
+from vitprune.options import DEFAULT_FIXED_QUADRATURE, DEFAULT_QUADRATURE, METHODS, check_choice
 
 # On a CPU, more rows (images x nodes) than these in the prefix and in the suffix only leave its caches.
 CPU_PREFIX_ROWS, CPU_SUFFIX_ROWS = 64, 32
@@ -119,7 +119,7 @@ def discover(
     method: str = "jas",
     top_k: int = 1,
     tokens: str | None = None,
-    quadrature: str = DEFAULT_QUADRATURE,
+    quadrature: str | None = None,
     target: str | int = "label",
     quantity: str = "probability",
     memory_gib: float | None = None,
@@ -134,8 +134,8 @@ def discover(
         top_k: K, neurons per FFN; 1 .. the narrowest FFN.
         tokens: whose hidden vectors count: ``cls`` (class token), ``patch`` or ``all``; None takes the class token
             where the head reads it, else the patches.
-        quadrature: ``adaptive``, ``gauss-legendre:NODES`` or ``riemann:STEPS``; see ``parse_quadrature``. ``adaptive`` takes
-            its further nodes where the first ones do not settle a choice, and for what is not chosen layer by layer.
+        quadrature: ``adaptive``, ``gauss-legendre:NODES`` or ``riemann:STEPS``; see ``parse_quadrature``. None takes
+            ``adaptive`` for the layer-by-layer methods (jas, jas-complete) and ``gauss-legendre:8`` for the others.
         target: whose answer is attributed: ``label`` (each image's own class), ``predicted`` or a class index.
         quantity: ``probability`` of that class (the paper) or its ``logit``.
         memory_gib: to use beside the weights; None takes 2 on a CPU and four fifths of what is free on a GPU. Decides
@@ -164,7 +164,7 @@ def plan_search(
     method: str = "jas",
     top_k: int = 1,
     tokens: str | None = None,
-    quadrature: str = DEFAULT_QUADRATURE,
+    quadrature: str | None = None,
     target: str | int = "label",
     quantity: str = "probability",
 ) -> Search:
@@ -174,9 +174,11 @@ def plan_search(
         VitpruneError: if an argument is out of range, or the weights are of 16 bits.
     """
     ffns = find_feed_forwards(model)
-    rule = parse_quadrature(quadrature)
-    scope = resolve_scope(model, tokens)
     check_choice("method", method, METHODS)
+    layerwise = method in ("jas", "jas-complete")
+    read = parse_quadrature if layerwise else parse_fixed_quadrature
+    rule = read(quadrature or (DEFAULT_QUADRATURE if layerwise else DEFAULT_FIXED_QUADRATURE))
+    scope = resolve_scope(model, tokens)
     objective = make_objective(target, quantity, num_classes=model.num_classes)
     narrowest = min(ffns, key=lambda ffn: ffn.num_neurons)
     if not 1 <= top_k <= narrowest.num_neurons:
@@ -276,16 +278,15 @@ def set_pace(model: nn.Module, search: Search, images: Tensor, *, memory_gib: fl
     check_trunk(model, search.ffns, images)
     with frozen(model):
         graph_rows, block_rows = count_rows(model, images, memory_gib)
+    one_token = scope_slice(model, search.tokens) == slice(0, 1)
+    if not one_token:
+        # The graph of the prefix, of all nodes together, stands beside the suffix's; further nodes have their own.
+        block_rows = graph_rows // (3 if search.rule.finer else 2)
     if images.device.type == "cpu":
         graph_rows, block_rows = min(graph_rows, CPU_SUFFIX_ROWS), min(block_rows, CPU_PREFIX_ROWS)
-    if scope_slice(model, search.tokens) != slice(0, 1):
-        # Several scoped tokens keep the graph of the prefix, of all nodes together, beside that of the suffix; further
-        # nodes have a graph of their own.
-        block_rows = graph_rows // (3 if search.rule.more_nodes else 2)
-    if search.method == "jas":
-        num_nodes = len(search.rule.nodes)
-    else:  # the complete joint score takes F(0) and F(1) beside all nodes
-        num_nodes = len(search.rule.whole().nodes) + 2 * (search.method == "jas-complete")
+    num_nodes = len(first_rule(search.rule, one_token=one_token).nodes)
+    if search.method == "jas-complete":  # F(0) and F(1)
+        num_nodes = len(first_rule(search.rule, one_token=False).nodes) + 2
     return Pace(max(1, min(block_rows // num_nodes, graph_rows)), graph_rows)
 
 

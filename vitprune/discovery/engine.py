@@ -12,7 +12,7 @@ of the class probability over α. Three facts make it cheap without changing a n
 * Only the suffix behind the layer under test needs a forward and a backward pass, and in the last block only the
   tokens that the head reads.
 
-A rule with further nodes takes them where the first ones leave it in doubt which neurons are the best (``find_doubtful``):
+An adaptive rule takes further nodes where the first ones leave in doubt which neurons are the best (``find_doubtful``):
 for those images and that layer alone, by going through the blocks before it again.
 
 Letters: B images, N tokens, T scoped tokens, D embedding width, H hidden neurons, L FFNs, K neurons per FFN,
@@ -48,6 +48,10 @@ from vitprune.feed_forward import FeedForward
 
 # Rows that run through the suffix at once: enough to fill a CPU's matrix units, few enough to stay near its caches.
 CHUNK_ROWS = 32
+
+# How small a margin is in doubt: against the spread over the nodes of the first rule, and against the change from one
+# rule to the next.
+NODE_DOUBT, RULE_DOUBT = 0.1, 0.5
 
 
 @dataclass(frozen=True)
@@ -109,17 +113,16 @@ def search_paths(
         do. For K = 1 the two agree.
     """
     clean = record_clean(model, ffns, images, tokens=scope_slice(model, scope))
-    course = _Course(clean, objective.classes(labels, clean.logits_BC), quadrature.nodes, objective, scope, complete, chunk_rows)
+    rules, first = quadrature.rules(), first_rule(quadrature, one_token=clean.hidden_BTH[0].shape[1] == 1)
+    classes_B = objective.classes(labels, clean.logits_BC)
+    course = _Course(clean, classes_B, first.nodes, objective, scope, complete, chunk_rows)
     neurons: list[Tensor] = []
     scores: list[Tensor] = []
     with course.grad_mode():
         prefix = course.start()
         for index in range(len(ffns)):
             layer = _enter(model, course, index, prefix)
-            score_QBH = _score_nodes(model, ffns, course, index, layer)
-            score_BH = _integrate(score_QBH, quadrature.weights)
-            if quadrature.more_nodes:
-                _settle(model, ffns, course, neurons, quadrature, top_k, score_QBH, score_BH)
+            score_BH = _score(model, ffns, course, rules, neurons, layer, top_k)
             # A stable sort breaks ties towards the lower index, whatever the device.
             best_BK = score_BH.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
             prefix = _advance(model, ffns, course, index, layer, best_BK)
@@ -127,10 +130,20 @@ def search_paths(
             neurons.append(best_BK)
         neurons_BLK = torch.stack(neurons, 1)
         if complete:
-            joint_B, errors_B = _complete_joint_score(model, ffns, course, neurons_BLK, quadrature.whole())
+            joint_B, errors_B = _complete_joint_score(
+                model, ffns, course, neurons_BLK, first_rule(quadrature, one_token=False)
+            )
         else:
-            joint_B, errors_B = _joint_score(model, course, prefix, quadrature.weights), None
+            joint_B, errors_B = _joint_score(model, course, prefix, first.weights), None
     return PathBatch(neurons_BLK, joint_B, errors_B, tuple(scores), clean.logits_BC)
+
+
+def first_rule(quadrature: Quadrature, *, one_token: bool) -> Quadrature:
+    """Return the rule that a search starts with.
+
+    Scaling the FFN of several tokens bends F more: the first nodes of an adaptive rule would not notice their errors.
+    """
+    return quadrature if one_token or quadrature.finer is None else quadrature.finer
 
 
 def score_paths(
@@ -156,10 +169,11 @@ def score_paths(
         arXiv:2503.09046, definition 3.1.
     """
     clean = record_clean(model, ffns, images, tokens=scope_slice(model, scope))
-    rule = quadrature.whole()
-    course = _Course(clean, objective.classes(labels, clean.logits_BC), rule.nodes, objective, scope, False, chunk_rows)
+    course = _Course(
+        clean, objective.classes(labels, clean.logits_BC), quadrature.nodes, objective, scope, False, chunk_rows
+    )
     with course.grad_mode():
-        return _joint_score(model, course, _walk(model, ffns, course, neurons_BLK.unbind(1)), rule.weights)
+        return _joint_score(model, course, _walk(model, ffns, course, neurons_BLK.unbind(1)), quadrature.weights)
 
 
 def score_alone(
@@ -178,14 +192,15 @@ def score_alone(
     Arguments as in ``search_paths``.
     """
     clean = record_clean(model, ffns, images, tokens=scope_slice(model, scope))
-    rule = quadrature.whole()
-    course = _Course(clean, objective.classes(labels, clean.logits_BC), rule.nodes, objective, scope, True, chunk_rows)
+    course = _Course(
+        clean, objective.classes(labels, clean.logits_BC), quadrature.nodes, objective, scope, True, chunk_rows
+    )
     scores = []
     with torch.no_grad():
         prefix = course.start()
         for index, (block, ffn) in enumerate(zip(model.blocks, ffns, strict=True)):
             layer = _enter(model, course, index, prefix)
-            scores.append(_integrate(_score_nodes(model, ffns, course, index, layer), rule.weights))
+            scores.append(_integrate(_score_nodes(model, ffns, course, index, layer), quadrature.weights))
             prefix = _leave(block, layer, model.get_submodule(ffn.down_proj)(clean.hidden_BTH[index]), None)
     return tuple(scores), clean.logits_BC
 
@@ -267,17 +282,51 @@ class _Layer:
     tokens: slice
 
 
-def _settle(model, ffns, course: _Course, neurons, rule: Quadrature, top_k: int, score_QBH, score_BH) -> None:
-    """Write scores of all nodes of a rule into ``score_BH`` where those of its first nodes leave the best in doubt."""
-    doubtful_F = find_doubtful(score_QBH, score_BH, top_k)
-    # A share of the images has room for more nodes than the caller reckoned with.
-    room = max(1, len(score_BH) * len(rule.nodes) // len(rule.more_nodes))
-    for rows_F in doubtful_F.split(room) if len(doubtful_F) else ():
-        few = course.only(rows_F, rule.more_nodes)
-        prefix = _walk(model, ffns, few, [best_BK[rows_F] for best_BK in neurons])
-        layer = _enter(model, few, len(neurons), prefix)
-        more_QFH = _score_nodes(model, ffns, few, len(neurons), layer)
-        score_BH[rows_F] = _integrate(torch.cat([score_QBH[:, rows_F], more_QFH]), rule.whole().weights)
+def _score(model, ffns, course: _Course, rules: Sequence[Quadrature], neurons, layer: _Layer, top_k: int) -> Tensor:
+    """Return the scores of a layer [B, H], by as many of the rules as settle which K neurons are the best.
+
+    The layer is the one after ``neurons``, at the nodes of one of the rules: the coarsest to be taken.
+    """
+    score_QFH = _score_nodes(model, ffns, course, len(neurons), layer)
+    rows_F = torch.arange(score_QFH.shape[1], device=score_QFH.device)
+    score_BH = torch.empty_like(score_QFH[0])
+    for level, rule in enumerate(rules):
+        if len(rule.nodes) < len(score_QFH):
+            continue
+        if len(rule.nodes) > len(score_QFH):
+            more_nodes = rule.nodes[len(score_QFH) :]
+            more_QFH = _score_more_nodes(model, ffns, course, rows_F, more_nodes, neurons)
+            score_QFH = torch.cat([score_QFH, more_QFH])
+        score_FH = _integrate(score_QFH, rule.weights)
+        score_BH[rows_F] = score_FH
+        if rule is rules[-1]:
+            break
+        if level == 0:
+            doubtful = find_doubtful(score_FH, score_QFH, top_k, share=NODE_DOUBT)
+        else:
+            coarser = rules[level - 1]
+            coarser_FH = _integrate(score_QFH[: len(coarser.nodes)], coarser.weights)
+            doubtful = find_doubtful(score_FH, torch.stack([coarser_FH, score_FH]), top_k, share=RULE_DOUBT)
+        if len(doubtful) == 0:
+            break
+        rows_F, score_QFH = rows_F[doubtful], score_QFH[:, doubtful]
+    return score_BH
+
+
+def _score_more_nodes(model, ffns, course: _Course, rows_F: Tensor, nodes: tuple[float, ...], neurons) -> Tensor:
+    """Return scores [nodes, F, H] of some images in the layer after ``neurons``, at nodes that the course lacks."""
+    room = len(course.classes_B) * len(course.nodes)  # rows at once, as many as the course itself has
+    at_once = min(room, len(nodes))
+    scores = []
+    for start in range(0, len(nodes), at_once):
+        parts = []
+        for part_F in rows_F.split(room // at_once):
+            few = course.only(part_F, nodes[start : start + at_once])
+            prefix = _walk(model, ffns, few, [best_BK[part_F] for best_BK in neurons])
+            layer = _enter(model, few, len(neurons), prefix)
+            parts.append(_score_nodes(model, ffns, few, len(neurons), layer))
+        scores.append(torch.cat(parts, 1))
+    return torch.cat(scores)
 
 
 def _walk(model, ffns, course: _Course, neurons_LBK: Sequence[Tensor]) -> _Prefix:
@@ -333,7 +382,7 @@ def _complete_joint_score(model, ffns, course: _Course, neurons_BLK: Tensor, rul
 
 
 def _integrate_end(model, course: _Course, prefix: _Prefix, weights: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Return the integral of dF along all selected neurons, per scoped token [B, T or 1, 1], and F at each node [Q, B]."""
+    """Return the integral of dF along all selected neurons, per scoped token [B, T or 1, 1], and F at nodes [Q, B]."""
     grad_RND, value_R = _suffix_gradient(model, course, len(model.blocks) - 1, prefix.x_RND)
     along_RT1 = _prefix_gradient(prefix, grad_RND)
     return _integrate(along_RT1.unflatten(0, (len(weights), -1)), weights), value_R.view(len(weights), -1)
