@@ -71,6 +71,7 @@ def test_the_main_job_from_end_to_end(saved_vit, image_folder, tmp_path, capsys)
     assert found["num_images"] == 10
     assert Path(found["paths"]).is_file()
     assert len(found["class_paths"]["class3"]) == 3
+    assert found["class_num_images"]["class3"] == 2 >= found["class_num_correct"]["class3"]
     for mode in ("remove", "mask"):
         pruned = run(
             "prune", tmp_path / "run", "--ratio", 0.5, "--mode", mode, "-o", tmp_path / mode, "--json", capsys=capsys

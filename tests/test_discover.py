@@ -10,7 +10,16 @@ from conftest import make_vit
 from families import build, example
 
 import vitprune
-from vitprune.discovery.discover import _FIND_PATHS, Discovery, class_paths, discover, plan_search, set_pace
+from vitprune.discovery.discover import (
+    _FIND_PATHS,
+    Discovery,
+    class_paths,
+    count_correct,
+    count_visits,
+    discover,
+    plan_search,
+    set_pace,
+)
 from vitprune.discovery.memory import budget_bytes, measure_row_bytes
 from vitprune.discovery.run import Run, load_run, save_run
 from vitprune.options import METHODS
@@ -42,13 +51,13 @@ def test_class_scores_are_means_over_the_images_of_a_class(tiny_vit, tiny_images
     torch.testing.assert_close(both.class_scores["blocks.1.mlp"][1], expected)
 
 
-def test_class_path_counts_visits_then_scores_then_index():
-    found = Discovery(
+def two_classes():
+    return Discovery(
         ffns=("a",),
         neurons=torch.tensor([[[0, 1]], [[1, 2]], [[4, 3]]]),
         joint_scores=torch.zeros(3),
         labels=torch.tensor([7, 7, 9]),
-        predictions=torch.zeros(3, dtype=torch.long),
+        predictions=torch.tensor([7, 9, 9]),
         completeness_errors=None,
         classes=(7, 9),
         class_scores={"a": torch.tensor([[0.1, 0.0, 0.5, 9.0, 9.0], [0.0, 0.0, 0.0, 1.0, 1.0]])},
@@ -56,9 +65,18 @@ def test_class_path_counts_visits_then_scores_then_index():
         tokens="cls",
         quadrature="riemann:20",
     )
-    paths = class_paths(found)
+
+
+def test_class_path_counts_visits_then_scores_then_index():
+    paths = class_paths(two_classes())
     assert paths[7].tolist() == [[1, 2]]  # 1 twice; 2 and 0 once each, 2 scores higher
     assert paths[9].tolist() == [[3, 4]]  # once each, equal scores, lower index first
+
+
+def test_visits_and_right_answers_are_counted_by_class():
+    assert count_visits(two_classes())["a"].tolist() == [[1, 2, 1, 0, 0], [0, 0, 0, 1, 1]]
+    correct, images = count_correct(two_classes())
+    assert (correct.tolist(), images.tolist()) == ([1, 1], [2, 1])
 
 
 @pytest.mark.parametrize(

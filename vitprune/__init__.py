@@ -20,6 +20,8 @@ _HOME_OF = {
     "Discovery": "vitprune.discovery.discover",
     "discover": "vitprune.discovery.discover",
     "class_paths": "vitprune.discovery.discover",
+    "count_visits": "vitprune.discovery.discover",
+    "count_correct": "vitprune.discovery.discover",
     "Run": "vitprune.discovery.run",
     "load_run": "vitprune.discovery.run",
     "save_run": "vitprune.discovery.run",

@@ -545,7 +545,7 @@ def _discover(
     import time
 
     from vitprune.data import describe_class
-    from vitprune.discovery.discover import class_paths, plan_search
+    from vitprune.discovery.discover import class_paths, count_correct, plan_search
     from vitprune.discovery.memory import budget_bytes
     from vitprune.discovery.run import PATHS_FILE, RUN_FILES, Run, save_run
     from vitprune.discovery.shards import Shards, find_shards, read_shards, share
@@ -623,6 +623,7 @@ def _discover(
         save_run(run, output)
         shards.remove()
     paths = class_paths(found)
+    num_correct, num_images = (each.tolist() for each in count_correct(found))
     answer = {
         "num_images": len(found.labels),
         "paths": str(Path(output) / PATHS_FILE),
@@ -630,6 +631,8 @@ def _discover(
         "output": output,
         "mean_joint_score": found.joint_scores.mean().item(),
         "class_paths": {images.class_names[index]: path.tolist() for index, path in paths.items()},
+        "class_num_images": {images.class_names[index]: num_images[row] for row, index in enumerate(paths)},
+        "class_num_correct": {images.class_names[index]: num_correct[row] for row, index in enumerate(paths)},
         "skipped": skipped,
     }
     if found.completeness_errors is not None:
@@ -637,18 +640,19 @@ def _discover(
 
     def show() -> None:
         rows = []
-        for index, path in list(paths.items())[:20]:
+        for row, (index, path) in enumerate(list(paths.items())[:20]):
             members = found.labels == index
             rows.append(
                 (
                     describe_class(images.class_names[index]),
-                    str(int(members.sum())),
+                    str(num_images[row]),
+                    str(num_correct[row]),
                     f"{found.joint_scores[members].mean():.3f}",
                     " ".join(str(int(neuron)) for neuron in path[:, 0]),
                 )
             )
         suffix = "" if top_k == 1 else f" (first of {top_k} neurons per FFN)"
-        _table(f"class paths{suffix}", ("class", "images", "mean JAS", "neuron by FFN"), rows)
+        _table(f"class paths{suffix}", ("class", "images", "correct", "mean JAS", "neuron by FFN"), rows)
         if len(paths) > 20:
             print(f"... and {len(paths) - 20} more classes")
         if "max_completeness_error" in answer:

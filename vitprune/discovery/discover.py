@@ -359,17 +359,47 @@ def class_paths(found: Discovery) -> dict[int, Tensor]:
         class index -> int64 [L, K].
     """
     top_k = found.neurons.shape[-1]
+    visits = count_visits(found)
     paths = {}
     for row, index in enumerate(found.classes):
-        of_class = found.neurons[found.labels == index]
         layers = []
-        for position, name in enumerate(found.ffns):
-            score_H = found.class_scores[name][row]
-            visits = torch.bincount(of_class[:, position].flatten(), minlength=len(score_H))
-            by_score = score_H.sort(descending=True, stable=True).indices
-            layers.append(by_score[visits[by_score].sort(descending=True, stable=True).indices][:top_k])
+        for name in found.ffns:
+            by_score = found.class_scores[name][row].sort(descending=True, stable=True).indices
+            by_visits = visits[name][row][by_score].sort(descending=True, stable=True).indices
+            layers.append(by_score[by_visits][:top_k])
         paths[index] = torch.stack(layers)
     return paths
+
+
+def count_visits(found: Discovery) -> dict[str, Tensor]:
+    """Count how many images of each class have a neuron on their path.
+
+    Divided by ``count_correct(found)[1]`` they are the visit frequencies.
+
+    Returns:
+        FFN name -> int64 [C, H]; rows as ``found.classes``.
+    """
+    rows = torch.searchsorted(torch.tensor(found.classes), found.labels)
+    visits = {}
+    for position, name in enumerate(found.ffns):
+        num_classes, num_neurons = found.class_scores[name].shape
+        places = rows.unsqueeze(1) * num_neurons + found.neurons[:, position]
+        counted = torch.bincount(places.flatten(), minlength=num_classes * num_neurons)
+        visits[name] = counted.view(num_classes, num_neurons)
+    return visits
+
+
+def count_correct(found: Discovery) -> tuple[Tensor, Tensor]:
+    """Count the images of each class that the model answers with their class, and all images of each class.
+
+    Not for what ``only_classes`` returns, where labels and predictions are numbered differently.
+
+    Returns:
+        Both int64 [C]; rows as ``found.classes``.
+    """
+    rows = torch.searchsorted(torch.tensor(found.classes), found.labels)
+    correct = rows[found.predictions == found.labels]
+    return tuple(torch.bincount(each, minlength=len(found.classes)) for each in (correct, rows))
 
 
 def only_classes(found: Discovery, classes: Sequence[int]) -> Discovery:
