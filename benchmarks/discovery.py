@@ -45,6 +45,8 @@ def main(
     repeats: int = 3,
     agreement_images: int = 40,
     quadratures: Sequence[str] = (f"riemann:{STEPS}", DEFAULT_QUADRATURE),
+    precision: str = "float32",
+    device: str = "cpu",
     label: str = "",
 ):
     """Measure the three variants.
@@ -59,27 +61,32 @@ def main(
         repeats: of each timed run; medians are reported.
         agreement_images: compared with 64 nodes; 0: none.
         quadratures: of ours; the default among them.
+        precision: ``tf32`` or ``bf16``: one more variant, ours by default with that.
+        device: as torch names it.
         label: added to the name of the file in benchmarks/results.
     """
-    network, images = _open(model, checkpoint, data)
+    network, images = _open(model, checkpoint, data, device)
     timed = _read(network, images, num_images)
     twice = _read(network, images, 2 * num_images)
-    ours = {f"ours, {quadrature}": quadrature for quadrature in quadratures}
+    ours = {f"ours, {quadrature}": (quadrature, "float32") for quadrature in quadratures}
     default = f"ours, {DEFAULT_QUADRATURE}"
+    if precision != "float32":
+        ours[f"{default}, {precision}"] = (DEFAULT_QUADRATURE, precision)
 
-    def search(batch: tuple[Tensor, Tensor], quadrature: str) -> Tensor:
-        return vitprune.discover(network, [batch], tokens=tokens, top_k=top_k, quadrature=quadrature).neurons
+    def search(batch: tuple[Tensor, Tensor], quadrature: str, precision: str = "float32") -> Tensor:
+        asked = {"quadrature": quadrature, "precision": precision}
+        return vitprune.discover(network, [batch], tokens=tokens, top_k=top_k, **asked).neurons
 
     programs: dict[str, Callable[[tuple[Tensor, Tensor]], Tensor]] = {
-        "published": lambda batch: search_as_published(network, *batch, tokens=tokens, top_k=top_k)
+        "published": lambda batch: search_as_published(network, *batch, tokens=tokens, top_k=top_k).cpu()
     }
-    for name, quadrature in ours.items():
-        programs[name] = lambda batch, quadrature=quadrature: search(batch, quadrature)
+    for name, asked in ours.items():
+        programs[name] = lambda batch, asked=asked: search(batch, *asked)
     seconds: dict[str, list[float]] = {name: [] for name in (*programs, f"{default}, twice the images")}
     paths: dict[str, Tensor] = {}
     rates = []
     for repeat in range(repeats):
-        rates.append(measure_matmul_rate())
+        rates.append(measure_matmul_rate(device))
         for name, program in programs.items():
             paths[name] = _time(seconds[name], lambda program=program: program(timed))
             log(f"repeat {repeat + 1}: {name} {seconds[name][-1]:.2f} s")
@@ -108,14 +115,15 @@ def main(
     twofold = medians[f"{default}, twice the images"] / medians[default]
     for name, agreement in _measure_agreement(network, images, programs, search, agreement_images).items():
         rows[name]["agreement_with_64_nodes"] = agreement
-    for name, quadrature in {"published": None, **ours}.items():
+    for name, asked in {"published": None, **ours}.items():
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             rows[name]["peak_gib"] = pool.apply(
-                _measure_peak, (model, checkpoint, data, num_images, quadrature, tokens, top_k)
+                _measure_peak, (model, checkpoint, data, device, num_images, asked, tokens, top_k)
             )
     result = {
         **describe_machine(),
         "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "tokens": tokens,
         "top_k": top_k,
         "num_images": num_images,
@@ -151,14 +159,14 @@ def search_as_published(
     """
     ffns = vitprune.find_feed_forwards(model)
     scope = {"cls": slice(0, 1), "patch": slice(model.num_prefix_tokens, None), "all": slice(None)}[tokens]
-    alphas_Q111 = torch.arange(STEPS, dtype=images.dtype).div(STEPS).view(-1, 1, 1, 1)
+    alphas_Q111 = torch.arange(STEPS, dtype=images.dtype, device=images.device).div(STEPS).view(-1, 1, 1, 1)
     rows = torch.arange(STEPS * len(images))
-    neurons = [torch.arange(top_k).expand(len(images), -1)] * first_layer
+    neurons = [torch.arange(top_k, device=images.device).expand(len(images), -1)] * first_layer
     for layer in range(first_layer, len(ffns)):
         clean = _record(model, ffns, images, scope)
         clamped = []
         for position in range(layer + 1):
-            factors_QBTH = torch.ones(STEPS, *clean[position].shape, dtype=images.dtype)
+            factors_QBTH = images.new_ones(STEPS, *clean[position].shape)
             if position < layer:
                 shape = (STEPS, *clean[position].shape[:2], top_k)
                 places_QBTK = neurons[position].view(1, -1, 1, top_k).expand(shape)
@@ -183,13 +191,13 @@ def search_as_published(
     return torch.stack(neurons, 1)
 
 
-def measure_matmul_rate() -> float:
+def measure_matmul_rate(device: str) -> float:
     """Return floating-point operations per second of a large float32 product, here and now."""
-    left, right = torch.randn(4096, 768), torch.randn(768, 3072)
-    left @ right
+    left, right = torch.randn(4096, 768, device=device), torch.randn(768, 3072, device=device)
+    (left @ right)[0, 0].item()
     count, started = 0, time.perf_counter()
     while time.perf_counter() - started < 1:
-        left @ right
+        (left @ right)[0, 0].item()  # waits for the product
         count += 1
     return count * 2 * 4096 * 768 * 3072 / (time.perf_counter() - started)
 
@@ -254,18 +262,19 @@ def _clamping(model, ffns, clamped: list[Tensor], scope: slice) -> Iterator[None
         handle.remove()
 
 
-def _open(model: str, checkpoint: str | None, data: str):
+def _open(model: str, checkpoint: str | None, data: str, device: str):
     if checkpoint is None:
         torch.manual_seed(0)
         network = timm.create_model(model).eval()
     else:
         network = vitprune.load(model, checkpoint=checkpoint)
-    return network, vitprune.find_images(data, network.num_classes)
+    return network.to(device), vitprune.find_images(data, network.num_classes)
 
 
 def _read(network, images, count: int) -> tuple[Tensor, Tensor]:
     ((batch, labels),) = vitprune.ImageBatches(images.head(count), network, batch_size=count)
-    return batch, labels
+    device = next(network.parameters()).device
+    return batch.to(device), labels.to(device)
 
 
 def _time(seconds: list[float], program: Callable[[], Tensor]) -> Tensor:
@@ -281,7 +290,7 @@ def _measure_agreement(network, images, programs, search, count: int) -> dict[st
     for first in range(0, count, 4):
         chosen = images.head(count)
         chosen = chosen.at(list(range(first, min(first + 4, count))))
-        ((batch, labels),) = vitprune.ImageBatches(chosen, network, batch_size=4)
+        batch, labels = _read(network, chosen, len(chosen))
         truth = search((batch, labels), "gauss-legendre:64").sort(-1).values
         for name, program in programs.items():
             if name != "published":  # the same steps as ours, and the same paths, for far more time
@@ -292,14 +301,14 @@ def _measure_agreement(network, images, programs, search, count: int) -> dict[st
     return {name: sum(values) / size for name, values in shares.items()}
 
 
-def _measure_peak(model, checkpoint, data, count, quadrature, tokens, top_k) -> float:
-    network, images = _open(model, checkpoint, data)
+def _measure_peak(model, checkpoint, data, device, count, asked, tokens, top_k) -> float:
+    network, images = _open(model, checkpoint, data, device)
     batch = _read(network, images, count)
-    if quadrature is None:
+    if asked is None:
         search_as_published(network, *batch, tokens=tokens, top_k=top_k, first_layer=len(network.blocks) - 1)
     else:
-        vitprune.discover(network, [batch], tokens=tokens, top_k=top_k, quadrature=quadrature)
-    return peak_bytes() / 2**30
+        vitprune.discover(network, [batch], tokens=tokens, top_k=top_k, quadrature=asked[0], precision=asked[1])
+    return (torch.cuda.max_memory_allocated() if device.startswith("cuda") else peak_bytes()) / 2**30
 
 
 if __name__ == "__main__":

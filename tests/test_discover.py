@@ -87,6 +87,10 @@ def test_visits_and_right_answers_are_counted_by_class():
         ({"method": "saliency"}, "method must be one of jas"),
         ({"tokens": "word"}, "tokens must be one of cls, patch, all"),
         ({"quadrature": "simpson:3"}, "quadrature must be"),
+        ({"method": "activation", "quadrature": "adaptive"}, "only the methods jas and jas-complete ask for"),
+        ({"precision": "int8"}, "precision must be one of float32, tf32, bf16"),
+        ({"precision": "bf16", "quadrature": "riemann:20"}, "bf16 needs quadrature adaptive .* got riemann:20"),
+        ({"precision": "tf32"}, "needs an NVIDIA GPU"),
     ],
 )
 def test_refuses(arguments, message, tiny_vit, tiny_images):

@@ -26,6 +26,7 @@ from vitprune.feed_forward import find_feed_forwards
 
 GAUSS = parse_quadrature("gauss-legendre:3")
 ADAPTIVE = parse_quadrature("adaptive")
+PRECISIONS = ("float32", "bf16")
 
 # name -> (model arguments, token scopes): every kind of trunk that the engine knows, small.
 TRUNKS = {
@@ -56,16 +57,16 @@ LABELS = torch.tensor([0, 3, 1])
 
 
 @pytest.mark.parametrize(("trunk", "scope"), CASES)
-@pytest.mark.parametrize("complete", [False, True])
-def test_search_equals_the_slow_reference(trunk, scope, complete, tiny_images):
+@pytest.mark.parametrize(("top_k", "complete"), [(1, False), (5, False), (5, True)])
+def test_search_equals_the_slow_reference(trunk, scope, top_k, complete, tiny_images):
     model = build(trunk)
     check_trunk(model, find_feed_forwards(model), tiny_images)
     tokens = reference.token_slice(model, scope)
-    paths = search(model, tiny_images, LABELS, scope=scope, complete=complete)
+    paths = search(model, tiny_images, LABELS, scope=scope, top_k=top_k, complete=complete)
     rule = (GAUSS.nodes, GAUSS.weights, tokens)
     for index, label in enumerate(LABELS.tolist()):
         image = tiny_images[index : index + 1]
-        neurons, scores = reference.search(model, image, label, 2, *rule, complete=complete)
+        neurons, scores = reference.search(model, image, label, top_k, *rule, complete=complete)
         for layer, score_H in enumerate(scores):
             torch.testing.assert_close(paths.scores[layer][index], score_H, rtol=1e-9, atol=1e-9)
         # The last layer's patch neurons do not reach a class-token head: all scores tie there, order is noise.
@@ -192,6 +193,17 @@ def test_a_doubtful_image_does_not_change_another(scope, tiny_vit, tiny_images, 
         alone = search(tiny_vit, tiny_images[one], LABELS[one], scope=scope, quadrature=ADAPTIVE)
         for scores, alone_scores in zip(together.scores, alone.scores, strict=True):
             torch.testing.assert_close(scores[one], alone_scores, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scope", ["cls", "patch"])
+def test_what_lower_precision_leaves_in_doubt_is_scored_again(scope, tiny_images, monkeypatch):
+    model, images = make_vit().float(), tiny_images.float()
+    own, low = (search(model, images, LABELS, scope=scope, quadrature=ADAPTIVE, precision=each) for each in PRECISIONS)
+    assert any((a - b).abs().max() > 1e-3 * a.abs().max() for a, b in zip(own.scores, low.scores, strict=True))
+    monkeypatch.setitem(engine.NOISE, "bf16", float("inf"))
+    again = search(model, images, LABELS, scope=scope, quadrature=ADAPTIVE, precision="bf16")
+    for scores, own_scores in zip(again.scores, own.scores, strict=True):
+        torch.testing.assert_close(scores, own_scores, rtol=1e-5, atol=1e-7)
 
 
 @given(st.integers(0, 2**31), st.integers(1, 4))

@@ -196,6 +196,12 @@ def _add_discover(parser: ArgumentParser) -> None:
         help=f"what of the target class is attributed: {_listed(options.QUANTITIES)}",
     )
     parser.add_argument(
+        "--precision",
+        choices=tuple(options.PRECISIONS),
+        default="float32",
+        help=_listed(options.PRECISIONS) + "; what its noise could change is decided again in float32",
+    )
+    parser.add_argument(
         "--shard-size", type=int, default=256, help="images per shard: a killed process loses its unfinished shard"
     )
     parser.add_argument(
@@ -540,7 +546,7 @@ def _as_stored(model: str) -> str:
 
 def _discover(
     model, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, method, top_k,
-    tokens, quadrature, target, quantity, shard_size, memory, device, output, overwrite,
+    tokens, quadrature, target, quantity, precision, shard_size, memory, device, output, overwrite,
 ):  # fmt: skip
     import time
 
@@ -572,6 +578,7 @@ def _discover(
             quadrature=quadrature,
             target=_target_class(images, target),
             quantity=quantity,
+            precision=precision,
         )
         budget_bytes(memory, next(network.parameters()).device)
         request = _describe_search(network, search, images, batch_size, shard_size)
@@ -717,6 +724,7 @@ def _describe_search(network, search, images, batch_size: int, shard_size: int) 
         "quadrature": search.rule.name,
         "target": search.objective.target,
         "quantity": search.objective.quantity,
+        "precision": search.precision,
         "batch size": batch_size,
         "shard size": shard_size,
     }

@@ -30,6 +30,12 @@ QUANTITIES: Mapping[str, str] = {
     "logit": "before the softmax",
 }
 
+PRECISIONS: Mapping[str, str] = {
+    "float32": "as the weights are",
+    "tf32": "TensorFloat-32 on a GPU that has it",
+    "bf16": "bfloat16",
+}
+
 CRITERIA: Mapping[str, str] = {
     "random": "random scores, the baseline",
     "magnitude": "norm of all weights of a neuron",

@@ -19,7 +19,7 @@ from vitprune.discovery.quadrature import Quadrature, parse_fixed_quadrature, pa
 from vitprune.discovery.trunk import check_trunk, resolve_scope, scope_slice
 from vitprune.errors import VitpruneError
 from vitprune.feed_forward import FeedForward, find_feed_forwards, frozen
-from vitprune.options import DEFAULT_FIXED_QUADRATURE, DEFAULT_QUADRATURE, METHODS, check_choice
+from vitprune.options import DEFAULT_FIXED_QUADRATURE, DEFAULT_QUADRATURE, METHODS, PRECISIONS, check_choice
 
 # On a CPU, more rows (images x nodes) than these in the prefix and in the suffix only leave its caches.
 CPU_PREFIX_ROWS, CPU_SUFFIX_ROWS = 64, 32
@@ -51,6 +51,7 @@ class Discovery:
         quadrature: as in ``parse_quadrature``.
         target: whose answer was attributed: ``label``, ``predicted`` or a class index.
         quantity: ``probability`` or ``logit``.
+        precision: key of ``PRECISIONS``.
     """
 
     ffns: tuple[str, ...]
@@ -66,6 +67,7 @@ class Discovery:
     quadrature: str
     target: str | int = "label"
     quantity: str = "probability"
+    precision: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Search:
         tokens: ``cls``, ``patch`` or ``all``.
         rule: for the integral over α.
         objective: what is attributed.
+        precision: key of ``PRECISIONS``.
     """
 
     ffns: tuple[FeedForward, ...]
@@ -87,6 +90,7 @@ class Search:
     tokens: str
     rule: Quadrature
     objective: Objective
+    precision: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,7 @@ def discover(
     quadrature: str | None = None,
     target: str | int = "label",
     quantity: str = "probability",
+    precision: str = "float32",
     memory_gib: float | None = None,
 ) -> Discovery:
     """Find the influential neuron path of each image, and the mean score of every neuron per class.
@@ -138,6 +143,8 @@ def discover(
             ``adaptive`` for the layer-by-layer methods (jas, jas-complete) and ``gauss-legendre:8`` for the others.
         target: whose answer is attributed: ``label`` (each image's own class), ``predicted`` or a class index.
         quantity: ``probability`` of that class (the paper) or its ``logit``.
+        precision: of the matrix products behind the layer under test: ``float32`` (the weights' own), ``tf32`` or
+            ``bf16``. Choices that the noise of a lower one could change are made again in the weights' own.
         memory_gib: to use beside the weights; None takes 2 on a CPU and four fifths of what is free on a GPU. Decides
             how many images and nodes go at once, as far as one image allows; where a GPU has less after all, half of
             them, and so on.
@@ -152,7 +159,14 @@ def discover(
         arXiv:2503.09046.
     """
     search = plan_search(
-        model, method=method, top_k=top_k, tokens=tokens, quadrature=quadrature, target=target, quantity=quantity
+        model,
+        method=method,
+        top_k=top_k,
+        tokens=tokens,
+        quadrature=quadrature,
+        target=target,
+        quantity=quantity,
+        precision=precision,
     )
     part = find_part(model, search, batches, memory_gib=memory_gib)
     return combine(search, [] if part is None else [part])
@@ -167,11 +181,13 @@ def plan_search(
     quadrature: str | None = None,
     target: str | int = "label",
     quantity: str = "probability",
+    precision: str = "float32",
 ) -> Search:
     """Check the arguments of ``discover`` against a model, before any image is read.
 
     Raises:
-        VitpruneError: if an argument is out of range, or the weights are of 16 bits.
+        VitpruneError: if an argument is out of range, the weights are of 16 bits, or a lower precision is asked for
+            where nothing would be decided again.
     """
     ffns = find_feed_forwards(model)
     check_choice("method", method, METHODS)
@@ -190,7 +206,15 @@ def plan_search(
         raise VitpruneError(
             f"the path search needs float32 or float64 weights, the model has {dtype}; use model.float()"
         )
-    return Search(tuple(ffns), method, top_k, scope, rule, objective)
+    check_choice("precision", precision, PRECISIONS)
+    if precision != "float32" and rule.finer is None:
+        raise VitpruneError(
+            f"precision {precision} needs quadrature adaptive (methods jas and jas-complete), which decides again what "
+            f"its noise could change; got {rule.name}"
+        )
+    if precision == "tf32" and next(model.parameters()).device.type != "cuda":
+        raise VitpruneError("precision tf32 needs an NVIDIA GPU; use --device cuda")
+    return Search(tuple(ffns), method, top_k, scope, rule, objective, precision)
 
 
 def find_part(
@@ -291,6 +315,7 @@ def set_pace(model: nn.Module, search: Search, images: Tensor, *, memory_gib: fl
 
 
 def _search(model: nn.Module, search: Search, images: Tensor, labels: Tensor, pace: Pace) -> PathBatch:
+    lower = {} if search.precision == "float32" else {"precision": search.precision}
     with frozen(model):
         return _FIND_PATHS[search.method](
             model,
@@ -302,6 +327,7 @@ def _search(model: nn.Module, search: Search, images: Tensor, labels: Tensor, pa
             scope=search.tokens,
             objective=search.objective,
             chunk_rows=pace.chunk_rows,
+            **lower,
         )
 
 
@@ -340,6 +366,7 @@ def combine(search: Search, parts: Iterable[Part]) -> Discovery:
         quadrature=search.rule.name,
         target=search.objective.target,
         quantity=search.objective.quantity,
+        precision=search.precision,
     )
 
 

@@ -31,6 +31,7 @@ from torch.autograd import forward_ad
 
 from vitprune.discovery.doubt import find_doubtful
 from vitprune.discovery.objective import DEFAULT_OBJECTIVE, Objective
+from vitprune.discovery.precision import products_in
 from vitprune.discovery.quadrature import Quadrature
 from vitprune.discovery.tangents import LeanTangents
 from vitprune.discovery.trunk import (
@@ -52,6 +53,8 @@ CHUNK_ROWS = 32
 # How small a margin is in doubt: against the spread over the nodes of the first rule, and against the change from one
 # rule to the next.
 NODE_DOUBT, RULE_DOUBT = 0.1, 0.5
+# What a lower precision leaves uncertain of a margin, in standard deviations of the scores of a layer.
+NOISE = {"tf32": 0.0125, "bf16": 0.1}
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ def search_paths(
     scope: str,
     objective: Objective = DEFAULT_OBJECTIVE,
     chunk_rows: int = CHUNK_ROWS,
+    precision: str = "float32",
     complete: bool = False,
 ) -> PathBatch:
     r"""Find each image's path, layer by layer.
@@ -105,6 +109,8 @@ def search_paths(
         scope: ``cls``, ``patch`` or ``all``.
         objective: what F is.
         chunk_rows: images x nodes that run through the suffix at once; changes memory, not results.
+        precision: of the matrix products in the suffix at the first nodes, key of ``PRECISIONS``; what it leaves in
+            doubt is scored again in the model's own. Other than ``float32`` only with an adaptive rule.
         complete: use the variant that obeys completeness, :math:`\sum_p \bar w_p \int \partial F / \partial w_p`
             (summed over tokens) in place of the product of sums.
 
@@ -115,7 +121,7 @@ def search_paths(
     clean = record_clean(model, ffns, images, tokens=scope_slice(model, scope))
     rules, first = quadrature.rules(), first_rule(quadrature, one_token=clean.hidden_BTH[0].shape[1] == 1)
     classes_B = objective.classes(labels, clean.logits_BC)
-    course = _Course(clean, classes_B, first.nodes, objective, scope, complete, chunk_rows)
+    course = _Course(clean, classes_B, first.nodes, objective, scope, complete, chunk_rows, precision)
     neurons: list[Tensor] = []
     scores: list[Tensor] = []
     with course.grad_mode():
@@ -217,6 +223,7 @@ class _Course:
         scope: ``cls``, ``patch`` or ``all``.
         complete: whether layers are scored by the variant that obeys completeness.
         chunk_rows: rows in one graph of the suffix.
+        precision: of the matrix products there, key of ``PRECISIONS``.
     """
 
     clean: CleanPass
@@ -226,6 +233,7 @@ class _Course:
     scope: str
     complete: bool
     chunk_rows: int
+    precision: str = "float32"
 
     @property
     def one_token(self) -> bool:
@@ -244,14 +252,14 @@ class _Course:
         return torch.tensor(self.nodes, dtype=stem_BND.dtype, device=stem_BND.device).view(-1, 1, 1, 1)
 
     def only(self, rows_F: Tensor, nodes: tuple[float, ...]) -> _Course:
-        """Return the same for some of the images, at other nodes."""
+        """Return the same for some of the images, at other nodes, in the model's own precision."""
         clean = CleanPass(
             self.clean.stem_BND[rows_F],
             self.clean.block_args,
             tuple(w_BTH[rows_F] for w_BTH in self.clean.hidden_BTH),
             self.clean.logits_BC[rows_F],
         )
-        return replace(self, clean=clean, classes_B=self.classes_B[rows_F], nodes=nodes)
+        return replace(self, clean=clean, classes_B=self.classes_B[rows_F], nodes=nodes, precision="float32")
 
 
 @dataclass(frozen=True)
@@ -289,10 +297,15 @@ def _score(model, ffns, course: _Course, rules: Sequence[Quadrature], neurons, l
     """
     score_QFH = _score_nodes(model, ffns, course, len(neurons), layer)
     rows_F = torch.arange(score_QFH.shape[1], device=score_QFH.device)
-    score_BH = torch.empty_like(score_QFH[0])
-    for level, rule in enumerate(rules):
-        if len(rule.nodes) < len(score_QFH):
-            continue
+    (start,) = (level for level, rule in enumerate(rules) if rule.nodes == course.nodes)
+    score_BH = _integrate(score_QFH, rules[start].weights)
+    if course.precision != "float32":
+        noise = NOISE[course.precision]
+        rows_F = find_doubtful(score_BH, score_QFH, top_k, share=NODE_DOUBT, noise=noise)
+        if len(rows_F) == 0:
+            return score_BH
+        score_QFH = _score_more_nodes(model, ffns, course, rows_F, course.nodes, neurons)
+    for level, rule in enumerate(rules[start:], start):
         if len(rule.nodes) > len(score_QFH):
             more_nodes = rule.nodes[len(score_QFH) :]
             more_QFH = _score_more_nodes(model, ffns, course, rows_F, more_nodes, neurons)
@@ -383,6 +396,7 @@ def _complete_joint_score(model, ffns, course: _Course, neurons_BLK: Tensor, rul
 
 def _integrate_end(model, course: _Course, prefix: _Prefix, weights: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """Return the integral of dF along all selected neurons, per scoped token [B, T or 1, 1], and F at nodes [Q, B]."""
+    course = replace(course, precision="float32")
     grad_RND, value_R = _suffix_gradient(model, course, len(model.blocks) - 1, prefix.x_RND)
     along_RT1 = _prefix_gradient(prefix, grad_RND)
     return _integrate(along_RT1.unflatten(0, (len(weights), -1)), weights), value_R.view(len(weights), -1)
@@ -454,7 +468,7 @@ def _suffix_gradient(model, course: _Course, index: int, x_RND: Tensor) -> tuple
     classes_R = course.classes_B.repeat(len(course.nodes))
     split = (x_RND.detach().split(course.chunk_rows), classes_R.split(course.chunk_rows))
     for rows, classes in zip(*split, strict=True):
-        with torch.enable_grad():
+        with torch.enable_grad(), products_in(course.precision, rows.device):
             leaf = x = rows.clone().requires_grad_()
             for position, (block, args) in enumerate(rest):
                 if position == len(rest) - 1 and num_read and can_attend_first(block):

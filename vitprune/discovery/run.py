@@ -43,7 +43,8 @@ def is_run(folder: str | Path) -> bool:
 def save_run(run: Run, folder: str | Path) -> None:
     """Write a run folder, all or nothing: ``run.json``, ``paths.safetensors`` and ``class_scores.safetensors``."""
     found, images = run.found, run.images
-    facts = {name: getattr(found, name) for name in ("method", "tokens", "quadrature", "target", "quantity")}
+    asked = ("method", "tokens", "quadrature", "target", "quantity", "precision")
+    facts = {name: getattr(found, name) for name in asked}
     tensors = {
         "neurons": found.neurons,
         "joint_scores": found.joint_scores,
@@ -109,6 +110,7 @@ def load_run(folder: str | Path) -> Run:
         quadrature=facts["quadrature"],
         target=facts["target"],
         quantity=facts["quantity"],
+        precision=facts["precision"],
     )
     images = ImageSet(
         Path(facts["data"]),
