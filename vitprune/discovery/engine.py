@@ -50,10 +50,11 @@ from vitprune.feed_forward import FeedForward
 # Rows that run through the suffix at once: enough to fill a CPU's matrix units, few enough to stay near its caches.
 CHUNK_ROWS = 32
 
-# How small a margin is in doubt: against the spread over the nodes of the first rule, and against the change from one
-# rule to the next.
+# How small a margin is in doubt: against its spread over the nodes of the first rule, and against its change from one
+# rule to the next. benchmarks/discovery.py measures what they leave wrong.
 NODE_DOUBT, RULE_DOUBT = 0.1, 0.5
-# What a lower precision leaves uncertain of a margin, in standard deviations of the scores of a layer.
+# What a lower precision leaves uncertain of a margin, in standard deviations of a layer's scores. TF32 has three bits
+# more than bf16.
 NOISE = {"tf32": 0.0125, "bf16": 0.1}
 
 
@@ -300,8 +301,7 @@ def _score(model, ffns, course: _Course, rules: Sequence[Quadrature], neurons, l
     (start,) = (level for level, rule in enumerate(rules) if rule.nodes == course.nodes)
     score_BH = _integrate(score_QFH, rules[start].weights)
     if course.precision != "float32":
-        noise = NOISE[course.precision]
-        rows_F = find_doubtful(score_BH, score_QFH, top_k, share=NODE_DOUBT, noise=noise)
+        rows_F = _find_unsettled(rules, start, score_BH, score_QFH, top_k, noise=NOISE[course.precision])
         if len(rows_F) == 0:
             return score_BH
         score_QFH = _score_more_nodes(model, ffns, course, rows_F, course.nodes, neurons)
@@ -314,16 +314,22 @@ def _score(model, ffns, course: _Course, rules: Sequence[Quadrature], neurons, l
         score_BH[rows_F] = score_FH
         if rule is rules[-1]:
             break
-        if level == 0:
-            doubtful = find_doubtful(score_FH, score_QFH, top_k, share=NODE_DOUBT)
-        else:
-            coarser = rules[level - 1]
-            coarser_FH = _integrate(score_QFH[: len(coarser.nodes)], coarser.weights)
-            doubtful = find_doubtful(score_FH, torch.stack([coarser_FH, score_FH]), top_k, share=RULE_DOUBT)
-        if len(doubtful) == 0:
+        unsettled = _find_unsettled(rules, level, score_FH, score_QFH, top_k, noise=0)
+        if len(unsettled) == 0:
             break
-        rows_F, score_QFH = rows_F[doubtful], score_QFH[:, doubtful]
+        rows_F, score_QFH = rows_F[unsettled], score_QFH[:, unsettled]
     return score_BH
+
+
+def _find_unsettled(
+    rules: Sequence[Quadrature], level: int, score_BH, score_QBH, top_k: int, *, noise: float
+) -> Tensor:
+    """Return the images whose K best neurons a rule leaves in doubt, given scores by it and by each of its nodes."""
+    if level == 0:
+        return find_doubtful(score_BH, score_QBH, top_k, share=NODE_DOUBT, noise=noise)
+    coarser = rules[level - 1]
+    coarser_BH = _integrate(score_QBH[: len(coarser.nodes)], coarser.weights)
+    return find_doubtful(score_BH, torch.stack([coarser_BH, score_BH]), top_k, share=RULE_DOUBT, noise=noise)
 
 
 def _score_more_nodes(model, ffns, course: _Course, rows_F: Tensor, nodes: tuple[float, ...], neurons) -> Tensor:
