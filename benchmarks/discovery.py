@@ -152,7 +152,7 @@ def search_as_published(
 ) -> Tensor:
     """Return paths [B, L, K] by clean passes, full passes on 20 x B images and one backward pass per clamped layer.
 
-    ``first_layer`` leaves out the layers before it, as if their first neurons had won; the last takes the most memory.
+    ``first_layer`` leaves out those before it, as if their first neurons had won; the last two take the most memory.
 
     Source:
         arXiv:2503.09046. All K neurons of every earlier layer enter the sums.
@@ -305,7 +305,7 @@ def _measure_peak(model, checkpoint, data, device, count, asked, tokens, top_k) 
     network, images = _open(model, checkpoint, data, device)
     batch = _read(network, images, count)
     if asked is None:
-        search_as_published(network, *batch, tokens=tokens, top_k=top_k, first_layer=len(network.blocks) - 1)
+        search_as_published(network, *batch, tokens=tokens, top_k=top_k, first_layer=len(network.blocks) - 2)
     else:
         vitprune.discover(network, [batch], tokens=tokens, top_k=top_k, quadrature=asked[0], precision=asked[1])
     return (torch.cuda.max_memory_allocated() if device.startswith("cuda") else peak_bytes()) / 2**30
