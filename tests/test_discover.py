@@ -90,12 +90,18 @@ def test_visits_and_right_answers_are_counted_by_class():
         ({"method": "activation", "quadrature": "adaptive"}, "only the methods jas and jas-complete ask for"),
         ({"precision": "int8"}, "precision must be one of float32, tf32, bf16"),
         ({"precision": "bf16", "quadrature": "riemann:20"}, "bf16 needs quadrature adaptive .* got riemann:20"),
-        ({"precision": "tf32"}, "needs an NVIDIA GPU"),
+        ({"precision": "bf16"}, r"is for float32 weights, the model has torch\.float64"),
+        ({"quadrature": ""}, "quadrature must be"),
     ],
 )
 def test_refuses(arguments, message, tiny_vit, tiny_images):
     with pytest.raises(vitprune.VitpruneError, match=message):
         discover(tiny_vit, [(tiny_images, LABELS)], **arguments)
+
+
+def test_tf32_is_refused_without_a_gpu(tiny_vit, tiny_images):
+    with pytest.raises(vitprune.VitpruneError, match="tf32 needs an NVIDIA GPU"):
+        discover(tiny_vit.float(), [(tiny_images, LABELS)], precision="tf32")
 
 
 def test_half_precision_is_refused_with_the_reason(tiny_vit, tiny_images):

@@ -94,7 +94,7 @@ def _execute(command: str, given: dict[str, Any]) -> tuple[dict[str, Any], Calla
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, named so that torch need not be imported here
             raise
-        remedy = "fewer quadrature nodes" if command == "discover" else "a smaller --batch-size"
+        remedy = "a smaller model" if command == "discover" else "a smaller --batch-size"
         raise VitpruneError(f"out of memory on the device; try {remedy}, or --device cpu") from error
 
 
@@ -183,7 +183,7 @@ def _add_discover(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--quadrature",
         type=str,
-        help="adaptive (2 nodes, up to 23 where those leave a choice in doubt; default of jas and jas-complete), "
+        help="adaptive (2 nodes, 5 for several tokens, up to 23 in doubt; default of jas and jas-complete), "
         "gauss-legendre:NODES (default of the other methods: gauss-legendre:8), riemann:STEPS (the paper: riemann:20)",
     )
     parser.add_argument(

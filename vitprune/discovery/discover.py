@@ -141,10 +141,12 @@ def discover(
             where the head reads it, else the patches.
         quadrature: ``adaptive``, ``gauss-legendre:NODES`` or ``riemann:STEPS``; see ``parse_quadrature``. None takes
             ``adaptive`` for the layer-by-layer methods (jas, jas-complete) and ``gauss-legendre:8`` for the others.
+            Scores come from the nodes that settled which K neurons are the best, the joint score of jas from the first.
         target: whose answer is attributed: ``label`` (each image's own class), ``predicted`` or a class index.
         quantity: ``probability`` of that class (the paper) or its ``logit``.
         precision: of the matrix products behind the layer under test: ``float32`` (the weights' own), ``tf32`` or
-            ``bf16``. Choices that the noise of a lower one could change are made again in the weights' own.
+            ``bf16``. Choices that the noise of a lower one could change are made again in the weights' own; scores that
+            decide nothing keep the noise.
         memory_gib: to use beside the weights; None takes 2 on a CPU and four fifths of what is free on a GPU. Decides
             how many images and nodes go at once, as far as one image allows; where a GPU has less after all, half of
             them, and so on.
@@ -193,7 +195,8 @@ def plan_search(
     check_choice("method", method, METHODS)
     layerwise = method in ("jas", "jas-complete")
     read = parse_quadrature if layerwise else parse_fixed_quadrature
-    rule = read(quadrature or (DEFAULT_QUADRATURE if layerwise else DEFAULT_FIXED_QUADRATURE))
+    default = DEFAULT_QUADRATURE if layerwise else DEFAULT_FIXED_QUADRATURE
+    rule = read(default if quadrature is None else quadrature)
     scope = resolve_scope(model, tokens)
     objective = make_objective(target, quantity, num_classes=model.num_classes)
     narrowest = min(ffns, key=lambda ffn: ffn.num_neurons)
@@ -212,6 +215,8 @@ def plan_search(
             f"precision {precision} needs quadrature adaptive (methods jas and jas-complete), which decides again what "
             f"its noise could change; got {rule.name}"
         )
+    if precision != "float32" and dtype != torch.float32:
+        raise VitpruneError(f"precision {precision} is for float32 weights, the model has {dtype}; use model.float()")
     if precision == "tf32" and next(model.parameters()).device.type != "cuda":
         raise VitpruneError("precision tf32 needs an NVIDIA GPU; use --device cuda")
     return Search(tuple(ffns), method, top_k, scope, rule, objective, precision)

@@ -43,7 +43,7 @@ def parse_quadrature(name: str) -> Quadrature:
     """Read ``"adaptive"``, ``"gauss-legendre:NODES"`` or ``"riemann:STEPS"``.
 
     ``riemann:20`` is the left Riemann sum of arXiv:2503.09046, α = 0, .05 .. .95. Gauss-Legendre with n nodes
-    integrates polynomials of degree 2n - 1 exactly. ``adaptive`` starts with 2 Gauss-Legendre nodes and adds 3, 6 and
+    integrates polynomials of degree 2n - 1 exactly. ``adaptive`` begins with 2 Gauss-Legendre nodes and adds 3, 6 and
     12 where what is asked for is still in doubt; they integrate polynomials of degree 3, 7, 17 and 35 exactly.
 
     Raises:

@@ -110,7 +110,7 @@ def load_run(folder: str | Path) -> Run:
         quadrature=facts["quadrature"],
         target=facts["target"],
         quantity=facts["quantity"],
-        precision=facts["precision"],
+        precision=facts.get("precision", "float32"),
     )
     images = ImageSet(
         Path(facts["data"]),

@@ -14,6 +14,8 @@ from torch.autograd.forward_ad import make_dual, unpack_dual
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from vitprune.errors import VitpruneError
+
 
 class LeanTangents(TorchFunctionMode):
     """While it lasts, inside a dual level, linear layers and attention carry tangents by the rules below.
@@ -32,14 +34,28 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return answer if moved is None else make_dual(answer, functional.linear(moved, weight))
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options) -> Tensor:
-    """Return softmax(q kᵀ / √E + mask) v for q, k, v [R, A, N, E]."""
-    if any(options.values()):  # dropout, causal, another scale
-        return functional.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **options,
+) -> Tensor:
+    """Return softmax(scale q kᵀ + mask) v for q, k, v [R, A, N, E]."""
+    if dropout_p or any(options.values()):
+        raise VitpruneError(
+            "the path search cannot follow this attention (dropout or grouped queries); the criteria can: "
+            "'vitprune prune MODEL --data DIR --criterion taylor'"
+        )
     (q, q_moved), (k, k_moved), (v, v_moved) = (_unpack(tensor) for tensor in (query, key, value))
-    scale = q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, q_moved = q * scale, q_moved * scale
     logits = q @ k.transpose(-2, -1)
+    if is_causal:
+        attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
     if attn_mask is not None:
         logits = logits.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
     weights = logits.softmax(-1)

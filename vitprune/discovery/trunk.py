@@ -185,7 +185,7 @@ def head(model: nn.Module, x_BND: Tensor) -> Tensor:
 
 @contextmanager
 def plain_attention(model: nn.Module) -> Iterator[None]:
-    """Switch fused attention off for a while: it has no forward-mode derivative."""
+    """Switch fused attention off for a while: its steps then show, and autograd keeps what each needs."""
     fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
     try:
         for module in fused:
