@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from vitprune.discovery import engine
 from vitprune.discovery.baselines import influence_pattern_paths, knowledge_neuron_paths
-from vitprune.discovery.doubt import find_doubtful
+from vitprune.discovery.best import find_doubtful
 from vitprune.discovery.engine import score_paths, search_paths
 from vitprune.discovery.objective import Objective
 from vitprune.discovery.quadrature import parse_quadrature

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from vitprune.discovery.best import best_neurons
 from vitprune.discovery.engine import CHUNK_ROWS, PathBatch, score_alone, score_paths
 from vitprune.discovery.objective import DEFAULT_OBJECTIVE, Objective
 from vitprune.discovery.quadrature import Quadrature
@@ -118,9 +119,7 @@ def knowledge_neuron_paths(
 def _as_paths(
     model, ffns, images, labels, scores, logits, top_k, quadrature, scope, objective, chunk_rows
 ) -> PathBatch:
-    neurons_BLK = torch.stack(
-        [score_BH.sort(dim=-1, descending=True, stable=True).indices[:, :top_k] for score_BH in scores], dim=1
-    )
+    neurons_BLK = torch.stack([best_neurons(score_BH, top_k) for score_BH in scores], dim=1)
     joint_B = score_paths(
         model,
         ffns,

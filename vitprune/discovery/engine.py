@@ -15,9 +15,9 @@ of the class probability over α. Three facts make it cheap without changing a n
 An adaptive rule takes further nodes where the first ones leave in doubt which neurons are the best (``find_doubtful``):
 for those images and that layer alone, by going through the blocks before it again.
 
-Letters: B images, N tokens, T scoped tokens, D embedding width, H hidden neurons, L FFNs, K neurons per FFN,
-Q quadrature nodes, R = Q*B rows (node-major). Tensors without an H at the end that start with R may have B rows only
-while all nodes still share one state.
+Letters: B images, F some of them, N tokens, T scoped tokens, D embedding width, H hidden neurons, L FFNs, K neurons per
+FFN, Q quadrature nodes, R = Q*B rows (node-major). Tensors without an H at the end that start with R may have B rows
+only while all nodes still share one state.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from vitprune.discovery.doubt import find_doubtful
+from vitprune.discovery.best import best_neurons, find_doubtful
 from vitprune.discovery.objective import DEFAULT_OBJECTIVE, Objective
 from vitprune.discovery.precision import products_in
 from vitprune.discovery.quadrature import Quadrature
@@ -120,7 +120,7 @@ def search_paths(
         do. For K = 1 the two agree.
     """
     clean = record_clean(model, ffns, images, tokens=scope_slice(model, scope))
-    rules, first = quadrature.rules(), first_rule(quadrature, one_token=clean.hidden_BTH[0].shape[1] == 1)
+    rules, first = quadrature.rules(), first_rule(quadrature, one_token=scope_slice(model, scope) == slice(0, 1))
     classes_B = objective.classes(labels, clean.logits_BC)
     course = _Course(clean, classes_B, first.nodes, objective, scope, complete, chunk_rows, precision)
     neurons: list[Tensor] = []
@@ -130,8 +130,7 @@ def search_paths(
         for index in range(len(ffns)):
             layer = _enter(model, course, index, prefix)
             score_BH = _score(model, ffns, course, rules, neurons, layer, top_k)
-            # A stable sort breaks ties towards the lower index, whatever the device.
-            best_BK = score_BH.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+            best_BK = best_neurons(score_BH, top_k)
             prefix = _advance(model, ffns, course, index, layer, best_BK)
             scores.append(score_BH)
             neurons.append(best_BK)
@@ -176,9 +175,8 @@ def score_paths(
         arXiv:2503.09046, definition 3.1.
     """
     clean = record_clean(model, ffns, images, tokens=scope_slice(model, scope))
-    course = _Course(
-        clean, objective.classes(labels, clean.logits_BC), quadrature.nodes, objective, scope, False, chunk_rows
-    )
+    classes_B = objective.classes(labels, clean.logits_BC)
+    course = _Course(clean, classes_B, quadrature.nodes, objective, scope, complete=False, chunk_rows=chunk_rows)
     with course.grad_mode():
         return _joint_score(model, course, _walk(model, ffns, course, neurons_BLK.unbind(1)), quadrature.weights)
 
@@ -199,9 +197,8 @@ def score_alone(
     Arguments as in ``search_paths``.
     """
     clean = record_clean(model, ffns, images, tokens=scope_slice(model, scope))
-    course = _Course(
-        clean, objective.classes(labels, clean.logits_BC), quadrature.nodes, objective, scope, True, chunk_rows
-    )
+    classes_B = objective.classes(labels, clean.logits_BC)
+    course = _Course(clean, classes_B, quadrature.nodes, objective, scope, complete=True, chunk_rows=chunk_rows)
     scores = []
     with torch.no_grad():
         prefix = course.start()
@@ -499,6 +496,6 @@ def _prefix_gradient(prefix: _Prefix, grad_RND: Tensor) -> Tensor:
     return sum((pull * direction).sum(-1, keepdim=True) for pull, direction in zip(pulled, directions, strict=True))
 
 
-def _integrate(values_QX: Tensor, weights: tuple[float, ...]) -> Tensor:
+def _integrate(values_Q: Tensor, weights: tuple[float, ...]) -> Tensor:
     """Sum [Q, ...] with the quadrature weights -> [...]."""
-    return torch.tensordot(torch.tensor(weights, dtype=values_QX.dtype, device=values_QX.device), values_QX, dims=1)
+    return torch.tensordot(torch.tensor(weights, dtype=values_Q.dtype, device=values_Q.device), values_Q, dims=1)

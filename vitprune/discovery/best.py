@@ -1,12 +1,22 @@
-"""Where quadrature nodes do not tell which neurons score highest.
+"""Which neurons of an FFN score highest, and of which images that is in doubt.
 
-Letters: V variants, B images, H hidden neurons, K neurons per FFN.
+Letters: V variants, B images, F some of them, H hidden neurons, K neurons per FFN.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def best_neurons(score_BH: Tensor, top_k: int) -> Tensor:
+    """Return the K neurons with the highest scores [B, K] (int64), best first; ties go to the lower index.
+
+    >>> best_neurons(torch.tensor([[1.0, 3.0, 3.0]]), 2)
+    tensor([[1, 2]])
+    """
+    # Only a stable sort breaks ties alike on every device.
+    return score_BH.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
 
 
 def find_doubtful(score_BH: Tensor, variants_VBH: Tensor, top_k: int, *, share: float, noise: float = 0) -> Tensor:
@@ -28,7 +38,7 @@ def find_doubtful(score_BH: Tensor, variants_VBH: Tensor, top_k: int, *, share: 
     >>> find_doubtful(variants_VBH.mean(0), variants_VBH, 1, share=0.1)
     tensor([1])
     """
-    best_BK = score_BH.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    best_BK = best_neurons(score_BH, top_k)
     others_BH = torch.ones_like(score_BH, dtype=torch.bool).scatter_(1, best_BK, False)
     noise_B1 = noise * score_BH.std(1, keepdim=True)
     doubtful_B = torch.zeros(len(score_BH), dtype=torch.bool, device=score_BH.device)
