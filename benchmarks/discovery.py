@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import vitprune
+from vitprune.discovery.discover import plan_search, set_pace
 from vitprune.discovery.trunk import plain_attention
 from vitprune.options import DEFAULT_QUADRATURE
 
@@ -94,12 +95,14 @@ def main(
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     rate = statistics.median(rates)
     rows = {}
+    request = plan_search(network, tokens=tokens, top_k=top_k)
+    once = count_flops(network, lambda: set_pace(network, request, timed[0]))
     for name, program in programs.items():
         if name == "published":
             one = _read(network, images, 1)
             flops = count_flops(network, lambda one=one: programs["published"](one), on_shapes=True)
-        else:  # with what every search does once
-            flops = count_flops(network, lambda program=program: program(timed)) / num_images
+        else:  # without what a search does once, whatever the number of images
+            flops = (count_flops(network, lambda program=program: program(timed)) - once) / num_images
         per_image = medians[name] / num_images
         rows[name] = {
             "seconds_per_image": per_image,
@@ -213,7 +216,7 @@ class _FlopCounter(TorchDispatchMode):
         return result
 
 
-def count_flops(network: nn.Module, program: Callable[[], Tensor], *, on_shapes: bool = False) -> int:
+def count_flops(network: nn.Module, program: Callable[[], object], *, on_shapes: bool = False) -> int:
     """Count the floating-point operations of all matrix products, attention's among them.
 
     ``on_shapes`` computes no numbers, for programs whose shapes do not depend on any.
