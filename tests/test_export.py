@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import json
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -76,10 +79,75 @@ def test_a_graph_that_differs_is_an_error_and_leaves_no_file(exported, tmp_path,
     with pytest.raises(
         vitprune.VitpruneError, match=r"differs from torch: a logit is .* in ONNX Runtime and .* in torch"
     ):
-        onnx_file._measure_parity(other, path, images)
+        onnx_file._measure_parity(other, open_onnx(path), images, exact=True)
     with pytest.raises(vitprune.VitpruneError, match="no images to compare"):
         vitprune.export_onnx(model, tmp_path / "m.onnx", [])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_int8_file_is_small_and_still_checked_in_float32(exported, image_folder, tmp_path):
+    model, path, report = exported
+    images = vitprune.ImageBatches(vitprune.find_images(image_folder, 5), model, batch_size=8)
+    made = vitprune.export_onnx(model, tmp_path / "int8.onnx", images, precision="int8")
+    assert made.float32.max_abs_diff == pytest.approx(report.max_abs_diff, abs=1e-5)
+    assert made.float32.num_images == made.num_images == 20
+    assert 0 < made.max_abs_diff < 1
+    operators = {node.op_type for node in onnx.load(made.path).graph.node}
+    assert {"DynamicQuantizeLinear", "MatMulInteger"} <= operators
+    assert open_onnx(made.path).data_config == open_onnx(path).data_config
+
+
+def test_a_fixed_batch_runs_any_number_of_images(exported, image_folder, tmp_path):
+    model, _path, _report = exported
+    images = vitprune.ImageBatches(vitprune.find_images(image_folder, 5), model, batch_size=7)
+    made = vitprune.export_onnx(model, tmp_path / "fixed.onnx", images, batch_size=4)
+    opened = open_onnx(made.path)
+    assert opened.batch_size == 4
+    photos = torch.randn(6, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(opened(photos), model(photos), rtol=1e-3, atol=1e-4)
+    with pytest.raises(vitprune.VitpruneError, match="batch_size must be in"):
+        vitprune.export_onnx(model, tmp_path / "none.onnx", images, batch_size=0)
+
+
+def test_standard_operators_are_onnxs_own(exported, image_folder, tmp_path):
+    model, path, _report = exported
+    images = vitprune.ImageBatches(vitprune.find_images(image_folder, 5), model, batch_size=8)
+    made = vitprune.export_onnx(model, tmp_path / "standard.onnx", images, operators="standard")
+    assert {node.domain for node in onnx.load(made.path).graph.node} == {""}
+    assert "com.microsoft" in {node.domain for node in onnx.load(path).graph.node}
+
+
+def test_weights_beyond_the_limit_go_into_a_file_beside_it(exported, image_folder, tmp_path, monkeypatch):
+    model, _path, report = exported
+    monkeypatch.setattr(onnx_file, "LARGEST_FILE_BYTES", 1000)
+    images = vitprune.ImageBatches(vitprune.find_images(image_folder, 5), model, batch_size=8)
+    made = vitprune.export_onnx(model, tmp_path / "large.onnx", images)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["large.onnx", "large.onnx.data"]
+    assert made.size_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert made.max_abs_diff == report.max_abs_diff
+    photos = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(open_onnx(made.path)(photos), model(photos), rtol=1e-3, atol=1e-4)
+
+
+def test_the_file_says_what_it_was_pruned_by(image_folder, tmp_path):
+    model = make_vit().float()
+    plan = vitprune.plan_pruning(
+        model, vitprune.score_neurons(model, "magnitude"), criterion="magnitude", pruning_ratio=0.5
+    )
+    plan = vitprune.Plan(plan.keep, {**plan.facts, "calibration": {"data": "/home/me/photos", "sha256": ["ab"]}})
+    images = vitprune.ImageBatches(vitprune.find_images(image_folder, 5), model, batch_size=8)
+    made = vitprune.export_onnx(vitprune.remove_neurons(model, plan), tmp_path / "m.onnx", images, plan=plan)
+    opened = open_onnx(made.path)
+    facts = json.loads(opened.session.get_modelmeta().custom_metadata_map["vitprune"])
+    assert facts["plan"]["criterion"] == "magnitude"
+    assert facts["vitprune"] == vitprune.__version__
+    assert opened.calibration == {"ab"}
+    assert b"photos" not in made.path.read_bytes()
+    for name, keep in plan.keep.items():
+        bits = np.unpackbits(np.frombuffer(base64.b64decode(facts["plan"]["keep"][name]), np.uint8))[: len(keep)]
+        assert bits.astype(bool).tolist() == keep.tolist()
 
 
 def test_files_that_cannot_be_opened_are_refused(tmp_path):

@@ -30,6 +30,7 @@ LAYERS = (
 HEIGHT = {name: height for height, row in enumerate(LAYERS) for name in row}
 ONLY_IN = {
     "onnx": {"export"},
+    "onnx_ir": {"export"},
     "onnxruntime": {"export"},
     "torch_pruning": {"pruning"},
     "timm": {"feed_forward", "models", "data", "discovery", "demo"},

@@ -324,6 +324,11 @@ def _add_export(parser: ArgumentParser) -> None:
     _add_checkpoint(parser)
     _add_images(parser, required=False, batch_size=16, what="images for parity (default: the plan's calibration)")
     parser.add_argument("--num-images", type=int, default=64, help="images to compare with torch")
+    parser.add_argument("--int8", action="store_true", help="quantise products with weights to 8 bits, dynamically")
+    parser.add_argument(
+        "--operators", choices=tuple(options.OPERATORS), default="onnxruntime", help=_listed(options.OPERATORS)
+    )
+    parser.add_argument("--fixed-batch", type=int, help="images per run of the file (default: any number)")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
 
 
@@ -1195,7 +1200,7 @@ def _describe_run(source: str, run, network, images, others) -> dict[str, Any]:
 
 def _export(
     model, output, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed,
-    num_images, overwrite,
+    num_images, int8, operators, fixed_batch, overwrite,
 ):  # fmt: skip
     from vitprune.export.onnx_file import export_onnx
     from vitprune.files import refuse_existing
@@ -1211,21 +1216,36 @@ def _export(
     else:
         images = _calibration_images(model, plan)
     batches = _batches(images.head(num_images), network, batch_size=batch_size, workers=workers, strict=strict)
-    calibration = () if plan is None else plan.calibration
-    report = export_onnx(network, output, _Tracked(batches, "parity"), calibration=calibration)
+    report = export_onnx(
+        network,
+        output,
+        _Tracked(batches, "parity"),
+        plan=plan,
+        precision="int8" if int8 else "float32",
+        operators=operators,
+        batch_size=fixed_batch,
+    )
     answer = {
         "path": output,
+        "precision": report.precision,
         "max_abs_diff": report.max_abs_diff,
         "top1_agreement": report.top1_agreement,
         "size_bytes": report.size_bytes,
         "num_images": report.num_images,
+        "float32": None if report.float32 is None else vars(report.float32),
         "skipped": _report_skipped(batches),
     }
 
     def show() -> None:
-        print(f"largest logit difference to torch {report.max_abs_diff:.2e} on {report.num_images} images")
-        print(f"same first answer on {report.top1_agreement:.2%}")
+        for precision, parity in (("float32", report.float32), (report.precision, report)):
+            if parity is not None:
+                print(
+                    f"{precision}: largest logit difference to torch {parity.max_abs_diff:.2e}, same first answer on "
+                    f"{parity.top1_agreement:.2%} of {parity.num_images} images"
+                )
         print(f"wrote {output} ({report.size_bytes / 1e6:.1f} MB)")
+        if int8:
+            print(f"next: 'vitprune evaluate {output} --data VAL' and 'vitprune bench' beside the float32 file")
 
     return answer, show
 

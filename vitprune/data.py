@@ -235,6 +235,18 @@ def describe_class(name: str) -> str:
     return next(iter(_english_names(name)), name)
 
 
+def class_names(model: Any) -> tuple[str, ...]:
+    """Return what a model's classes are called: its own names, or ImageNet's, where it has as many as a subset of that.
+
+    Empty where nobody knows.
+    """
+    own = getattr(model, "label_names", None)
+    if own:
+        return tuple(describe_class(name) for name in own)
+    subset = infer_imagenet_subset(model) if getattr(model, "num_classes", 0) else None
+    return tuple(ImageNetInfo(subset).label_descriptions()) if subset else ()
+
+
 def _english_names(folder: str) -> list[str]:
     info, known = _wordnet()
     return info.label_name_to_description(folder).split(", ") if folder in known else []

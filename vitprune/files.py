@@ -73,6 +73,25 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
+def atomic_siblings(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder next to ``path``; on success its files move to where ``path`` lies, that one last.
+
+    On any exception nothing is kept.
+    """
+    path = Path(path).absolute()
+    with _explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            yield temporary
+            for file in sorted(temporary.iterdir(), key=lambda file: file.name == path.name):
+                _finish(file)
+                file.replace(path.with_name(file.name))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder next to ``path``; on success it replaces ``path``, on any exception it is removed."""
     path = Path(path).absolute()

@@ -75,6 +75,16 @@ MODES: Mapping[str, str] = {
     "mask": "same shapes, removed neurons have no effect",
 }
 
+PRECISIONS_ONNX: Mapping[str, str] = {
+    "float32": "as the weights are",
+    "int8": "8-bit products with weights, quantised as they come",
+}
+
+OPERATORS: Mapping[str, str] = {
+    "onnxruntime": "attention as one operator of ONNX Runtime's own, the fastest there",
+    "standard": "ONNX alone, for other runtimes",
+}
+
 BACKENDS: Mapping[str, str] = {
     "torch-eager": "torch on the CPU, eager mode",
     "onnxruntime-cpu": "ONNX Runtime, CPU provider",

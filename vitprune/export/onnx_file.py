@@ -2,32 +2,56 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
-from vitprune.data import Batches, data_config
+from vitprune.data import Batches, class_names, data_config
 from vitprune.errors import VitpruneError
-from vitprune.evaluation.macs import count_parameters
-from vitprune.export.runtime import METADATA_KEY, open_onnx
+from vitprune.export.fuse import fuse_attention, skip_unread_tokens
+from vitprune.export.quantize import quantize
+from vitprune.export.runtime import METADATA_KEY, OnnxModel, open_onnx
 from vitprune.feed_forward import find_feed_forwards
-from vitprune.files import FORMAT_VERSION, atomic_file
+from vitprune.files import FORMAT_VERSION, atomic_siblings
 from vitprune.models import architecture
+from vitprune.options import OPERATORS, PRECISIONS_ONNX, check_choice
+from vitprune.pruning.plan import Plan
 
 # Tolerances for float32 kernels that sum in another order.
 PARITY_RTOL, PARITY_ATOL = 1e-3, 1e-4
-_PROTOBUF_LIMIT_BYTES = 2**31
+# A protobuf message ends at 2 GiB; the graph itself needs some of it.
+LARGEST_FILE_BYTES = 2**31 - 2**24
 # Without an upper bound, torch 2.6 gives up on a dynamic batch.
 MAX_BATCH_SIZE = 2**16
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How close an ONNX file is to torch.
+
+    Attributes:
+        max_abs_diff: largest absolute difference of a logit over all images.
+        top1_agreement: share of images with the same first answer, in [0, 1].
+        num_images: images compared.
+    """
+
+    max_abs_diff: float
+    top1_agreement: float
+    num_images: int
 
 
 @dataclass(frozen=True)
@@ -39,7 +63,9 @@ class ExportReport:
         max_abs_diff: largest absolute difference of a logit over all parity images.
         top1_agreement: share of parity images with the same first answer, in [0, 1].
         num_images: parity images.
-        size_bytes: of the file.
+        size_bytes: of the file, and of the one beside it that holds the weights of a model above 2 GB.
+        precision: of the matrix products with weights.
+        float32: how close the float32 graph was that an int8 file was made from; None for float32 files.
     """
 
     path: Path
@@ -47,93 +73,134 @@ class ExportReport:
     top1_agreement: float
     num_images: int
     size_bytes: int
+    precision: str = "float32"
+    float32: Parity | None = None
 
 
 def export_onnx(
-    model: nn.Module, path: str | Path, batches: Batches, *, calibration: Iterable[str] = ()
+    model: nn.Module,
+    path: str | Path,
+    batches: Batches,
+    *,
+    plan: Plan | None = None,
+    precision: str = "float32",
+    operators: str = "onnxruntime",
+    batch_size: int | None = None,
 ) -> ExportReport:
-    """Write a float32 ONNX file with a dynamic batch dimension, check it, and compare it with torch.
+    """Write an ONNX file that is fast in ONNX Runtime, check it, and compare it with torch.
 
     Args:
         model: a torch model in eval mode, dense or pruned; stays as it is.
-        path: the file to write; it appears only if every check passed.
-        batches: real images (normalised by the model's own transform) and labels, which are not used. Read once.
-        calibration: content hashes of the images that the model was calibrated on (``Plan.calibration``), kept in the
-            file so that it is not evaluated on them.
+        path: the file to write; it appears only if every check passed. Above 2 GB the weights go into PATH.data.
+        batches: real images (normalised by the model's own transform) and labels, which are not used. Readable twice
+            for int8.
+        plan: what the model was pruned by, kept in the file; the file will not be evaluated on its calibration images.
+        precision: ``float32``, or ``int8`` for dynamically quantised products with weights; int8 answers are reported,
+            not refused, where they differ, but the float32 graph they are made from has to agree with torch.
+        operators: ``onnxruntime`` (attention as one operator of ONNX Runtime's own), or ``standard`` (ONNX alone, for
+            other runtimes).
+        batch_size: images per run, fixed; None leaves it open.
 
     Raises:
-        VitpruneError: if there are no images, the model is too large for one file, or ONNX Runtime's logits differ from
+        VitpruneError: if there are no images, an argument is unknown, or ONNX Runtime's float32 logits differ from
             torch's by more than rtol 1e-3, atol 1e-4.
     """
     path = Path(path)
-    if 4 * count_parameters(model) >= _PROTOBUF_LIMIT_BYTES:
-        raise VitpruneError(f"{architecture(model)} needs more than 2 GB, the limit of one ONNX file")
+    check_choice("precision", precision, PRECISIONS_ONNX)
+    check_choice("operators", operators, OPERATORS)
+    if batch_size is not None and not 1 <= batch_size <= MAX_BATCH_SIZE:
+        raise VitpruneError(f"batch_size must be in [1, {MAX_BATCH_SIZE}], got {batch_size}")
     model = copy.deepcopy(model).cpu().float().eval()
     for module in model.modules():
         if getattr(module, "fused_attn", False):
-            module.fused_attn = False  # some families export only so, and the others get fewer nodes
-    with atomic_file(path) as temporary:
-        _write(model, temporary, calibration)
-        max_abs_diff, agreement, num_images = _measure_parity(model, temporary, batches)
-        size_bytes = temporary.stat().st_size
-    return ExportReport(path, max_abs_diff, agreement, num_images, size_bytes)
+            module.fused_attn = False  # some families export only so, and the others are fused here
+    float32 = None
+    with atomic_siblings(path) as folder:
+        written = folder / path.name
+        _write(_trace(model, batch_size, operators), written, _facts(model, plan, "float32"))
+        parity = _measure_parity(model, open_onnx(written), batches, exact=True)
+        if precision == "int8":
+            float32 = parity
+            quantize(written, written, {METADATA_KEY: json.dumps(_facts(model, plan, "int8"), sort_keys=True)})
+            parity = _measure_parity(model, open_onnx(written), batches, exact=False)
+        size_bytes = sum(file.stat().st_size for file in folder.iterdir())
+    return ExportReport(
+        path, parity.max_abs_diff, parity.top1_agreement, parity.num_images, size_bytes, precision, float32
+    )
 
 
-def _write(model: nn.Module, path: Path, calibration: Iterable[str]) -> None:
-    config = data_config(model)
+def _trace(model: nn.Module, batch_size: int | None, operators: str) -> ir.Model:
     # Two images: torch.export takes a dimension of size 1 for a constant.
-    example = torch.zeros(2, *config["input_size"])
+    example = torch.zeros(2 if batch_size is None else batch_size, *data_config(model)["input_size"])
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH_SIZE)
     with quiet():
-        torch.onnx.export(
+        program = torch.onnx.export(
             model,
             (example,),
-            str(path),
             dynamo=True,
             input_names=["images"],
             output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=MAX_BATCH_SIZE)},),
-            external_data=False,
+            dynamic_shapes=({0: batch},) if batch_size is None else None,
             verbose=False,
         )
-    graph_model = onnx.load(path)
-    _strip(graph_model)
-    _name_batch_dimension(graph_model)
-    facts = {
+    graph_model = program.model
+    if operators == "onnxruntime":
+        fuse_attention(graph_model)
+    skip_unread_tokens(graph_model)
+    # Stack traces with local file paths.
+    ClearMetadataAndDocStringPass()(graph_model)
+    graph = graph_model.graph
+    # torch 2.6 writes the example's batch size into the shapes of a graph that works for any.
+    for node in graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None
+    for value in (*graph.inputs, *graph.outputs):
+        value.shape = ir.Shape(["batch" if batch_size is None else batch_size, *value.shape[1:]])
+    return graph_model
+
+
+def _facts(model: nn.Module, plan: Plan | None, precision: str) -> dict[str, Any]:
+    """Return what the file says of itself; nothing of it tells where files lie on this machine."""
+    return {
         "kind": "onnx",
         "version": FORMAT_VERSION,
+        "vitprune": _version(),
         "architecture": architecture(model),
+        "precision": precision,
         "num_classes": model.num_classes,
         "label_names": list(getattr(model, "label_names", None) or ()),
-        "data_config": config,
-        "calibration_sha256": sorted(calibration),
+        "class_names": list(class_names(model)),
+        "data_config": data_config(model),
         "widths": {ffn.name: ffn.num_neurons for ffn in find_feed_forwards(model)},
+        "calibration_sha256": [] if plan is None else sorted(plan.calibration),
+        "plan": None if plan is None else _describe_plan(plan),
     }
-    onnx.helper.set_model_props(graph_model, {METADATA_KEY: json.dumps(facts, sort_keys=True)})
-    onnx.checker.check_model(graph_model, full_check=True)
-    onnx.save(graph_model, path)
 
 
-def _strip(graph_model: onnx.ModelProto) -> None:
-    """Drop what the exporter writes about this machine: stack traces with local file paths."""
-    graph = graph_model.graph
-    for item in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
-        del item.metadata_props[:]
-        item.doc_string = ""
-    for function in graph_model.functions:
-        del function.metadata_props[:]
-        for node in function.node:
-            del node.metadata_props[:]
+def _version() -> str:
+    from vitprune import __version__
+
+    return __version__
 
 
-def _name_batch_dimension(graph_model: onnx.ModelProto) -> None:
-    """Call the batch dimension by its name.
+def _describe_plan(plan: Plan) -> Mapping[str, Any]:
+    facts = {key: value for key, value in plan.facts.items() if key != "calibration"}
+    keep = {name: base64.b64encode(np.packbits(mask.numpy())).decode() for name, mask in plan.keep.items()}
+    return {**facts, "num_neurons_dense": {name: len(mask) for name, mask in plan.keep.items()}, "keep": keep}
 
-    torch 2.6 writes the example's batch size into the shapes of a graph that works for any: its annotations are
-    dropped, and ONNX Runtime infers them anew.
-    """
-    for value in (*graph_model.graph.input, *graph_model.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    del graph_model.graph.value_info[:]
+
+def _write(graph_model: ir.Model, path: Path, facts: Mapping[str, Any]) -> None:
+    graph_model.metadata_props[METADATA_KEY] = json.dumps(facts, sort_keys=True)
+    save_graph(graph_model, path)
+
+
+def save_graph(graph_model: ir.Model, path: Path) -> None:
+    """Write a graph, with its weights in a file beside it where they are too many for one, and check it."""
+    size_bytes = sum(value.const_value.nbytes for value in graph_model.graph.initializers.values())
+    external = f"{path.name}.data" if size_bytes > LARGEST_FILE_BYTES else None
+    ir.save(graph_model, path, external_data=external)
+    onnx.checker.check_model(str(path), full_check=True)
 
 
 @contextmanager
@@ -158,14 +225,13 @@ def _one_image_first(batches: Batches) -> Iterator[Tensor]:
 
 
 @torch.inference_mode()
-def _measure_parity(model: nn.Module, path: Path, batches: Batches) -> tuple[float, float, int]:
-    exported = open_onnx(path)
+def _measure_parity(model: nn.Module, exported: OnnxModel, batches: Batches, *, exact: bool) -> Parity:
     largest, agreed, count = 0.0, 0, 0
     for images in _one_image_first(batches):
         expected, got = model(images), exported(images)
         difference = (expected - got).abs()
         worst = difference.argmax()
-        if not bool((difference <= PARITY_ATOL + PARITY_RTOL * expected.abs()).all()):
+        if exact and not bool((difference <= PARITY_ATOL + PARITY_RTOL * expected.abs()).all()):
             raise VitpruneError(
                 "the ONNX graph differs from torch: a logit is "
                 f"{got.flatten()[worst]:.6g} in ONNX Runtime and {expected.flatten()[worst]:.6g} in torch"
@@ -175,4 +241,4 @@ def _measure_parity(model: nn.Module, path: Path, batches: Batches) -> tuple[flo
         count += len(images)
     if count == 0:
         raise VitpruneError("no images to compare ONNX Runtime with torch on")
-    return largest, agreed / count, count
+    return Parity(largest, agreed / count, count)
