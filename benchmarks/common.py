@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import shlex
 import subprocess
 import sys
@@ -72,15 +71,6 @@ def track(items, description: str):
         names = [f"{part.share:.2f}" if isinstance(part, vitprune.Target) else str(part) for part in parts]
         log(" ".join([description, f"{position}/{len(items)}", *names]))
         yield item
-
-
-def peak_bytes() -> int:
-    """Return the most memory that this process has held."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # what getrusage knows began with the memory of the process that started this one
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def log(text: str) -> None:

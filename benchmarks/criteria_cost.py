@@ -13,11 +13,12 @@ import time
 from datetime import date
 
 import torch
-from common import RESULTS, describe_machine, log, peak_bytes
+from common import RESULTS, describe_machine, log
 from jsonargparse import auto_cli
 
 import vitprune
 from vitprune.options import CRITERIA
+from vitprune.processes import peak_memory_bytes
 
 
 def main(checkpoint: str, data: str, model: str = "deit_tiny_patch16_224", num_images: int = 100):
@@ -43,14 +44,14 @@ def _measure(model: str, checkpoint: str, data: str, criterion: str, count: int)
     network = vitprune.load(model, checkpoint=checkpoint)
     images = vitprune.find_images(data, network.num_classes).head(count)
     batches = list(vitprune.ImageBatches(images, network, batch_size=32))
-    before = peak_bytes()
+    before = peak_memory_bytes()
     started = time.perf_counter()
     found = vitprune.discover(network, batches) if criterion == "jas" else None
     vitprune.score_neurons(network, criterion, batches=batches, found=found)
     seconds = time.perf_counter() - started
     return {
         "seconds": round(seconds, 2),
-        "peak_mib": round(peak_bytes() / 2**20),
+        "peak_mib": round(peak_memory_bytes() / 2**20),
         "peak_before_mib": round(before / 2**20),
     }
 

@@ -21,7 +21,7 @@ from datetime import date
 
 import timm
 import torch
-from common import RESULTS, describe_machine, log, peak_bytes
+from common import RESULTS, describe_machine, log
 from jsonargparse import auto_cli
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -32,6 +32,7 @@ import vitprune
 from vitprune.discovery.discover import plan_search, set_pace
 from vitprune.discovery.trunk import plain_attention
 from vitprune.options import DEFAULT_QUADRATURE
+from vitprune.processes import peak_memory_bytes
 
 STEPS = 20
 
@@ -315,7 +316,7 @@ def _measure_peak(model, checkpoint, data, device, count, asked, tokens, top_k) 
         search_as_published(network, *batch, tokens=tokens, top_k=top_k, first_layer=len(network.blocks) - 2)
     else:
         vitprune.discover(network, [batch], tokens=tokens, top_k=top_k, quadrature=asked[0], precision=asked[1])
-    return (torch.cuda.max_memory_allocated() if device.startswith("cuda") else peak_bytes()) / 2**30
+    return (torch.cuda.max_memory_allocated() if device.startswith("cuda") else peak_memory_bytes()) / 2**30
 
 
 if __name__ == "__main__":

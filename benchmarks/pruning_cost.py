@@ -14,12 +14,13 @@ from datetime import date
 
 import timm
 import torch
-from common import RESULTS, describe_machine, log, peak_bytes, track
+from common import RESULTS, describe_machine, log, track
 from jsonargparse import auto_cli
 
 import vitprune
 from vitprune.evaluation.macs import count_macs, count_parameters
 from vitprune.options import DEFAULT_COMPENSATION, DEFAULT_RATIO, DEFAULT_STEP
+from vitprune.processes import peak_memory_bytes
 
 
 def main(
@@ -46,13 +47,13 @@ def main(
     network = timm.create_model(model, pretrained=False).eval()
     images = vitprune.find_images(data, network.num_classes).head(num_images)
     batches = vitprune.ImageBatches(images, network, batch_size=batch_size)
-    before = peak_bytes()
+    before = peak_memory_bytes()
     started = time.perf_counter()
     pruned, plan = vitprune.prune(
         network, batches, pruning_ratio=pruning_ratio, compensation=compensation, step=step, track=track
     )
     seconds = time.perf_counter() - started
-    peak = peak_bytes()
+    peak = peak_memory_bytes()
     result = {
         **describe_machine(),
         "threads": torch.get_num_threads(),

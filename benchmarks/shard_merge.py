@@ -15,7 +15,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from common import RESULTS, describe_machine, peak_bytes
+from common import RESULTS, describe_machine
 from jsonargparse import auto_cli
 
 import vitprune
@@ -24,6 +24,7 @@ from vitprune.discovery.objective import DEFAULT_OBJECTIVE
 from vitprune.discovery.quadrature import parse_quadrature
 from vitprune.discovery.shards import Shards, read_shards, write_shard
 from vitprune.feed_forward import FeedForward
+from vitprune.processes import peak_memory_bytes
 
 NUM_FFNS, NUM_NEURONS, PER_SHARD, PER_CLASS = 12, 3072, 256, 1281
 
@@ -71,7 +72,7 @@ def main(num_shards: int = 500):
         "bytes": size,
         "write_seconds": write_seconds,
         "merge_seconds": merge_seconds,
-        "peak_gib": peak_bytes() / 2**30,
+        "peak_gib": peak_memory_bytes() / 2**30,
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{date.today()}-shard-merge.json").write_text(json.dumps(result, indent=1) + "\n")

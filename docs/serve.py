@@ -34,6 +34,8 @@ def open_model(path: str, num_threads: int = 0) -> tuple[onnxruntime.InferenceSe
         raise ValueError(f"{path}: the model has no classifier (num_classes=0)")
     if (crop_mode := facts["data_config"]["crop_mode"]) not in ("center", "squash"):
         raise ValueError(f"{path}: crop_mode must be 'center' or 'squash', got '{crop_mode}'")
+    if isinstance(batch := session.get_inputs()[0].shape[0], int):
+        raise ValueError(f"{path}: runs exactly {batch} images at a time; export it without --fixed-batch")
     return session, facts
 
 
@@ -92,7 +94,7 @@ def main() -> None:
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such file")
     session, facts = open_model(args.model, args.threads)
-    names = Path(args.labels).read_text("utf-8", "replace").splitlines() if args.labels else facts["label_names"]
+    names = Path(args.labels).read_text("utf-8", "replace").splitlines() if args.labels else facts["class_names"]
     if args.labels and len(names) != facts["num_classes"]:
         raise ValueError(f"{args.labels}: has {len(names)} names, the model has {facts['num_classes']} classes")
     answers = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import csv
 import json
 
 import numpy as np
@@ -17,6 +18,7 @@ from timm.layers import SwiGLUPacked
 import vitprune
 from vitprune.export import onnx_file
 from vitprune.export.runtime import open_onnx
+from vitprune.report.bench import render_bench, write_bench
 
 
 @pytest.fixture(scope="module")
@@ -164,24 +166,71 @@ def test_files_that_cannot_be_opened_are_refused(tmp_path):
         open_onnx(tmp_path / "foreign.onnx")
 
 
-def test_bench_has_a_row_for_every_model_backend_and_batch_size():
+def test_bench_has_a_row_for_every_model_backend_batch_size_and_number_of_threads():
     dense = make_vit(**TINY).float()
     models = {"dense": dense, "pruned": vitprune.remove_neurons(dense, half_plan(dense))}
     threads = torch.get_num_threads()
-    rows = vitprune.bench(models, batch_sizes=[1, 3], num_threads=1, seconds=0.05)
-    keys = [(row.model, row.backend, row.batch_size) for row in rows]
-    assert len(keys) == len(set(keys)) == 8
+    rows = vitprune.bench(models, batch_sizes=[1, 3], num_threads=[1, 2], seconds=0.05)
+    keys = [(row.model, row.backend, row.batch_size, row.num_threads) for row in rows]
+    assert len(keys) == len(set(keys)) == 16
     for row in rows:
-        assert row.num_threads == 1
         assert row.p95_ms >= row.median_ms > 0
         assert row.images_per_second == pytest.approx(1000 * row.batch_size / row.median_ms)
-        assert (row.model != "dense") or row.speedup == 1
+        assert (row.model != "dense") or row.speedup == row.speedup_low == row.speedup_high == 1
+        assert row.speedup_low <= row.speedup <= row.speedup_high
+        assert row.ceiling_share == pytest.approx(row.speedup / row.speedup_ceiling)
+        assert row.speedup_ceiling > 1 or row.model == "dense"
+        assert row.peak_bytes is None
     assert torch.get_num_threads() == threads
+
+
+def test_bench_times_precisions_against_the_first_and_measures_memory():
+    rows = vitprune.bench(
+        {"dense": make_vit(**TINY).float()},
+        backends=["onnxruntime-cpu"],
+        precisions=["float32", "int8"],
+        batch_sizes=[2],
+        seconds=0.05,
+        memory=True,
+    )
+    assert [row.precision for row in rows] == ["float32", "int8"]
+    assert rows[0].speedup == 1
+    assert rows[1].ceiling_share is None
+    for row in rows:
+        # The interpreter and ONNX Runtime, but not torch.
+        assert 10e6 < row.peak_bytes < 200e6
+
+
+def test_bench_times_files_as_they_are(exported, tmp_path):
+    _model, path, _report = exported
+    rows = vitprune.bench({"a": path}, backends=["onnxruntime-cpu"], batch_sizes=[1], seconds=0.05)
+    assert (rows[0].model, rows[0].precision, rows[0].speedup_ceiling) == ("a", "float32", 1)
+    with pytest.raises(vitprune.VitpruneError, match="is an ONNX file: torch-eager cannot run it"):
+        vitprune.bench({"a": path})
+
+
+def test_bench_draws_its_rows_and_writes_them(tmp_path):
+    models = {name: make_vit(**TINY, seed=seed).float() for seed, name in enumerate(("dense", "pruned"))}
+    rows = vitprune.bench(models, backends=["torch-eager"], batch_sizes=[1], seconds=0.05)
+    write_bench(rows, tmp_path / "bench.csv")
+    with (tmp_path / "bench.csv").open() as stream:
+        assert [row["model"] for row in csv.DictReader(stream)] == ["dense", "pruned"]
+    for suffix in ("png", "svg"):
+        render_bench(rows, tmp_path / f"bench.{suffix}", title="here")
+        assert (tmp_path / f"bench.{suffix}").stat().st_size > 5000
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"backends": ["tensorrt"]}, "backend must be one of"), ({"batch_sizes": [0]}, "batch sizes must be at least 1")],
+    [
+        ({"backends": ["tensorrt"]}, "backend must be one of"),
+        ({"backends": ["onnxruntime-tensorrt"]}, "onnxruntime-tensorrt is not here: onnxruntime .* has .*CPU"),
+        ({"batch_sizes": [0]}, "batch sizes must be at least 1"),
+        ({"num_threads": [0]}, "thread counts must be at least 1"),
+        ({"precisions": ["int8"]}, "torch-eager runs .*, not 'int8'"),
+        ({"precisions": ["tf32"], "backends": ["torch-eager"]}, "tf32 is a precision of GPUs"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
+    ],
 )
 def test_bench_refuses(arguments, message, tiny_vit):
     with pytest.raises(vitprune.VitpruneError, match=message):

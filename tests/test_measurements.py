@@ -6,6 +6,7 @@ import math
 import time
 
 import pytest
+import scipy.stats
 import timm
 import torch
 from conftest import make_vit
@@ -14,7 +15,7 @@ from sklearn.metrics import top_k_accuracy_score
 
 import vitprune
 from vitprune.evaluation.accuracy import compare, evaluate
-from vitprune.evaluation.latency import measure_latency
+from vitprune.evaluation.latency import Latency, measure_latency, paired_speedup
 from vitprune.evaluation.macs import count_macs, ffn_share
 from vitprune.export.ffn_latency import measure_ffn_latency
 
@@ -73,6 +74,15 @@ def test_latency_takes_turns_and_orders_fast_before_slow():
     assert turns == ["fast", "slow"] * 10
     assert measured["slow"].median_ms >= 10 > measured["fast"].median_ms
     assert measured["slow"].p95_ms >= measured["slow"].median_ms
+
+
+def test_a_speedup_is_paired_round_by_round_and_its_interval_students():
+    slow, fast = (Latency(1.0, 1.0, 30, rounds) for rounds in ((2.0, 40.0, 8.0), (1.0, 10.0, 4.0)))
+    speedup = paired_speedup(slow, fast)
+    logs = [math.log(2), math.log(4), math.log(2)]
+    expected = scipy.stats.ttest_1samp(logs, 0).confidence_interval(0.95)
+    assert speedup.ratio == pytest.approx(math.exp(sum(logs) / 3))
+    assert (speedup.low, speedup.high) == pytest.approx((math.exp(expected.low), math.exp(expected.high)))
 
 
 def test_macs_of_a_vision_transformer_on_paper():

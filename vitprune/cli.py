@@ -337,19 +337,28 @@ def _add_bench(parser: ArgumentParser) -> None:
         "models",
         type=str,
         nargs="+",
-        help="timm names or folders; a single pruned folder is timed against its dense model",
+        help="timm names, folders or .onnx files; a single pruned folder is timed against its dense model",
     )
     _add_checkpoint(parser)
     parser.add_argument(
         "--backend",
         type=str,
         nargs="+",
-        default=list(options.BACKENDS),
-        help=_listed(options.BACKENDS),
+        help=_listed(options.BACKENDS) + "; default: torch-eager (not for .onnx files) and onnxruntime-cpu",
+    )
+    parser.add_argument(
+        "--precision",
+        type=str,
+        nargs="+",
+        default=["float32"],
+        help=f"torch: {', '.join(options.PRECISIONS_TORCH)}; ONNX Runtime: {', '.join(options.PRECISIONS_ONNX)}",
     )
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8], help="images per run")
-    parser.add_argument("--threads", type=int, help="of the operators; default: torch's")
-    parser.add_argument("--seconds", type=float, default=5.0, help="per backend and batch size")
+    parser.add_argument("--threads", type=int, nargs="+", help="of the operators; default: torch's")
+    parser.add_argument("--seconds", type=float, default=5.0, help="per backend, batch size and number of threads")
+    parser.add_argument("--device", type=str, default="cpu", help="of the torch backends: cpu, cuda, cuda:1, ...")
+    parser.add_argument("-o", "--output", type=str, help="folder for bench.csv, bench.json, bench.png and bench.svg")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
 
 
 def _add_demo(parser: ArgumentParser) -> None:
@@ -1259,64 +1268,93 @@ def _calibration_images(model: str, plan):
     return ImageSet(Path(facts["data"]), tuple(facts["files"]), tuple(facts["labels"]))
 
 
-def _bench(models, checkpoint, backend, batch_size, threads, seconds):
-    from vitprune.evaluation.macs import amdahl_ceiling, count_macs
-    from vitprune.export.bench import bench
-    from vitprune.models import build_dense
+def _bench(models, checkpoint, backend, precision, batch_size, threads, seconds, device, output, overwrite):
+    from dataclasses import asdict
 
-    if threads is not None and threads < 1:
-        raise VitpruneError(f"threads must be at least 1, got {threads}")
-    onnx_files = [name for name in models if Path(name).suffix == ".onnx"]
-    if onnx_files:
-        raise VitpruneError(f"{onnx_files[0]}: bench takes models and pruned folders, and exports them itself")
-    folders = [name for name in models if Path(name).is_dir()]
-    if checkpoint is not None and len(folders) == len(models):
-        raise VitpruneError(f"{folders[0]} is a folder with its own weights; leave --checkpoint out")
-    if len(set(models)) < len(models) or "dense" in models:
-        raise VitpruneError(f"models must be different, and not called 'dense', got {', '.join(models)}")
-    networks = {}
-    if len(models) == 1 and Path(models[0]).is_dir():
-        _refuse_run(models[0])
-        networks["dense"] = build_dense(models[0])
-    for name in models:
-        networks[name] = _load(name, None if name in folders else checkpoint)
+    from vitprune.export.bench import DEFAULT_BACKENDS, bench, describe_hardware
+    from vitprune.files import FORMAT_VERSION, atomic_folder, refuse_existing, write_json
+    from vitprune.report.bench import BENCH_FILES, render_bench, write_bench
+
+    if output is not None:
+        refuse_existing(output, overwrite=overwrite, owned=BENCH_FILES)
+    networks = _models_to_bench(models, checkpoint)
+    onnx_only = all(isinstance(network, Path) for network in networks.values())
     rows = bench(
         networks,
-        backends=backend,
+        backends=backend or (DEFAULT_BACKENDS[-1:] if onnx_only else DEFAULT_BACKENDS),
+        precisions=precision,
         batch_sizes=batch_size,
         num_threads=threads,
+        device=device,
         seconds=seconds,
+        memory=True,
         track=_track,
     )
-    macs = {name: count_macs(network) for name, network in networks.items()}
-    ceilings = {name: amdahl_ceiling(next(iter(macs.values())), count) for name, count in macs.items()}
-    answer = {"rows": [{**vars(row), "speedup_ceiling": ceilings[row.model]} for row in rows]}
+    answer = {"rows": [asdict(row) for row in rows], "hardware": describe_hardware(device)}
+    if output is not None:
+        with atomic_folder(output) as folder:
+            write_json(folder / "bench.json", {"kind": "bench", "version": FORMAT_VERSION, **answer})
+            write_bench(rows, folder / "bench.csv")
+            for suffix in ("png", "svg"):
+                render_bench(rows, folder / f"bench.{suffix}", title=answer["hardware"]["processor"])
 
     def show() -> None:
+        # What is the same in every row goes into the title: the table shall fit a terminal.
+        names = ("model", "backend", "precision", "batch_size", "num_threads")
+        varied = [name for name in names if name == "model" or len({getattr(row, name) for row in rows}) > 1]
         cells = [
             (
-                row.model,
-                row.backend,
-                str(row.batch_size),
-                str(row.num_threads),
+                *(str(getattr(row, name)) for name in varied),
                 f"{row.median_ms:.2f}",
                 f"{row.p95_ms:.2f}",
                 f"{row.images_per_second:.1f}",
-                f"{row.speedup:.2f}",
-                f"{ceilings[row.model]:.2f}",
+                "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}",
+                "1" if row.speedup == 1 else f"{row.speedup:.2f} ± {(row.speedup_high - row.speedup_low) / 2:.2f}",
+                f"{row.speedup_ceiling:.2f}",
+                "" if row.ceiling_share is None or row.speedup == 1 else f"{row.ceiling_share:.2f}",
             )
             for row in rows
         ]
-        columns = ("model", "backend", "batch", "threads", "median ms", "p95 ms", "images/s", "speed-up", "ceiling")
-        _table(f"latency (speed-up over {rows[0].model})", columns, cells)
-        print("ceiling: what fewer multiply-accumulates allow at most (Amdahl); attention and projections still run")
-        if any(row.speedup > ceilings[row.model] for row in rows):
+        titles = {"batch_size": "batch", "num_threads": "threads"}
+        columns = (
+            *(titles.get(name, name) for name in varied),
+            *("median ms", "p95 ms", "images/s", "peak MiB", "speed-up", "ceiling", "share"),
+        )
+        shared = [f"{titles.get(name, name)} {getattr(rows[0], name)}" for name in names if name not in varied]
+        _table(
+            ", ".join([f"latency, speed-up over {rows[0].model} in {rows[0].precision} ± 95 % interval", *shared]),
+            columns,
+            cells,
+        )
+        print("ceiling: what fewer multiply-accumulates allow at most (Amdahl); share: of it that was reached")
+        if any(row.ceiling_share is not None and row.speedup_low > row.speedup_ceiling for row in rows):
             print(
                 "above the ceiling: this backend ran the wider model at fewer multiply-accumulates per second "
                 "(memory, caches, kernels), so there is more to win than they tell"
             )
+        if output is not None:
+            print(f"wrote {output}: {', '.join(sorted(BENCH_FILES))}")
 
     return answer, show
+
+
+def _models_to_bench(models: Sequence[str], checkpoint: str | None) -> dict[str, Any]:
+    """Load what is to be timed by name; ONNX files stay paths."""
+    from vitprune.models import build_dense
+
+    folders = [name for name in models if Path(name).is_dir()]
+    files = [name for name in models if Path(name).suffix == ".onnx"]
+    if checkpoint is not None and len(folders) + len(files) == len(models):
+        raise VitpruneError(f"{models[0]} has its own weights; leave --checkpoint out")
+    if len(set(models)) < len(models) or "dense" in models:
+        raise VitpruneError(f"models must be different, and not called 'dense', got {', '.join(models)}")
+    networks: dict[str, Any] = {}
+    if len(models) == 1 and folders:
+        _refuse_run(models[0])
+        networks["dense"] = build_dense(models[0])
+    for name in models:
+        networks[name] = Path(name) if name in files else _load(name, None if name in folders else checkpoint)
+    return networks
 
 
 def _demo(output, seed):

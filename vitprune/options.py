@@ -36,6 +36,8 @@ PRECISIONS: Mapping[str, str] = {
     "bf16": "bfloat16",
 }
 
+PRECISIONS_TORCH: Mapping[str, str] = {**PRECISIONS, "fp16": "float16"}
+
 CRITERIA: Mapping[str, str] = {
     "random": "random scores, the baseline",
     "magnitude": "norm of all weights of a neuron",
@@ -86,8 +88,12 @@ OPERATORS: Mapping[str, str] = {
 }
 
 BACKENDS: Mapping[str, str] = {
-    "torch-eager": "torch on the CPU, eager mode",
+    "torch-eager": "torch as it is",
+    "torch-compile": "torch.compile",
     "onnxruntime-cpu": "ONNX Runtime, CPU provider",
+    "onnxruntime-cuda": "its CUDA provider",
+    "onnxruntime-tensorrt": "its TensorRT provider",
+    "onnxruntime-openvino": "its OpenVINO provider",
 }
 
 DEFAULT_QUADRATURE, DEFAULT_FIXED_QUADRATURE = "adaptive", "gauss-legendre:8"

@@ -1,12 +1,14 @@
-"""One program on several processes, as ``torchrun`` starts them."""
+"""One program on several processes, as ``torchrun`` starts them; and how much memory a process has held."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 from vitprune.errors import VitpruneError
 
@@ -67,3 +69,14 @@ def join_processes() -> Iterator[Processes]:
         yield Processes(torch.distributed.get_rank(), count, int(os.environ.get("LOCAL_RANK", "0")))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory that this process has held."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # what getrusage knows began with the memory of the process that started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from scipy.stats import t as student_t
+
+CONFIDENCE = 0.95
 ROUNDS = 10
 # A thread pool keeps its threads spinning for a while after its last run (ONNX Runtime's for tens of milliseconds),
 # and they would be counted as the next program's slowness.
@@ -23,11 +26,27 @@ class Latency:
         median_ms: milliseconds.
         p95_ms: 95th percentile, milliseconds.
         num_runs: timed runs.
+        rounds_ms: median of each round, in which all programs took their turn.
     """
 
     median_ms: float
     p95_ms: float
     num_runs: int
+    rounds_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times faster one program is than another.
+
+    Attributes:
+        ratio: geometric mean over the rounds.
+        low, high: its 95 % confidence interval.
+    """
+
+    ratio: float
+    low: float
+    high: float
 
 
 def measure_latency(runners: Mapping[str, Callable[[], Any]], *, seconds: float = 3.0) -> dict[str, Latency]:
@@ -44,15 +63,44 @@ def measure_latency(runners: Mapping[str, Callable[[], Any]], *, seconds: float 
         name -> latency.
     """
     share = seconds / ROUNDS / len(runners)
-    times: dict[str, list[float]] = {name: [] for name in runners}
+    rounds: dict[str, list[list[float]]] = {name: [] for name in runners}
     for _ in range(ROUNDS):
         for name, run in runners.items():
             _repeat(run, SETTLE_SECONDS)
-            times[name] += _repeat(run, share)
-    return {
-        name: Latency(statistics.median(values), _percentile(values, 0.95), len(values))
-        for name, values in times.items()
-    }
+            rounds[name].append(_repeat(run, share))
+    return {name: _summarise(of_program) for name, of_program in rounds.items()}
+
+
+def _summarise(rounds: list[list[float]]) -> Latency:
+    times = [milliseconds for each in rounds for milliseconds in each]
+    return Latency(
+        statistics.median(times),
+        _percentile(times, 0.95),
+        len(times),
+        tuple(statistics.median(each) for each in rounds),
+    )
+
+
+def paired_speedup(first: Latency, second: Latency) -> Speedup:
+    """Compare two programs round by round, so that what slowed a whole round down cancels.
+
+    Args:
+        first: the reference.
+        second: timed in the same rounds.
+
+    Returns:
+        How many times faster the second is, with Student's interval of the mean logarithm of the rounds' ratios.
+
+    >>> first = Latency(2.0, 2.0, 20, (2.0, 4.0, 2.0))
+    >>> paired_speedup(first, Latency(1.0, 1.0, 20, (1.0, 2.0, 1.0)))
+    Speedup(ratio=2.0, low=2.0, high=2.0)
+    """
+    logs = [math.log(a / b) for a, b in zip(first.rounds_ms, second.rounds_ms, strict=True)]
+    mean = statistics.fmean(logs)
+    half = 0.0
+    if len(logs) > 1:
+        half = float(student_t.ppf(0.5 + CONFIDENCE / 2, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return Speedup(*(round(math.exp(value), 12) for value in (mean, mean - half, mean + half)))
 
 
 def _repeat(run: Callable[[], Any], seconds: float) -> list[float]:

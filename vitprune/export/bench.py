@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import copy
+import multiprocessing
+import os
+import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
+import onnxruntime
 import torch
 from torch import Tensor, nn
 
 from vitprune.data import data_config
 from vitprune.errors import VitpruneError
-from vitprune.evaluation.latency import measure_latency
+from vitprune.evaluation.latency import measure_latency, paired_speedup
+from vitprune.evaluation.macs import amdahl_ceiling, count_macs
+from vitprune.export.footprint import measure_footprint
 from vitprune.export.onnx_file import export_onnx
-from vitprune.export.runtime import OnnxModel, open_onnx
-from vitprune.options import BACKENDS, check_choice
+from vitprune.export.profile import count_graph_macs, make_feed
+from vitprune.export.runtime import PROVIDERS, check_provider, open_session, read_facts
+from vitprune.models import check_device
+from vitprune.options import BACKENDS, PRECISIONS_ONNX, PRECISIONS_TORCH, check_choice
+from vitprune.processes import peak_memory_bytes
 from vitprune.progress import Track, untracked
+
+DEFAULT_BACKENDS = ("torch-eager", "onnxruntime-cpu")
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Model = nn.Module | Path
+Runner = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -28,80 +44,178 @@ class BenchRow:
     Attributes:
         model: name given to the model.
         backend: key of ``BACKENDS``.
+        precision: of the matrix products with weights.
         batch_size: images per run.
         num_threads: threads of the operators.
         median_ms: milliseconds per run.
         p95_ms: 95th percentile, milliseconds per run.
         images_per_second: from the median.
-        speedup: median of the first model over median of this one, same backend and batch size.
+        speedup: how many times faster than the first model in the first precision, at the same backend, batch size and
+            number of threads; geometric mean over rounds.
+        speedup_low, speedup_high: its 95 % confidence interval.
+        speedup_ceiling: what fewer multiply-accumulates allow at most, as this backend computes them (Amdahl).
+        ceiling_share: speed-up over ceiling; None at another precision than the first, which changes the ceiling.
+        peak_bytes: most memory held by a process that runs nothing else (on a GPU: of its memory, by torch); None where
+            it was not measured, as with ONNX Runtime's providers for GPUs.
     """
 
     model: str
     backend: str
+    precision: str
     batch_size: int
     num_threads: int
     median_ms: float
     p95_ms: float
     images_per_second: float
     speedup: float
+    speedup_low: float
+    speedup_high: float
+    speedup_ceiling: float
+    ceiling_share: float | None
+    peak_bytes: int | None = None
 
 
 def bench(
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, nn.Module | str | Path],
     *,
-    backends: Sequence[str] = tuple(BACKENDS),
+    backends: Sequence[str] = DEFAULT_BACKENDS,
+    precisions: Sequence[str] = ("float32",),
     batch_sizes: Sequence[int] = (1, 8),
-    num_threads: int | None = None,
-    seconds: float = 3.0,
+    num_threads: Sequence[int] | None = None,
+    device: str = "cpu",
+    seconds: float = 5.0,
+    memory: bool = False,
     track: Track = untracked,
 ) -> list[BenchRow]:
-    """Time models in turn, backend by backend, on random images of their own input size.
+    """Time models in turn on random images of their own input size.
 
     Args:
-        models: name -> model in eval mode, on the CPU; the first is what speed-ups refer to.
+        models: name -> model in eval mode, or path of an ONNX file; the first is what speed-ups refer to.
         backends: keys of ``BACKENDS``.
+        precisions: for torch ``float32``, ``tf32``, ``bf16``, ``fp16``; for ONNX Runtime ``float32``, ``int8``.
         batch_sizes: images per run, each at least 1.
-        num_threads: threads of the operators; None takes torch's default for all backends.
-        seconds: time to spend per backend and batch size, after warm-up.
-        track: wraps (pairs of backend and batch size, description), for progress.
+        num_threads: threads of the operators, each at least 1; None takes torch's default.
+        device: of the torch backends.
+        seconds: time to spend per backend, batch size and number of threads, after warm-up.
+        memory: measure peak memory too, in a process of its own for each row (on the CPU: it is spawned, so the calling
+            script needs the usual ``if __name__ == "__main__"``).
+        track: wraps (settings, description), for progress.
 
     Raises:
-        VitpruneError: if a backend or batch size is unknown.
+        VitpruneError: if an argument is unknown or absent here, or a combination cannot be run.
     """
-    for backend in backends:
-        check_choice("backend", backend, BACKENDS)
-    if min(batch_sizes, default=0) < 1:
-        raise VitpruneError(f"batch sizes must be at least 1, got {list(batch_sizes)}")
-    threads = num_threads or torch.get_num_threads()
+    threads = list(num_threads or [torch.get_num_threads()])
+    _check(models, backends, precisions, batch_sizes, threads, device)
     rows = []
-    with tempfile.TemporaryDirectory() as folder, _torch_threads(threads):
-        exported: dict[str, OnnxModel] = {}
-        for backend, batch_size in track(list(product(backends, batch_sizes)), "bench"):
-            if backend == "onnxruntime-cpu" and not exported:
-                for position, (name, model) in enumerate(models.items()):
-                    path = Path(folder) / f"{position}.onnx"
-                    export_onnx(model, path, [random_batch(model, 2)])
-                    exported[name] = open_onnx(path, num_threads=threads)
-            runnable = exported if backend == "onnxruntime-cpu" else models
-            runners = {
-                name: make_runner(runnable[name], random_batch(model, batch_size)[0]) for name, model in models.items()
-            }
-            measured = measure_latency(runners, seconds=seconds)
-            first = next(iter(measured.values()))
-            for name, latency in measured.items():
+    with tempfile.TemporaryDirectory() as folder:
+        files = _Files(models, Path(folder))
+        for backend, batch_size, count in track(list(product(backends, batch_sizes, threads)), "bench"):
+            keys = list(product(models, precisions))
+            with _torch_threads(count):
+                runners = {
+                    (name, precision): _make_runner(
+                        files.get(name, precision) if backend in PROVIDERS else models[name],
+                        backend, precision, batch_size, count, device,
+                    )
+                    for name, precision in keys
+                }  # fmt: skip
+                for run in runners.values():
+                    run()  # compiles
+                measured = measure_latency(runners, seconds=seconds)
+            macs = {name: files.count_macs(name, on_graph=backend in PROVIDERS) for name in models}
+            first = files.precision(*keys[0])
+            for key in keys:
+                precision = files.precision(*key)
+                speedup = paired_speedup(measured[keys[0]], measured[key])
+                ceiling = amdahl_ceiling(macs[keys[0][0]], macs[key[0]])
+                peak = None
+                if memory:
+                    if backend == "onnxruntime-cpu":
+                        peak = measure_footprint(files.get(*key), batch_size=batch_size, num_threads=count)
+                    elif backend not in PROVIDERS:
+                        peak = _measure_peak(models[key[0]], backend, key[1], batch_size, count, device)
                 rows.append(
                     BenchRow(
-                        name,
-                        backend,
-                        batch_size,
-                        threads,
-                        latency.median_ms,
-                        latency.p95_ms,
-                        1000 * batch_size / latency.median_ms,
-                        first.median_ms / latency.median_ms,
+                        *(key[0], backend, precision, batch_size, count),
+                        measured[key].median_ms,
+                        measured[key].p95_ms,
+                        1000 * batch_size / measured[key].median_ms,
+                        *(speedup.ratio, speedup.low, speedup.high),
+                        ceiling,
+                        speedup.ratio / ceiling if precision == first else None,
+                        peak,
                     )
                 )
     return rows
+
+
+def _check(models, backends, precisions, batch_sizes, threads, device: str) -> None:
+    for backend in backends:
+        check_choice("backend", backend, BACKENDS)
+        known = PRECISIONS_ONNX if backend in PROVIDERS else PRECISIONS_TORCH
+        for precision in precisions:
+            if precision not in known:
+                raise VitpruneError(f"{backend} runs {', '.join(known)}, not '{precision}'; name other backends")
+        if backend in PROVIDERS:
+            check_provider(backend)
+        else:
+            check_device(device)
+            files = [name for name, model in models.items() if not isinstance(model, nn.Module)]
+            if files:
+                raise VitpruneError(f"{files[0]} is an ONNX file: {backend} cannot run it, onnxruntime-cpu can")
+    if "tf32" in precisions and torch.device(device).type != "cuda":
+        raise VitpruneError(f"tf32 is a precision of GPUs; the device is {device}")
+    if "int8" in precisions:
+        files = [name for name, model in models.items() if not isinstance(model, nn.Module)]
+        if files:
+            raise VitpruneError(f"{files[0]} is timed as it is; 'vitprune export --int8' makes an int8 file")
+    for what, values in (("batch sizes", batch_sizes), ("thread counts", threads)):
+        if min(values, default=0) < 1:
+            raise VitpruneError(f"{what} must be at least 1, got {list(values)}")
+
+
+class _Files:
+    """The models as ONNX files, each exported when it is first asked for; and their multiply-accumulates."""
+
+    def __init__(self, models: Mapping[str, Any], folder: Path) -> None:
+        self.models, self.folder = models, folder
+        self.exported: dict[tuple[str, str], Path] = {}
+        self.macs: dict[tuple[str, bool], int] = {}
+
+    def get(self, name: str, precision: str) -> Path:
+        model, key = self.models[name], (name, precision)
+        if not isinstance(model, nn.Module):
+            return Path(model)
+        if key not in self.exported:
+            self.exported[key] = self.folder / f"{len(self.exported)}.onnx"
+            export_onnx(model, self.exported[key], [random_batch(model, 2)], precision=precision)
+        return self.exported[key]
+
+    def precision(self, name: str, precision: str) -> str:
+        """Return the precision of a model that is exported in this one; a file has its own."""
+        if isinstance(self.models[name], nn.Module):
+            return precision
+        return read_facts(open_session(self.models[name])).get("precision", "float32")
+
+    def count_macs(self, name: str, *, on_graph: bool) -> int:
+        if (name, on_graph) not in self.macs:
+            count = count_graph_macs(self.get(name, "float32")) if on_graph else count_macs(self.models[name])
+            self.macs[name, on_graph] = count
+        return self.macs[name, on_graph]
+
+
+def _make_runner(source: Any, backend: str, precision: str, batch_size: int, num_threads: int, device: str) -> Runner:
+    if backend in PROVIDERS:
+        session = open_session(source, num_threads=num_threads, backend=backend)
+        feed = make_feed(session, batch_size)
+        if len(next(iter(feed.values()))) != batch_size:
+            raise VitpruneError(f"{source} runs {len(next(iter(feed.values())))} images at a time, not {batch_size}")
+        return lambda: session.run(None, feed)
+    model = copy.deepcopy(source).to(device, DTYPES[precision]).eval()
+    if backend == "torch-compile":
+        model = torch.compile(model, dynamic=False)
+    images = random_batch(source, batch_size)[0].to(device, DTYPES[precision])
+    return make_runner(model, images, tf32=precision == "tf32")
 
 
 def random_batch(model: nn.Module, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -110,14 +224,57 @@ def random_batch(model: nn.Module, batch_size: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch_size, *data_config(model)["input_size"], generator=generator), torch.zeros(batch_size)
 
 
-def make_runner(model: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], Tensor]:
-    """Return a program that runs a model once."""
+def make_runner(model: Callable[[Tensor], Tensor], images: Tensor, *, tf32: bool = False) -> Runner:
+    """Return a program that runs a model once and waits for its answer."""
 
     @torch.inference_mode()
     def run() -> Tensor:
-        return model(images)
+        answer = model(images)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        return answer
 
-    return run
+    if not images.is_cuda:
+        return run
+
+    def run_in_precision() -> Tensor:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        try:
+            return run()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return run_in_precision
+
+
+def _measure_peak(
+    model: nn.Module, backend: str, precision: str, batch_size: int, num_threads: int, device: str
+) -> int:
+    """Run a torch model in a process of its own and return the most memory that it held."""
+    arguments = (model, backend, precision, batch_size, num_threads, device)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_run_and_report, arguments)
+
+
+def _run_and_report(source, backend, precision, batch_size, num_threads, device) -> int:
+    torch.set_num_threads(num_threads)
+    run = _make_runner(source, backend, precision, batch_size, num_threads, device)
+    for _ in range(3):
+        run()
+    return torch.cuda.max_memory_reserved(device) if torch.device(device).type == "cuda" else peak_memory_bytes()
+
+
+def describe_hardware(device: str = "cpu") -> dict[str, str]:
+    """Return where a bench runs: processor and versions, for its records."""
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text().splitlines() if listed.is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    processor = f"{named[0] if named else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    if torch.device(device).type == "cuda":
+        processor = f"{torch.cuda.get_device_name(device)}; {processor}"
+    versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
+    return {"processor": processor, "python": platform.python_version(), **versions}
 
 
 @contextmanager

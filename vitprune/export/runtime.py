@@ -76,10 +76,15 @@ def open_onnx(path: str | Path, *, num_threads: int | None = None, backend: str 
             images need.
     """
     session = open_session(path, num_threads=num_threads, backend=backend)
-    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-    if text is None:
+    facts = read_facts(session)
+    if not facts:
         raise VitpruneError(f"{path}: does not say which transform its images need; export it with 'vitprune export'")
-    return OnnxModel(session, json.loads(text))
+    return OnnxModel(session, facts)
+
+
+def read_facts(session: onnxruntime.InferenceSession) -> dict[str, Any]:
+    """Return what vitprune wrote into a file about itself; nothing for the files of others."""
+    return json.loads(session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "{}"))
 
 
 def open_session(
