@@ -153,7 +153,7 @@ def test_the_script_needs_no_torch_and_prints_what_classify_returns(serve, expor
 
 
 def test_names_come_from_the_file_or_from_labels_and_indices_stand_in(exported, odd_images, tmp_path):
-    nameless = with_facts(exported, tmp_path / "nameless.onnx", label_names=[])
+    nameless = with_facts(exported, tmp_path / "nameless.onnx", class_names=[])
     (tmp_path / "labels.txt").write_text("0\n1 é\n2\n3\n4\n", encoding="utf-8")
     image, options = odd_images / "any" / "wide.jpg", ("--threads", 1)
     named = run(exported, image, *options).stdout.splitlines()
@@ -228,10 +228,9 @@ def test_the_page_works_from_its_first_command_to_its_last_block(saved_vit, imag
         assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if not line.startswith(" ")] == ["cat.jpg", "dog.png"]
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 2
     for block in blocks:
         exec(compile(block, "serving.md", "exec"), {})
-    assert len(Path("imagenet.txt").read_text(encoding="utf-8").splitlines()) == 1000
 
 
 def test_the_page_lists_every_key_of_the_metadata(exported):
