@@ -220,7 +220,9 @@ def _add_prune(parser: ArgumentParser) -> None:
     parser.add_argument("--target-params", type=float, help="parameters of the whole model instead, such as 4.5e6")
     parser.add_argument("--target-macs", type=float, help="multiply-accumulates of one image instead, such as 0.9e9")
     parser.add_argument("--target-latency", type=float, help="ms per run on --backend instead, measured here")
-    parser.add_argument("--backend", type=str, help=f"of --target-latency: {_listed(options.BACKENDS)}")
+    parser.add_argument(
+        "--backend", type=str, help=f"of --target-latency and --round-to auto: {_listed(options.BACKENDS)}"
+    )
     parser.add_argument("--latency-batch-size", type=int, help="images per run of --target-latency (1)")
     parser.add_argument(
         "--keep-classes",
@@ -238,7 +240,9 @@ def _add_prune(parser: ArgumentParser) -> None:
         choices=tuple(options.ALLOCATIONS),
         help=f"{_listed(options.ALLOCATIONS)} ({options.DEFAULT_ALLOCATION})",
     )
-    parser.add_argument("--round-to", type=int, help="every width is a multiple of it (1)")
+    parser.add_argument(
+        "--round-to", type=str, help="every width is a multiple of it (1); auto: what --backend is fastest at here"
+    )
     parser.add_argument(
         "--floor", type=float, help=f"share that global leaves to each FFN at least ({options.DEFAULT_FLOOR})"
     )
@@ -361,6 +365,16 @@ def _add_bench(parser: ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
 
 
+def _add_doctor(parser: ArgumentParser) -> None:
+    parser.add_argument("model", type=str, help="any .onnx file with one input of images, folder, or timm name")
+    _add_checkpoint(parser)
+    backends = {name: text for name, text in options.BACKENDS.items() if name.startswith("onnxruntime")}
+    parser.add_argument("--backend", choices=tuple(backends), default="onnxruntime-cpu", help=_listed(backends))
+    parser.add_argument("--batch-size", type=int, default=1, help="images per run")
+    parser.add_argument("--threads", type=int, help="of the operators; default: ONNX Runtime's choice")
+    parser.add_argument("--seconds", type=float, default=20.0, help="to spend on timing the whole model")
+
+
 def _add_demo(parser: ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=str, default="vitprune-demo", help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice")
@@ -380,6 +394,7 @@ _ARGUMENTS: dict[str, tuple[str, Callable[[ArgumentParser], None]]] = {
     "analyze": ("mask all but the top neurons of each class, as the paper does", _add_analyze),
     "export": ("write an ONNX file and check it against torch", _add_export),
     "bench": ("time models in torch and ONNX Runtime", _add_bench),
+    "doctor": ("tell why a model is not faster here, and what each cause costs", _add_doctor),
     "run": ("execute the commands of a recipe", _add_run),
 }
 
@@ -463,13 +478,14 @@ def _console(*, stderr: bool = False):
     return Console(file=stream, width=None if stream.isatty() else 120, highlight=False)
 
 
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, texts: Sequence[str] = ()) -> None:
+    """Print a table; its first column and those of ``texts`` are words, the others numbers."""
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
     for position, column in enumerate(columns):
-        table.add_column(column, justify="left" if position == 0 else "right")
+        table.add_column(column, justify="left" if position == 0 or column in texts else "right")
     for row in rows:
         table.add_row(*map(escape, row))
     _console().print(table)
@@ -764,6 +780,7 @@ def _prune(
     if Path(output).resolve() == Path(source).resolve():
         raise VitpruneError(f"{output} is the model itself; choose another output")
     decisions = {"pruning_ratio": ratio, "criterion": criterion, "allocation": allocation}
+    round_to = _parse_round_to(round_to)
     decisions = {**decisions, "round_to": round_to, "floor": floor, "step": step}
     decisions = {name: value for name, value in decisions.items() if value is not None}
     targets = {"target_params": target_params, "target_macs": target_macs, "target_latency": target_latency}
@@ -779,8 +796,9 @@ def _prune(
         raise VitpruneError("--floor is for --allocation global; uniform leaves every FFN the same share")
     if step not in (None, 1) and not needs_steps(criterion or options.DEFAULT_CRITERION):
         raise VitpruneError(f"--step: the scores of criterion {criterion} do not change on the way; leave it out")
-    if target_latency is None and (backend, latency_batch_size) != (None, None):
-        raise VitpruneError("--backend and --latency-batch-size go with --target-latency, which is missing")
+    timed = target_latency is not None or round_to == "auto"
+    if not timed and (backend, latency_batch_size) != (None, None):
+        raise VitpruneError("--backend and --latency-batch-size go with --target-latency or --round-to auto")
     run, network = _open_source(source, checkpoint, device)
     _refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
     images = _images_of(source, run, network, data, class_map, classes, images_per_class, seed)
@@ -796,6 +814,8 @@ def _prune(
     started = time.perf_counter()
     if given_plan is None:
         target = _make_target(network, backend, latency_batch_size, **targets)
+        if round_to == "auto":
+            decisions["round_to"] = _find_round_to(network, target, ratio, backend, latency_batch_size)
         if tracked is not None:
             tracked.description = _describe_passes(network, ratio, target, criterion, step, compensate)
         pruned, made = prune(
@@ -822,9 +842,13 @@ def _prune(
     scored_on = run.images if run is not None and made.facts["criterion"] == "jas" else None
     made = Plan(made.keep, {**made.facts, "calibration": _calibration(used, scored_on, _plan_of(source), given_plan)})
     save(pruned, output, plan=made)
+    latency = None
+    if target_latency is not None:
+        latency = _measure_latency(network, pruned, made.facts["target"], backend, latency_batch_size)
     macs, macs_dense = count_macs(pruned), count_macs(network)
     answer = {
         "output": output,
+        "latency": latency,
         "widths": made.widths,
         "num_neurons": made.num_neurons,
         "num_neurons_dense": made.num_neurons_dense,
@@ -852,6 +876,11 @@ def _prune(
             asked = made.facts["target"]
             unit = options.TARGETS[asked["kind"]]
             print(f"target {asked['limit']:g} {unit}; predicted {asked['predicted']:.6g}")
+        if latency is not None:
+            print(
+                f"measured {latency['median_ms']:.2f} ms, the dense model {latency['dense_median_ms']:.2f} ms in the same "
+                f"run: {latency['speedup']:.2f} x as fast (predicted {latency['predicted_speedup']:.2f} x)"
+            )
         if answer["classes"]:
             shown = ", ".join(map(describe_class, answer["classes"][:10]))
             print(f"answers {len(answer['classes'])} classes: {shown}{', ...' if len(answer['classes']) > 10 else ''}")
@@ -928,6 +957,28 @@ def _describe_passes(
     return f"calibrate: {len(stops)} {'ranking' if len(stops) == 1 else 'rankings'}{then}"
 
 
+def _parse_round_to(round_to: str | None) -> int | str | None:
+    if round_to in (None, "auto"):
+        return round_to
+    if not round_to.isdecimal() or int(round_to) < 1:
+        raise VitpruneError(f"round_to must be a number of at least 1, or auto; got {round_to}")
+    return int(round_to)
+
+
+def _find_round_to(network, target, ratio: float | None, backend: str | None, batch_size: int | None) -> int:
+    from vitprune.export.alignment import find_round_to
+    from vitprune.export.ffn_latency import ffn_shapes
+
+    share = target.share if target is not None else options.DEFAULT_RATIO if ratio is None else ratio
+    largest = max(ffn_shapes(network).values(), key=lambda shape: shape.num_neurons)
+    device = str(next(network.parameters()).device)
+    backend = backend or ("onnxruntime-cpu" if device == "cpu" else "torch-eager")
+    _note(f"timing widths of {largest.num_neurons * (1 - share):.0f} neurons on {backend}")
+    found = find_round_to(largest, share, backend=backend, batch_size=batch_size or 1, device=device)
+    _note(f"widths are multiples of {found}")
+    return found
+
+
 def _make_target(network, backend: str | None, batch_size: int | None, **targets: float):
     """Build the target that was asked for; None where the ratio decides."""
     from vitprune.evaluation.macs import count_macs
@@ -949,6 +1000,28 @@ def _make_target(network, backend: str | None, batch_size: int | None, **targets
         track=_track,
     )
     return target_latency(network, limit, total=total, tables=tables)
+
+
+def _measure_latency(network, pruned, asked: dict, backend: str | None, batch_size: int | None) -> dict[str, Any]:
+    """Time the pruned model beside the dense one, which tells a prediction's error from a change of the machine."""
+    from vitprune.export.bench import bench
+
+    rows = bench(
+        {"dense": network.cpu(), "pruned": pruned.cpu()},
+        backends=[backend or "onnxruntime-cpu"],
+        batch_sizes=[batch_size or 1],
+        track=_track,
+    )
+    dense, small = rows
+    return {
+        "backend": small.backend,
+        "batch_size": small.batch_size,
+        "median_ms": small.median_ms,
+        "dense_median_ms": dense.median_ms,
+        "speedup": small.speedup,
+        "predicted_ms": asked["predicted"],
+        "predicted_speedup": asked["dense"] / asked["predicted"],
+    }
 
 
 def _curve(
@@ -1338,6 +1411,51 @@ def _bench(models, checkpoint, backend, precision, batch_size, threads, seconds,
     return answer, show
 
 
+def _doctor(model, checkpoint, backend, batch_size, threads, seconds):
+    import tempfile
+    from dataclasses import asdict
+
+    from vitprune.export.doctor import VERDICTS, diagnose
+
+    for name, value in (("batch_size", batch_size), ("threads", threads)):
+        if value is not None and value < 1:
+            raise VitpruneError(f"{name} must be at least 1, got {value}")
+    if Path(model).suffix == ".onnx" and checkpoint is not None:
+        raise VitpruneError(f"{model} holds its own weights; leave --checkpoint out")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(model)
+        if path.suffix != ".onnx":
+            from vitprune.export.bench import random_batch
+            from vitprune.export.onnx_file import export_onnx
+
+            network = _load(model, checkpoint)
+            path = Path(folder) / "model.onnx"
+            export_onnx(network, path, [random_batch(network, 2)], plan=_plan_of(model))
+        found = diagnose(
+            path, backend=backend, batch_size=batch_size, num_threads=threads, seconds=seconds, track=_track
+        )
+    answer = {**asdict(found), "path": model, "findings": [asdict(finding) for finding in found.findings]}
+
+    def show() -> None:
+        cells = [
+            (
+                finding.name,
+                finding.verdict,
+                "" if finding.cost_ms is None else f"{finding.cost_ms:.2f}",
+                finding.text + (f" -> {finding.remedy}" if finding.remedy else ""),
+            )
+            for finding in found.findings
+        ]
+        columns = ("what", "verdict", "ms", "finding -> remedy")
+        _table(f"{model} on {backend}, batch {found.batch_size}", columns, cells, texts=columns[1::2])
+        share = "" if found.ffn_share is None else f", {found.ffn_share:.0%} of them in FFNs"
+        print(f"one run takes {found.median_ms:.2f} ms")
+        print(f"{found.macs / 1e6:,.1f} M multiply-accumulates per image{share}")
+        print("; ".join(f"{verdict}: {meaning}" for verdict, meaning in VERDICTS.items()))
+
+    return answer, show
+
+
 def _models_to_bench(models: Sequence[str], checkpoint: str | None) -> dict[str, Any]:
     """Load what is to be timed by name; ONNX files stay paths."""
     from vitprune.models import build_dense
@@ -1380,4 +1498,5 @@ _COMMANDS: dict[str, Callable[..., tuple[dict[str, Any], Callable[[], None]]]] =
     "analyze": _analyze,
     "export": _export,
     "bench": _bench,
+    "doctor": _doctor,
 }

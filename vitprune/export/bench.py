@@ -75,6 +75,25 @@ class BenchRow:
     peak_bytes: int | None = None
 
 
+@dataclass(frozen=True)
+class Setting:
+    """How a model is run.
+
+    Attributes:
+        backend: key of ``BACKENDS``.
+        precision: key of ``DTYPES``; files of ONNX Runtime have their own.
+        batch_size: images per run.
+        num_threads: of ONNX Runtime's operators; torch's are the process's.
+        device: of the torch backends.
+    """
+
+    backend: str
+    precision: str = "float32"
+    batch_size: int = 1
+    num_threads: int | None = None
+    device: str = "cpu"
+
+
 def bench(
     models: Mapping[str, nn.Module | str | Path],
     *,
@@ -113,12 +132,12 @@ def bench(
             keys = list(product(models, precisions))
             with _torch_threads(count):
                 runners = {
-                    (name, precision): _make_runner(
+                    (name, precision): make_backend_runner(
                         files.get(name, precision) if backend in PROVIDERS else models[name],
-                        backend, precision, batch_size, count, device,
+                        Setting(backend, precision, batch_size, count, device),
                     )
                     for name, precision in keys
-                }  # fmt: skip
+                }
                 for run in runners.values():
                     run()  # compiles
                 measured = measure_latency(runners, seconds=seconds)
@@ -133,7 +152,7 @@ def bench(
                     if backend == "onnxruntime-cpu":
                         peak = measure_footprint(files.get(*key), batch_size=batch_size, num_threads=count)
                     elif backend not in PROVIDERS:
-                        peak = _measure_peak(models[key[0]], backend, key[1], batch_size, count, device)
+                        peak = _measure_peak(models[key[0]], Setting(backend, key[1], batch_size, count, device))
                 rows.append(
                     BenchRow(
                         *(key[0], backend, precision, batch_size, count),
@@ -204,18 +223,29 @@ class _Files:
         return self.macs[name, on_graph]
 
 
-def _make_runner(source: Any, backend: str, precision: str, batch_size: int, num_threads: int, device: str) -> Runner:
-    if backend in PROVIDERS:
-        session = open_session(source, num_threads=num_threads, backend=backend)
-        feed = make_feed(session, batch_size)
-        if len(next(iter(feed.values()))) != batch_size:
-            raise VitpruneError(f"{source} runs {len(next(iter(feed.values())))} images at a time, not {batch_size}")
+def make_backend_runner(source: nn.Module | Path, setting: Setting) -> Runner:
+    """Return a program that runs random images through a model once and waits for its answer.
+
+    Args:
+        source: a torch model for the torch backends, an ONNX file for the others.
+        setting: how to run it.
+
+    Raises:
+        VitpruneError: if the file cannot be opened, its provider is absent, or it fixes another batch size.
+    """
+    if setting.backend in PROVIDERS:
+        session = open_session(source, num_threads=setting.num_threads, backend=setting.backend)
+        feed = make_feed(session, setting.batch_size)
+        fixed = len(next(iter(feed.values())))
+        if fixed != setting.batch_size:
+            raise VitpruneError(f"{source} runs {fixed} images at a time, not {setting.batch_size}")
         return lambda: session.run(None, feed)
-    model = copy.deepcopy(source).to(device, DTYPES[precision]).eval()
-    if backend == "torch-compile":
+    dtype = DTYPES[setting.precision]
+    model = copy.deepcopy(source).to(setting.device, dtype).eval()
+    if setting.backend == "torch-compile":
         model = torch.compile(model, dynamic=False)
-    images = random_batch(source, batch_size)[0].to(device, DTYPES[precision])
-    return make_runner(model, images, tf32=precision == "tf32")
+    images = random_batch(source, setting.batch_size)[0].to(setting.device, dtype)
+    return make_runner(model, images, tf32=setting.precision == "tf32")
 
 
 def random_batch(model: nn.Module, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -248,21 +278,19 @@ def make_runner(model: Callable[[Tensor], Tensor], images: Tensor, *, tf32: bool
     return run_in_precision
 
 
-def _measure_peak(
-    model: nn.Module, backend: str, precision: str, batch_size: int, num_threads: int, device: str
-) -> int:
+def _measure_peak(model: nn.Module, setting: Setting) -> int:
     """Run a torch model in a process of its own and return the most memory that it held."""
-    arguments = (model, backend, precision, batch_size, num_threads, device)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_run_and_report, arguments)
+        return pool.apply(_run_and_report, (model, setting))
 
 
-def _run_and_report(source, backend, precision, batch_size, num_threads, device) -> int:
-    torch.set_num_threads(num_threads)
-    run = _make_runner(source, backend, precision, batch_size, num_threads, device)
+def _run_and_report(model: nn.Module, setting: Setting) -> int:
+    torch.set_num_threads(setting.num_threads)
+    run = make_backend_runner(model, setting)
     for _ in range(3):
         run()
-    return torch.cuda.max_memory_reserved(device) if torch.device(device).type == "cuda" else peak_memory_bytes()
+    on_gpu = torch.device(setting.device).type == "cuda"
+    return torch.cuda.max_memory_reserved(setting.device) if on_gpu else peak_memory_bytes()
 
 
 def describe_hardware(device: str = "cpu") -> dict[str, str]:

@@ -1,25 +1,32 @@
-"""Time a model's FFNs over widths on a backend, for latency targets."""
+"""How long a model takes over the widths of its FFNs on a backend, for latency targets.
+
+Letters: N tokens, D embedding width, H hidden neurons.
+"""
 
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vitprune.errors import VitpruneError
-from vitprune.evaluation.latency import measure_latency
-from vitprune.export.bench import make_runner, random_batch
-from vitprune.export.onnx_file import export_onnx, quiet
-from vitprune.export.runtime import open_onnx
-from vitprune.feed_forward import FeedForward, find_feed_forwards
+from vitprune.evaluation.latency import Latency, measure_latency, paired_speedup
+from vitprune.export.alignment import FfnShape
+from vitprune.export.bench import Runner, Setting, make_backend_runner, random_batch
+from vitprune.export.graph import forget_shapes, read_graph
+from vitprune.export.graph_ffns import find_graph_ffns, match_ffns
+from vitprune.export.graph_ffns import remove_neurons as remove_graph_neurons
+from vitprune.export.onnx_file import export_onnx, save_graph
+from vitprune.export.profile import profile
+from vitprune.export.runtime import PROVIDERS, check_provider
+from vitprune.feed_forward import find_feed_forwards, hook_hidden
 from vitprune.options import BACKENDS, check_choice
 from vitprune.progress import Track, untracked
 from vitprune.pruning.apply import remove_neurons
@@ -35,75 +42,118 @@ def measure_ffn_latency(
     backend: str,
     batch_size: int = 1,
     seconds: float = 20.0,
+    device: str = "cpu",
     track: Track = untracked,
 ) -> tuple[float, Tables]:
-    """Time the whole model and one FFN of each shape at eight widths, all in turn.
+    """Time the whole model with all FFNs at eight widths, in turn, and share out to each FFN what it takes of that.
+
+    An FFN that runs alone finds its weights in the cache and its thread pool warm; in the model it does not. So whole
+    models are timed, and what changes with their widths is shared out by the multiply-accumulates of the FFNs as this
+    backend computes them (an exported file computes the last one for the tokens alone that the head reads).
 
     Args:
-        model: timm Vision Transformer in eval mode, timed on the CPU.
+        model: timm Vision Transformer in eval mode.
         backend: key of ``BACKENDS``.
         batch_size: images per run.
         seconds: to spend on all timed runs together.
+        device: of torch.
         track: wraps (items, description) of the preparation, for progress.
 
     Returns:
         Median ms of the model, and FFN name -> pairs (width, median ms), for ``target_latency``.
 
     Raises:
-        VitpruneError: if the backend is unknown or the batch is empty.
+        VitpruneError: if the backend is unknown or absent, or the batch is empty.
     """
     check_choice("backend", backend, BACKENDS)
     if batch_size < 1:
         raise VitpruneError(f"batch_size must be at least 1, got {batch_size}")
+    if backend in PROVIDERS:
+        check_provider(backend)
     model = copy.deepcopy(model).cpu().float()
     ffns = find_feed_forwards(model)
-    inputs = _record_inputs(model, ffns, random_batch(model, batch_size)[0])
-    shape_of = {ffn.name: (ffn.num_neurons, ffn.packed, len(ffn.up_projs), *inputs[ffn.name].shape) for ffn in ffns}
-    first_of = {shape: name for name, shape in reversed(shape_of.items())}
-    runners: dict[Any, Callable[[], Any]] = {}
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    setting = Setting(backend, "float32", batch_size, torch.get_num_threads(), device)
+    runners: dict[int, Runner] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        dense = Path(folder) / "dense.onnx"
+        if backend in PROVIDERS:
+            export_onnx(model, dense, [random_batch(model, 2)])
         for number in track(range(1, NUM_WIDTHS + 1), f"prepare {backend}"):
-            widths = {ffn.name: max(1, ffn.num_neurons * number // NUM_WIDTHS) for ffn in ffns}
-            narrow = remove_neurons(model, Plan({f.name: torch.arange(f.num_neurons) < widths[f.name] for f in ffns}))
-            for shape, name in first_of.items():
-                module = copy.deepcopy(narrow.get_submodule(name))
-                path = folder / f"{number}-{len(runners)}.onnx"
-                runners[shape, widths[name]] = _make_ffn_runner(module, inputs[name], backend, path)
-        images = random_batch(model, batch_size)[0]
-        whole: Any = model
-        if backend == "onnxruntime-cpu":
-            export_onnx(model, folder / "model.onnx", [random_batch(model, 2)])
-            whole = open_onnx(folder / "model.onnx", num_threads=torch.get_num_threads())
-        runners["model"] = make_runner(whole, images)
+            widths = {ffn.name: _width(ffn.num_neurons, number) for ffn in ffns}
+            source: Any = Path(folder) / f"{number}.onnx"
+            if backend in PROVIDERS:
+                _write_narrow(dense, widths, source)
+            else:
+                keep = {ffn.name: torch.arange(ffn.num_neurons) < widths[ffn.name] for ffn in ffns}
+                source = remove_neurons(model, Plan(keep))
+            runners[number] = make_backend_runner(source, setting)
+            runners[number]()
         measured = measure_latency(runners, seconds=seconds)
-    total = measured.pop("model").median_ms
-    tables: Tables = {name: [] for name in shape_of}
-    for (shape, width), latency in measured.items():
-        for name in shape_of:
-            if shape_of[name] == shape:
-                tables[name].append((width, latency.median_ms))
-    return total, {name: sorted(table) for name, table in tables.items()}
+        shapes = shapes_in_file(dense, list(widths)) if backend in PROVIDERS else ffn_shapes(model)
+    total = measured[NUM_WIDTHS].median_ms
+    times = _scaled_to(total, measured)
+    # What the neurons take: all that a straight line through the times loses on its way to no neurons at all.
+    slope, _fixed = np.polyfit(np.arange(1, NUM_WIDTHS + 1), times, 1)
+    at_none = max(0.0, min(times[0], times[0] - slope))
+    macs = {name: shape.num_tokens * shape.embed_dim * shape.num_neurons for name, shape in shapes.items()}
+    share = {name: count / sum(macs.values()) for name, count in macs.items()}
+    tables = {
+        ffn.name: [
+            (_width(ffn.num_neurons, number), share[ffn.name] * (time - at_none))
+            for number, time in enumerate(times, 1)
+        ]
+        for ffn in ffns
+    }
+    return total, tables
+
+
+def _width(num_neurons: int, number: int) -> int:
+    return max(1, num_neurons * number // NUM_WIDTHS)
+
+
+def _scaled_to(total: float, measured: Mapping[int, Latency]) -> list[float]:
+    """Return ms at each width; ratios are paired round by round, which the load of the machine disturbs least."""
+    dense = measured[NUM_WIDTHS]
+    return [total / paired_speedup(dense, measured[number]).ratio for number in range(1, NUM_WIDTHS + 1)]
+
+
+def _write_narrow(dense: Path, widths: Mapping[str, int], path: Path) -> None:
+    graph = read_graph(dense)
+    for name, ffn in match_ffns(find_graph_ffns(graph), list(widths)).items():
+        remove_graph_neurons(graph.graph, ffn, np.arange(widths[name]))
+    forget_shapes(graph.graph)
+    save_graph(graph, path)
+
+
+def shapes_in_file(path: Path, modules: list[str]) -> dict[str, FfnShape]:
+    """Return how large each FFN is as an ONNX file computes it.
+
+    Args:
+        path: written by ``export_onnx``.
+        modules: names of the model's FFNs, in block order.
+
+    Returns:
+        FFN name -> its shape; N counts the tokens that the file computes.
+    """
+    runs = {node.name: node for node in profile(path, optimized=False, num_runs=1)}
+    shapes = {}
+    for name, ffn in match_ffns(find_graph_ffns(read_graph(path)), modules).items():
+        *tokens, width = runs[ffn.down.product.name].inputs[0]
+        shapes[name] = FfnShape(math.prod(tokens), ffn.down.weight_IO.shape[1], width)
+    return shapes
 
 
 @torch.no_grad()
-def _record_inputs(model: nn.Module, ffns: Sequence[FeedForward], images: Tensor) -> dict[str, Tensor]:
-    seen: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        for ffn in ffns:
-            hook = lambda _module, args, name=ffn.name: seen.update({name: args[0].detach().clone()})  # noqa: E731
-            stack.callback(model.get_submodule(ffn.name).register_forward_pre_hook(hook).remove)
+def ffn_shapes(model: nn.Module) -> dict[str, FfnShape]:
+    """Return how large each FFN of a torch model is, by name."""
+    ffns = find_feed_forwards(model)
+    parameter = next(model.parameters())
+    images = random_batch(model, 1)[0].to(parameter.device, parameter.dtype)
+    tokens: dict[str, int] = {}
+    count: Callable[[str, torch.Tensor], None] = lambda name, h: tokens.update({name: h[..., 0].numel()})  # noqa: E731
+    with hook_hidden(model, ffns, count):
         model(images)
-    return seen
-
-
-def _make_ffn_runner(module: nn.Module, states: Tensor, backend: str, path: Path) -> Callable[[], Any]:
-    if backend != "onnxruntime-cpu":
-        return make_runner(module, states)
-    with quiet():
-        torch.onnx.export(module, (states,), str(path), dynamo=True, external_data=False, verbose=False)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: np.ascontiguousarray(states.numpy())}
-    return lambda: session.run(None, feed)
+    return {
+        ffn.name: FfnShape(tokens[ffn.name], model.get_submodule(ffn.down_proj).out_features, ffn.num_neurons)
+        for ffn in ffns
+    }

@@ -251,7 +251,12 @@ def with_facts(
     model: nn.Module, plan: Plan, target: Target, pruning_ratio: float | None, facts: Mapping[str, Any]
 ) -> Plan:
     """Record in a plan what it was made for, and check that it fits the model."""
-    asked = {"kind": target.kind, "limit": target.limit, "predicted": target.predict(plan.widths)}
+    asked = {
+        "kind": target.kind,
+        "limit": target.limit,
+        "predicted": target.predict(plan.widths),
+        "dense": target.dense,
+    }
     recorded = {
         "architecture": architecture(model),
         "weights_sha256": hash_weights(model),
