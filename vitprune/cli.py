@@ -878,8 +878,8 @@ def _prune(
             print(f"target {asked['limit']:g} {unit}; predicted {asked['predicted']:.6g}")
         if latency is not None:
             print(
-                f"measured {latency['median_ms']:.2f} ms, the dense model {latency['dense_median_ms']:.2f} ms in the same "
-                f"run: {latency['speedup']:.2f} x as fast (predicted {latency['predicted_speedup']:.2f} x)"
+                f"measured {latency['median_ms']:.2f} ms, in the same run dense {latency['dense_median_ms']:.2f} ms: "
+                f"{latency['speedup']:.2f} x as fast (predicted {latency['predicted_speedup']:.2f} x)"
             )
         if answer["classes"]:
             shown = ", ".join(map(describe_class, answer["classes"][:10]))
