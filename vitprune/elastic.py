@@ -1,8 +1,11 @@
 """The elastic file: one model at any pruning ratio.
 
 Each FFN's neurons lie in the order of their importance, so a smaller model is the first of them. The dense tensors are
-there once; every *stop*, a ratio at which the model was compensated, adds the tensors that compensation changed. A
-ratio between two stops starts from the one with the smaller ratio.
+there once; every *stop*, a ratio at which the model was compensated, adds the tensors that compensation changed.
+
+Between two stops: the mean output of the neurons that are gone since the stop before goes into the bias; then, where
+compensation changes weights, every tensor moves in a straight line to the stop after, whose missing neurons count as
+zeros. An FFN is linear in its output projection, so its squared error there is at most the mean of both ends' errors.
 
 Letters: D embedding width, H hidden neurons of the dense model, S those kept at a stop.
 """
@@ -16,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitprune.errors import VitpruneError
 from vitprune.feed_forward import FeedForward
@@ -75,15 +78,13 @@ class Stop:
     Attributes:
         ratio: asked for, in [0, 1); 0 is the dense model.
         widths: FFN name -> neurons kept.
-        changed: key of the state dict -> tensor, where it is not the dense model's; neurons in the ranking's order.
-        means: FFN name -> mean of the kept neurons over the calibration images' tokens [S], in the ranking's order;
-            float64. Empty where nothing is compensated.
+        changed: key of the state dict -> tensor, where it is not the dense model's: biases, output projections [D, S]
+            with neurons in the ranking's order, others of the dense shape.
     """
 
     ratio: float
     widths: Mapping[str, int]
     changed: Mapping[str, Tensor]
-    means: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,16 @@ class Elastic:
     Attributes:
         ranking: which neurons stay at which ratio.
         stops: rising ratios, 0 first.
+        means: FFN name -> mean of the dense model's neurons over the calibration images' tokens [H], in the ranking's
+            order; float64. Empty where nothing is compensated.
+        mixed: whether tensors move in a straight line between stops.
         facts: where it came from (criterion, compensation, calibration images, hash of the weights); JSON values.
     """
 
     ranking: Ranking
     stops: Sequence[Stop]
+    means: Mapping[str, Tensor]
+    mixed: bool
     facts: Mapping[str, Any]
 
 
@@ -148,46 +154,42 @@ def write_elastic(
     for name, order_H in ranking.order.items():
         tensors[f"order/{name}"] = order_H.int()
         tensors[f"budgets/{name}"] = ranking.budgets[name].int()
+    tensors.update({f"means/{name}": mean_H for name, mean_H in elastic.means.items()})
     for number, stop in enumerate(elastic.stops):
         tensors.update({f"stops/{number}/{key}": value for key, value in stop.changed.items()})
-        tensors.update({f"means/{number}/{name}": mean_S for name, mean_S in stop.means.items()})
     header = {
         "config": dict(config),
         "ffns": [asdict(ffn) for ffn in ffns],
         "largest": ranking.largest,
         "stops": [{"ratio": stop.ratio, "widths": dict(stop.widths)} for stop in elastic.stops],
+        "mixed": elastic.mixed,
         "facts": dict(elastic.facts),
     }
     write_tensors(path, tensors, kind=ELASTIC, facts=header)
 
 
-def read_ranking(path: str | Path) -> tuple[Ranking, list[Stop], dict[str, Any]]:
-    """Read from an elastic file which neurons stay at which ratio: no weights.
-
-    Returns:
-        The ranking, the stops without tensors, and the facts.
+def read_ranking(path: str | Path) -> tuple[Ranking, dict[str, Any]]:
+    """Read from an elastic file which neurons stay at which ratio, and the facts.
 
     Raises:
         VitpruneError: if the file is missing, or no elastic file.
     """
     with open_tensors(path, kind=ELASTIC) as (stream, header):
-        return (*_read_ranking(stream, header), header["facts"])
+        return _read_ranking(stream, header), header["facts"]
 
 
-def _read_ranking(stream: Any, header: Mapping[str, Any]) -> tuple[Ranking, list[Stop]]:
+def _read_ranking(stream: Any, header: Mapping[str, Any]) -> Ranking:
     names = [ffn["name"] for ffn in header["ffns"]]
     order, budgets = (
         {name: stream.get_tensor(f"{what}/{name}").long() for name in names} for what in ("order", "budgets")
     )
-    stops = [Stop(stop["ratio"], {name: stop["widths"][name] for name in names}, {}, {}) for stop in header["stops"]]
-    return Ranking(order, budgets, header["largest"]), stops
+    return Ranking(order, budgets, header["largest"])
 
 
 def read_state(path: str | Path, ratio: float) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read the model of one ratio from an elastic file, and only the tensors that it takes.
 
-    Between two stops, the mean output of the neurons that are gone since the stop before goes into the bias. Neurons
-    come in the dense model's order, so that a stop is bit for bit what was pruned.
+    Neurons come in the dense model's order, so that a stop is bit for bit what was pruned.
 
     Args:
         path: an elastic file.
@@ -200,29 +202,74 @@ def read_state(path: str | Path, ratio: float) -> tuple[dict[str, Any], dict[str
         VitpruneError: if the file is missing or no elastic file, or ``ratio`` is out of range or beyond the last stop.
     """
     with open_tensors(path, kind=ELASTIC) as (stream, header):
-        ranking, stops = _read_ranking(stream, header)
+        ranking, stops = _read_ranking(stream, header), header["stops"]
         widths = ranking.widths(ratio)
-        number = stop_before(stops, widths)
+        number = _stop_before(stops, widths)
         ffns = [FeedForward(**{**ffn, "up_projs": tuple(ffn["up_projs"])}) for ffn in header["ffns"]]
-        keys = list(stream.keys())
-        changed, dense = (
-            {key.removeprefix(prefix): key for key in keys if key.startswith(prefix)}
-            for prefix in (f"stops/{number}/", "dense/")
-        )
-        state = {name: stream.get_tensor(key) for name, key in {**dense, **changed}.items()}
-        for ffn in ffns:
-            width, before = widths[ffn.name], stops[number].widths[ffn.name]
-            if width < before and f"means/{number}/{ffn.name}" in keys:
-                mean_S = stream.get_tensor(f"means/{number}/{ffn.name}")
-                weight_DH, bias = state[f"{ffn.down_proj}.weight"], f"{ffn.down_proj}.bias"
-                shift_D = weight_DH[:, width:before].double() @ mean_S[width:]
-                state[bias] = state.get(bias, torch.zeros_like(weight_DH[:, 0])) + shift_D.to(weight_DH.dtype)
-    positions = {name: order_H[: widths[name]].argsort() for name, order_H in ranking.order.items()}
-    return header["config"], take_neurons(state, ffns, positions)
+        means = {name: stream.get_tensor(key) for name, key in _keys(stream, "means/").items()}
+        here, there = ({**_keys(stream, "dense/"), **_keys(stream, f"stops/{n}/")} for n in (number, number + 1))
+        state = {name: stream.get_tensor(key) for name, key in here.items()}
+        share = _share_of_way(stops, number, widths) if header["mixed"] else 0.0
+        down_projs = {ffn.down_proj for ffn in ffns}
+        moving = [name for name, key in there.items() if here.get(name) != key or name.rpartition(".")[0] in down_projs]
+        after = {name: stream.get_tensor(there[name]) for name in moving} if share else {}
+    before = stops[number]["widths"]
+    for ffn in ffns:
+        if means and widths[ffn.name] < before[ffn.name]:
+            gone = slice(widths[ffn.name], before[ffn.name])
+            weight_DS = state[f"{ffn.down_proj}.weight"]
+            shift_D = (weight_DS[:, gone].double() @ means[ffn.name][gone]).to(weight_DS.dtype)
+            state[f"{ffn.down_proj}.bias"] = _bias(state, ffn) + shift_D
+    state = take_neurons(state, ffns, {name: torch.arange(width) for name, width in widths.items()})
+    if share:
+        state = _mix(state, after, ffns, share, stops[number + 1]["widths"])
+    places = {name: order_H[: widths[name]].argsort() for name, order_H in ranking.order.items()}
+    return header["config"], take_neurons(state, ffns, places)
 
 
-def stop_before(stops: Sequence[Stop], widths: Mapping[str, int]) -> int:
+def _keys(stream: Any, prefix: str) -> dict[str, str]:
+    keys = [key for key in stream.keys() if key.startswith(prefix)]  # noqa: SIM118 (no mapping)
+    return {key.removeprefix(prefix): key for key in keys}
+
+
+def _stop_before(stops: Sequence[Mapping[str, Any]], widths: Mapping[str, int]) -> int:
     """Return the number of the last stop that still has all neurons of these widths."""
-    return max(
-        number for number, stop in enumerate(stops) if all(stop.widths[name] >= width for name, width in widths.items())
+    fitting = (
+        number
+        for number, stop in enumerate(stops)
+        if all(stop["widths"][name] >= width for name, width in widths.items())
     )
+    return max(fitting)
+
+
+def _share_of_way(stops: Sequence[Mapping[str, Any]], number: int, widths: Mapping[str, int]) -> float:
+    """Return how many of the neurons that go between a stop and the next are gone, in [0, 1)."""
+    here = sum(stops[number]["widths"].values())
+    gone = here - sum(widths.values())
+    return gone / (here - sum(stops[number + 1]["widths"].values())) if gone else 0.0
+
+
+def _mix(
+    state: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    ffns: Sequence[FeedForward],
+    share: float,
+    widths_after: Mapping[str, int],
+) -> dict[str, Tensor]:
+    """Move tensors a share of the way to the stop after; output projections keep their widths."""
+    result, after = dict(state), dict(after)
+    for ffn in ffns:
+        weight, bias, width = f"{ffn.down_proj}.weight", f"{ffn.down_proj}.bias", widths_after[ffn.name]
+        missing = state[weight].shape[1] - width
+        after[weight] = nn.functional.pad(after[weight][:, :width], (0, missing))
+        if bias in state or bias in after:
+            result[bias], after[bias] = _bias(state, ffn), _bias(after, ffn)
+    for key, goal in after.items():
+        if goal.is_floating_point():
+            result[key] = torch.lerp(result[key].double(), goal.double(), share).to(goal.dtype)
+    return result
+
+
+def _bias(state: Mapping[str, Tensor], ffn: FeedForward) -> Tensor:
+    """Return the bias of an output projection; zeros where it has none."""
+    return state.get(f"{ffn.down_proj}.bias", torch.zeros_like(state[f"{ffn.down_proj}.weight"][:, 0]))

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitprune.data import Batches, on_device
+from vitprune.data import Batches
 from vitprune.discovery.criteria import REGISTRY, check_needs
 from vitprune.discovery.discover import Discovery
-from vitprune.discovery.statistics import Statistics
-from vitprune.elastic import Elastic, Ranking, Stop, read_ranking, stop_before, take_neurons
+from vitprune.discovery.statistics import MOMENTS, Statistics
+from vitprune.elastic import Elastic, Ranking, Stop, read_ranking, take_neurons
 from vitprune.errors import VitpruneError
-from vitprune.feed_forward import FeedForward, find_feed_forwards, hook_hidden
+from vitprune.feed_forward import FeedForward, find_feed_forwards
 from vitprune.models import architecture, hash_weights
 from vitprune.options import (
     COMPENSATIONS,
@@ -56,7 +56,9 @@ def make_elastic(
 ) -> Elastic:
     """Rank the neurons once, and compensate the model at some ratios; any ratio up to the largest can then be loaded.
 
-    At each of these ratios the model is what ``prune`` gives with the same arguments.
+    At each of these ratios the model is what ``prune`` gives with the same arguments; but where the floor is all that
+    any FFN has left, leftovers of its rounding may go to other FFNs, because larger ratios keep subsets of smaller
+    ones.
 
     Args:
         model: timm Vision Transformer in eval mode; stays as it is.
@@ -93,7 +95,7 @@ def make_elastic(
     calls = study_blocks(model, ffns, batches) if compensation in SEQUENTIAL else None
     schedule = Schedule(criterion, allocation, bridge_of(compensation), floor=floor, ridge=ridge, seed=seed)
     step = step if needs_steps(criterion) else 1.0
-    wanted = needed_statistics(model, compensation)
+    wanted = needed_statistics(model, compensation) | ({MOMENTS} if compensation != "none" else set())
     ranking, statistics = rank_neurons(
         model, ratios[-1], schedule, batches=batches, found=found, step=step, wanted=wanted, track=track
     )
@@ -115,10 +117,10 @@ def make_elastic(
                 track=lambda items, what, ratio=ratio: track(items, f"{what} at {ratio:g}"),
             )
         kept = {name: order_H[: widths[name]] for name, order_H in ranking.order.items()}
-        means = {}
-        if compensation != "none":
-            means = _measure_means(pruned, find_feed_forwards(pruned), batches, kept)
-        stops.append(Stop(ratio, widths, _changed(dense, pruned, ffns, kept), means))
+        stops.append(Stop(ratio, widths, _changed(dense, pruned, ffns, kept)))
+    means = {}
+    if compensation != "none":
+        means = {name: statistics[name].mean_H[order_H] for name, order_H in ranking.order.items()}
     facts = {
         "architecture": architecture(model),
         "weights_sha256": hash_weights(model),
@@ -132,7 +134,8 @@ def make_elastic(
         "seed": seed,
         "step": step,
     }
-    return Elastic(ranking, tuple(stops), facts)
+    # Without weights that change there is nothing to move: the bias says it all, at every ratio.
+    return Elastic(ranking, tuple(stops), means, mixed=compensation not in ("none", "bias"), facts=facts)
 
 
 def _check_ratios(ratios: Sequence[float]) -> list[float]:
@@ -230,25 +233,6 @@ def _budget_uniformly(order: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.searchsorted(all_shares, share_H, right=True) for name, share_H in shares.items()}
 
 
-@torch.no_grad()
-def _measure_means(
-    model: nn.Module, ffns: Sequence[FeedForward], batches: Batches, kept: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the mean of each FFN's neurons over images and tokens, in the order of ``kept``; float64."""
-    sums = {ffn.name: torch.zeros(ffn.num_neurons, dtype=torch.float64) for ffn in ffns}
-    counts = dict.fromkeys(sums, 0)
-
-    def add(name: str, hidden: Tensor) -> None:
-        rows_NH = hidden.flatten(0, -2)
-        sums[name] += rows_NH.sum(0, dtype=torch.float64).cpu()
-        counts[name] += len(rows_NH)
-
-    with hook_hidden(model, ffns, add):
-        for images, _labels in on_device(model, batches):
-            model(images)
-    return {name: (total / counts[name])[_places(kept[name])] for name, total in sums.items()}
-
-
 def _places(kept: Tensor) -> Tensor:
     """Return where neurons lie in a pruned model, which has them in ascending order."""
     return kept.argsort().argsort()
@@ -272,8 +256,7 @@ def plan_elastic(elastic: Elastic, ratio: float) -> Plan:
     Raises:
         VitpruneError: if ``ratio`` is not in [0, 1), or beyond the largest.
     """
-    number = stop_before(elastic.stops, elastic.ranking.widths(ratio))
-    return _plan(elastic.ranking, ratio, {**elastic.facts, "compensated_at": elastic.stops[number].ratio})
+    return _plan(elastic.ranking, ratio, elastic.facts)
 
 
 def read_elastic_plan(path: str | Path, ratio: float | None = None) -> Plan:
@@ -282,8 +265,8 @@ def read_elastic_plan(path: str | Path, ratio: float | None = None) -> Plan:
     Raises:
         VitpruneError: if the file is missing or no elastic file, or ``ratio`` is out of range or beyond the largest.
     """
-    ranking, stops, facts = read_ranking(path)
-    return plan_elastic(Elastic(ranking, stops, facts), ratio or 0.0)
+    ranking, facts = read_ranking(path)
+    return _plan(ranking, ratio or 0.0, facts)
 
 
 def _plan(ranking: Ranking, ratio: float, facts: Mapping[str, Any]) -> Plan:
