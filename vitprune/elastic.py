@@ -5,7 +5,8 @@ there once; every *stop*, a ratio at which the model was compensated, adds the t
 
 Between two stops: the mean output of the neurons that are gone since the stop before goes into the bias; then, where
 compensation changes weights, every tensor moves in a straight line to the stop after, whose missing neurons count as
-zeros. An FFN is linear in its output projection, so its squared error there is at most the mean of both ends' errors.
+zeros. An FFN is linear in its output projection, so on the same inputs its squared error there is at most the weighted
+mean of both ends' errors.
 
 Letters: D embedding width, H hidden neurons of the dense model, S those kept at a stop.
 """
