@@ -17,6 +17,7 @@ LAYERS = (
     ("options", "processes"),
     ("files",),
     ("feed_forward",),
+    ("elastic",),
     ("models", "data"),
     ("discovery",),
     ("pruning",),

@@ -186,19 +186,46 @@ def read_tensors(path: str | Path, *, kind: str) -> tuple[dict[str, Any], dict[s
     Raises:
         VitpruneError: if the file is missing, no safetensors file, or of another kind or a newer version.
     """
+    with open_tensors(path, kind=kind) as (stream, facts):
+        return {name: stream.get_tensor(name) for name in stream.keys()}, facts  # noqa: SIM118 (no mapping)
+
+
+@contextmanager
+def open_tensors(path: str | Path, *, kind: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Open a file that ``write_tensors`` wrote, to read some of its tensors.
+
+    Yields:
+        What ``safetensors.safe_open`` gives (``keys``, ``get_tensor``), and the facts.
+
+    Raises:
+        VitpruneError: if the file is missing, no safetensors file, or of another kind or a newer version.
+    """
+    with _open_safetensors(path) as (stream, facts):
+        _check_kind(path, facts, kind)
+        yield stream, facts
+
+
+def read_kind(path: str | Path) -> str | None:
+    """Return what kind of vitprune file a safetensors file is; None where another program wrote it.
+
+    Raises:
+        VitpruneError: if the file is missing or no safetensors file.
+    """
+    with _open_safetensors(path) as (_stream, facts):
+        return facts.get("kind")
+
+
+@contextmanager
+def _open_safetensors(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as stream:
-            metadata = stream.metadata() or {}
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (no mapping)
+            yield stream, json.loads((stream.metadata() or {}).get("vitprune", "{}"))
     except FileNotFoundError as error:
         raise VitpruneError(f"{path}: no such file") from error
     except (SafetensorError, IsADirectoryError) as error:
         raise VitpruneError(f"{path}: not a safetensors file ({error})") from error
-    facts = json.loads(metadata.get("vitprune", "{}"))
-    _check_kind(path, facts, kind)
-    return tensors, facts
 
 
 def _check_kind(path: str | Path, content: Any, kind: str) -> None:

@@ -1,4 +1,4 @@
-"""Models: a timm name, a timm name with a checkpoint, or a folder that vitprune wrote."""
+"""Models: a timm name, a timm name with a checkpoint, or a folder or an elastic file that vitprune wrote."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import sys
+import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,36 +19,47 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import is_model, load_state_dict, model_entrypoint
-from timm.models._hub import save_for_hf
+from timm.models._hub import save_config_for_hf, save_for_hf
 from torch import Tensor, nn
 
+from vitprune.elastic import ELASTIC, Elastic, read_state, write_elastic
 from vitprune.errors import VitpruneError
 from vitprune.feed_forward import find_feed_forwards
-from vitprune.files import atomic_folder
+from vitprune.files import atomic_folder, read_kind
 
 WEIGHTS_FILE, CONFIG_FILE, PLAN_FILE = "model.safetensors", "config.json", "plan.safetensors"
 FOLDER_FILES = frozenset({WEIGHTS_FILE, CONFIG_FILE, PLAN_FILE})
 
 
-def load(model: str | Path, *, checkpoint: str | Path | None = None, device: str = "cpu") -> nn.Module:
+def load(
+    model: str | Path, *, checkpoint: str | Path | None = None, device: str = "cpu", ratio: float | None = None
+) -> nn.Module:
     """Load a model in eval mode.
 
     Args:
-        model: a timm name (weights from the hub unless ``checkpoint`` is given), ``hf-hub:OWNER/NAME``, or a folder
-            with ``config.json`` and ``model.safetensors``, pruned or not.
+        model: a timm name (weights from the hub unless ``checkpoint`` is given), ``hf-hub:OWNER/NAME``, a folder with
+            ``config.json`` and ``model.safetensors``, pruned or not, or an elastic file (``.safetensors``).
         checkpoint: weights for a timm name: .safetensors; .pth, .pt, .bin or .tar (a plain state dict, read without
             running pickled code; timm's, DeiT's and MAE's layouts); or the .npz of google-research ViT. The number
             of classes and the pooling (MAE's ``fc_norm``) follow the checkpoint.
         device: where to put it.
+        ratio: of an elastic file, the share of all FFN neurons to be gone, at least; in [0, 1). None: the dense model.
 
     Returns:
         An ordinary ``nn.Module``.
 
     Raises:
-        VitpruneError: if there is no such model, its weights cannot be fetched, or the checkpoint does not fit.
+        VitpruneError: if there is no such model, its weights cannot be fetched, the checkpoint does not fit, or
+            ``ratio`` is out of range, beyond the largest of the file, or given with anything else.
     """
     name = str(model)
     check_device(device)
+    if Path(name).suffix == ".safetensors":
+        if checkpoint is not None:
+            raise VitpruneError(f"{name} is a file with its own weights; leave --checkpoint out")
+        return _load_elastic(Path(name), 0.0 if ratio is None else ratio).eval().to(device)
+    if ratio is not None:
+        raise VitpruneError(f"{name} has one width only: ratio is for an elastic file (.safetensors); prune it instead")
     if Path(name).is_dir():
         if checkpoint is not None:
             raise VitpruneError(f"{name} is a folder with its own weights; leave --checkpoint out")
@@ -77,6 +89,8 @@ def check_device(device: str) -> None:
 
 
 def _check_name(name: str) -> None:
+    if Path(name).is_file() and not is_model(name.partition(".")[0]):
+        raise VitpruneError(f"{name} is a file; pass a timm name as the model, and weights as --checkpoint FILE")
     if any(separator in name for separator in "/\\") or name in (".", ".."):
         raise VitpruneError(f"{name}: no such folder, and no timm model has this name")
     if not is_model(name.partition(".")[0]):
@@ -221,10 +235,25 @@ def _load_folder(folder: Path) -> nn.Module:
         state = load_file(weights_path)
     except SafetensorError as error:
         raise VitpruneError(f"{weights_path}: not a safetensors file ({error})") from error
+    return _fill(model, state, f"{weights_path} does not fit its {CONFIG_FILE}")
+
+
+def _load_elastic(path: Path, ratio: float) -> nn.Module:
+    kind = read_kind(path)
+    if kind is None:
+        raise VitpruneError(f"{path} holds weights without their model; pass a timm name, and this as --checkpoint")
+    if kind != ELASTIC:
+        raise VitpruneError(f"{path} is no model but a vitprune file of kind '{kind}'")
+    config, state = read_state(path, ratio)
+    return _fill(_build(config, str(path)), state, f"{path} does not fit its own description")
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor], complaint: str) -> nn.Module:
+    """Give a freshly built dense model the widths, dtype and tensors of a state dict."""
     _fit_widths(model, {key: tuple(value.shape) for key, value in state.items()})
     problem = _mismatch(model, state)
     if problem:
-        raise VitpruneError(f"{weights_path} does not fit its {CONFIG_FILE}: {problem}")
+        raise VitpruneError(f"{complaint}: {problem}")
     dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
     if len(dtypes) == 1:
         model.to(*dtypes)
@@ -232,12 +261,55 @@ def _load_folder(folder: Path) -> nn.Module:
     return model
 
 
-def _build(config: Mapping[str, Any]) -> nn.Module:
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Return what it takes to build a model again, as timm writes it to ``config.json``.
+
+    Args:
+        model: a timm model. If it was created with arguments that timm does not record, they are read from its
+            attribute ``model_args`` (a dict); names of its classes from ``label_names`` (a sequence).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / CONFIG_FILE
+        save_config_for_hf(model, str(path), **_unrecorded(model))
+        return json.loads(path.read_text())
+
+
+def _unrecorded(model: nn.Module) -> dict[str, Any]:
+    """Return what timm does not know of a model and is told when it describes it."""
+    names = getattr(model, "label_names", None)
+    return {
+        "model_config": {"label_names": list(names)} if names else None,
+        "model_args": getattr(model, "model_args", None) or None,
+    }
+
+
+def save_elastic(model: nn.Module, elastic: Elastic, path: str | Path) -> None:
+    """Write an elastic file: the dense model once, and what every stop changes; whole or not at all.
+
+    Args:
+        model: the dense model that ``elastic`` is of; described as in ``save``.
+        elastic: from ``vitprune.make_elastic``.
+        path: the file, ``.safetensors``; replaced if it exists.
+
+    Raises:
+        VitpruneError: if the model is another one, the file would not load again, or it cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise VitpruneError(f"{path}: an elastic file is called .safetensors")
+    if hash_weights(model) != elastic.facts["weights_sha256"]:
+        raise VitpruneError(f"{path}: the elastic model was made of other weights than this model has")
+    config, state = describe(model), model.state_dict()
+    _fill(_build(config, str(path)), state, f"{path} would not load again: the model does not fit its description")
+    write_elastic(path, elastic, state=state, ffns=find_feed_forwards(model), config=config)
+
+
+def _build(config: Mapping[str, Any], source: str = CONFIG_FILE) -> nn.Module:
     try:
         model_args = {"num_classes": config["num_classes"], **config.get("model_args", {})}
         model = timm.create_model(config["architecture"], pretrained_cfg=dict(config["pretrained_cfg"]), **model_args)
     except (KeyError, RuntimeError, TypeError) as error:
-        raise VitpruneError(f"timm {timm.__version__} cannot build the model of {CONFIG_FILE} ({error!r})") from error
+        raise VitpruneError(f"timm {timm.__version__} cannot build the model of {source} ({error!r})") from error
     model.model_args = model_args
     if isinstance(config.get("label_names"), list):
         model.label_names = tuple(config["label_names"])
@@ -270,14 +342,7 @@ def save(model: nn.Module, folder: str | Path, *, plan: Any = None) -> None:
         VitpruneError: if the folder would not load again, or cannot be written.
     """
     with atomic_folder(folder) as temporary:
-        names = getattr(model, "label_names", None)
-        save_for_hf(
-            model,
-            temporary,
-            model_config={"label_names": list(names)} if names else None,
-            model_args=getattr(model, "model_args", None) or None,
-            safe_serialization=True,
-        )
+        save_for_hf(model, temporary, **_unrecorded(model), safe_serialization=True)
         if plan is not None:
             plan.write(temporary / PLAN_FILE)
         _load_folder(temporary)

@@ -71,6 +71,15 @@ def allocate(
     return widths
 
 
+def compare_across(scores: Mapping[str, Tensor], across_ffns: bool) -> dict[str, Tensor]:
+    """Return scores (float64) that share a unit: where they do not yet, relative to each FFN's root mean square."""
+    tiny = torch.finfo(torch.float64).tiny
+    wide = {name: score_H.double() for name, score_H in scores.items()}
+    if across_ffns:
+        return wide
+    return {name: score_H / score_H.square().mean().sqrt().clamp_min(tiny) for name, score_H in wide.items()}
+
+
 def _allocate_uniform(left: Mapping[str, int], target: Target, round_to: int) -> dict[str, int]:
     """Keep the largest share of the dense widths, the same everywhere, that the target allows."""
 
@@ -92,10 +101,7 @@ def _allocate_uniform(left: Mapping[str, int], target: Target, round_to: int) ->
 
 def _allocate_global(scores, smallest, target: Target, across_ffns, round_to, floor) -> dict[str, int]:
     widths, groups = {}, []
-    for name, score_H in scores.items():
-        score_H = score_H.double()
-        if not across_ffns:
-            score_H = score_H / score_H.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    for name, score_H in compare_across(scores, across_ffns).items():
         at_least = max(round_to, math.ceil((len(target.costs[name]) - 1) * floor / round_to) * round_to)
         # The floor cannot ask for more than the uniform share, or the target could not be met.
         widths[name] = min(at_least, smallest[name])
