@@ -212,7 +212,12 @@ def _add_discover(parser: ArgumentParser) -> None:
 
 
 def _add_prune(parser: ArgumentParser) -> None:
-    parser.add_argument("source", type=str, help="run folder of 'discover', timm name, or folder of a saved model")
+    parser.add_argument(
+        "source",
+        type=str,
+        help="run folder of 'discover', timm name, or folder of a saved model; with --plan also the .onnx file of the dense "
+        "model, whose weights are sliced in the graph",
+    )
     _add_checkpoint(parser)
     _add_images(parser, required=False, batch_size=32, what="calibration images (default: those of the run)")
     # No defaults here: a plan that is given decides these, and what was asked for beside it must not be ignored.
@@ -252,8 +257,8 @@ def _add_prune(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--compensate",
         choices=tuple(options.COMPENSATIONS),
-        default=options.DEFAULT_COMPENSATION,
-        help=_listed(options.COMPENSATIONS),
+        help=f"{_listed(options.COMPENSATIONS)} ({options.DEFAULT_COMPENSATION}; for an .onnx file: that of the plan's "
+        "folder)",
     )
     parser.add_argument("--mode", choices=tuple(options.MODES), default="remove", help=_listed(options.MODES))
     parser.add_argument(
@@ -261,12 +266,50 @@ def _add_prune(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--plan", type=str, help="apply this plan (file or pruned folder) instead of making one")
     _add_device(parser)
-    _add_output(parser, "folder of the pruned model to write")
+    _add_output(parser, "folder of the pruned model to write (for an .onnx file: the .onnx file)")
+
+
+def _add_elastic(parser: ArgumentParser) -> None:
+    parser.add_argument("source", type=str, help="run folder of 'discover', timm name, or folder of a saved model")
+    _add_checkpoint(parser)
+    _add_images(parser, required=False, batch_size=32, what="calibration images (default: those of the run)")
+    parser.add_argument(
+        "--ratios",
+        type=str,
+        nargs="+",
+        default=["0.1:0.7:0.1"],
+        help="shares to remove at which the model is compensated: numbers or FIRST:LAST:STEP",
+    )
+    parser.add_argument(
+        "--criterion",
+        choices=tuple(options.CRITERIA),
+        default=options.DEFAULT_CRITERION,
+        help=_listed(options.CRITERIA),
+    )
+    parser.add_argument(
+        "--allocation",
+        choices=tuple(options.ALLOCATIONS),
+        default=options.DEFAULT_ALLOCATION,
+        help=_listed(options.ALLOCATIONS),
+    )
+    parser.add_argument(
+        "--compensate",
+        choices=tuple(options.COMPENSATIONS),
+        default=options.DEFAULT_COMPENSATION,
+        help=_listed(options.COMPENSATIONS),
+    )
+    _add_device(parser)
+    _add_output(parser, "elastic file to write (.safetensors)")
+
+
+def _add_ratio(parser: ArgumentParser) -> None:
+    parser.add_argument("--ratio", type=float, help="of an elastic file: share of FFN neurons to be gone (0)")
 
 
 def _add_evaluate(parser: ArgumentParser) -> None:
-    parser.add_argument("model", type=str, help="timm name, folder of a saved model, or .onnx file")
+    parser.add_argument("model", type=str, help="timm name, folder of a saved model, elastic file, or .onnx file")
     _add_checkpoint(parser)
+    _add_ratio(parser)
     _add_images(parser, required=True, batch_size=64, what="evaluation images")
     _add_device(parser)
 
@@ -323,9 +366,10 @@ def _add_analyze(parser: ArgumentParser) -> None:
 
 
 def _add_export(parser: ArgumentParser) -> None:
-    parser.add_argument("model", type=str, help="folder of a saved model, or timm name")
+    parser.add_argument("model", type=str, help="folder of a saved model, elastic file, or timm name")
     parser.add_argument("output", type=str, help="ONNX file to write")
     _add_checkpoint(parser)
+    _add_ratio(parser)
     _add_images(parser, required=False, batch_size=16, what="images for parity (default: the plan's calibration)")
     parser.add_argument("--num-images", type=int, default=64, help="images to compare with torch")
     parser.add_argument("--int8", action="store_true", help="quantise products with weights to 8 bits, dynamically")
@@ -389,6 +433,7 @@ _ARGUMENTS: dict[str, tuple[str, Callable[[ArgumentParser], None]]] = {
     "demo": ("everything on a small ViT and scanned digits, no downloads", _add_demo),
     "discover": ("find the neuron paths of images and the scores of every class", _add_discover),
     "prune": ("remove the FFN neurons that matter least", _add_prune),
+    "elastic": ("write one file from which any ratio can be loaded", _add_elastic),
     "curve": ("measure accuracy at many sizes", _add_curve),
     "evaluate": ("measure accuracy", _add_evaluate),
     "analyze": ("mask all but the top neurons of each class, as the paper does", _add_analyze),
@@ -553,11 +598,11 @@ def _report_skipped(batches) -> list[str]:
     return [name for name, _reason in batches.skipped]
 
 
-def _load(model: str, checkpoint: str | None, device: str = "cpu"):
+def _load(model: str, checkpoint: str | None, device: str = "cpu", ratio: float | None = None):
     from vitprune.models import load
 
     _refuse_run(model)
-    return load(model, checkpoint=checkpoint, device=device)
+    return load(model, checkpoint=checkpoint, device=device, ratio=ratio)
 
 
 def _refuse_run(model: str) -> None:
@@ -774,7 +819,8 @@ def _prune(
     from vitprune.pruning.prune import apply_plan, prune
     from vitprune.pruning.schedule import needs_steps
 
-    refuse_existing(output, overwrite=overwrite, owned=FOLDER_FILES)
+    is_onnx = Path(source).suffix == ".onnx"
+    refuse_existing(output, overwrite=overwrite, owned=None if is_onnx else FOLDER_FILES)
     if criterion is not None:
         options.check_choice("criterion", criterion, options.CRITERIA)
     if Path(output).resolve() == Path(source).resolve():
@@ -788,6 +834,18 @@ def _prune(
     given_plan = None if plan is None else read_plan(plan)
     if given_plan is not None and (decisions or targets):
         raise VitpruneError(f"--plan decides which neurons stay; leave {', '.join({**decisions, **targets})} out")
+    if is_onnx:
+        if given_plan is None:
+            raise VitpruneError(f"{source}: an ONNX file is pruned by a plan; pass --plan (a file, or a pruned folder)")
+        unused = {"checkpoint": checkpoint, "keep_classes": keep_classes, "device": device}
+        unused = [name for name, value in unused.items() if value is not None]
+        if unused or mode != "remove":
+            raise VitpruneError(f"{', '.join(unused or ['mode mask'])}: not for ONNX files, whose neurons are removed")
+        return _prune_onnx(
+            source, plan, given_plan, output, compensate, ridge, data, class_map, classes, images_per_class,
+            strict, batch_size, workers, seed,
+        )  # fmt: skip
+    compensate = options.DEFAULT_COMPENSATION if compensate is None else compensate
     if len(targets) + (ratio is not None) > 1:
         raise VitpruneError(
             f"one target at a time, got {', '.join([*targets, *(['ratio'] if ratio is not None else [])])}"
@@ -891,6 +949,139 @@ def _prune(
         )
         print(f"(the FFNs of the dense model are {answer['ffn_share']:.0%} of its multiply-accumulates)")
         print(f"wrote {output}")
+
+    return answer, show
+
+
+def _prune_onnx(
+    source, plan, given_plan, output, compensate, ridge, data, class_map, classes, images_per_class, strict, batch_size,
+    workers, seed,
+):  # fmt: skip
+    from vitprune.export.onnx_prune import prune_onnx
+    from vitprune.export.runtime import open_onnx, open_session, read_facts
+    from vitprune.models import load
+    from vitprune.pruning.plan import Plan
+
+    if Path(output).suffix != ".onnx":
+        raise VitpruneError(f"{output}: of an ONNX file comes an ONNX file; end the output in .onnx")
+    if Path(source).resolve() == Path(output).resolve():
+        raise VitpruneError(f"{output} is the model itself; choose another output")
+    folder = Path(plan).is_dir()
+    if compensate is None and not folder and data is None:
+        raise VitpruneError(
+            f"{plan} has no compensated weights: pass the pruned folder as --plan, --data DIR (ridge), or --compensate none"
+        )
+    _refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
+    donor = load(plan) if folder and compensate is None and data is None else None
+    if compensate is None:
+        compensate = "none" if donor is not None else "ridge"
+    batches = None
+    if data is not None:
+        # A file of another tool does not know its transform; the pruned model of the same architecture does.
+        knows = bool(read_facts(open_session(source))) or not folder
+        network = open_onnx(source) if knows else load(plan)
+        images = _find_images(network, data, class_map, classes, images_per_class, seed, labels_matter=False)
+        batches = _batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
+        given_plan = Plan(given_plan.keep, {**given_plan.facts, "calibration": _calibration(images, None, given_plan)})
+    report = prune_onnx(
+        source,
+        given_plan,
+        output,
+        compensation=compensate,
+        batches=None if batches is None else _Tracked(batches, "calibrate"),
+        ridge=ridge,
+        donor=donor,
+        track=_track,
+    )
+    taken_over = given_plan.facts.get("compensation", "none")
+    answer = {
+        "output": output,
+        "widths": dict(report.widths),
+        "num_neurons": report.num_neurons,
+        "num_neurons_dense": report.num_neurons_dense,
+        "pruning_ratio": report.pruning_ratio,
+        "compensation": taken_over if donor is not None else compensate,
+        "max_abs_diff": report.max_abs_diff,
+        "donor_max_abs_diff": report.donor_max_abs_diff,
+        "size_bytes": report.size_bytes,
+        "skipped": [] if batches is None else _report_skipped(batches),
+    }
+
+    def show() -> None:
+        print(f"removed {report.pruning_ratio:.1%} of {report.num_neurons_dense} FFN neurons in the graph")
+        print(f"compensation: {answer['compensation']}{' (taken from ' + plan + ')' if donor is not None else ''}")
+        print(f"largest logit difference between removed and masked neurons {report.max_abs_diff:.2e}")
+        if report.donor_max_abs_diff is not None:
+            print(f"largest logit difference to {plan} in torch {report.donor_max_abs_diff:.2e}")
+        print(f"wrote {output} ({report.size_bytes / 1e6:.1f} MB)")
+
+    return answer, show
+
+
+def _elastic(
+    source, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, ratios,
+    criterion, allocation, compensate, device, output, overwrite,
+):  # fmt: skip
+    import time
+    from dataclasses import replace
+
+    from vitprune.evaluation.curve import parse_ratios
+    from vitprune.files import refuse_existing
+    from vitprune.models import save_elastic
+    from vitprune.pruning.elastic import make_elastic
+
+    if Path(output).suffix != ".safetensors":
+        raise VitpruneError(f"{output}: an elastic file ends in .safetensors")
+    refuse_existing(output, overwrite=overwrite)
+    stops = [ratio for ratio in parse_ratios(ratios) if ratio > 0]
+    run, network = _open_source(source, checkpoint, device)
+    _refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
+    images = _images_of(source, run, network, data, class_map, classes, images_per_class, seed)
+    batches = tracked = None
+    if images is not None:
+        batches = _batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
+        tracked = _Tracked(batches, "calibrate")
+        if compensate != "none":
+            _warn_of_few_classes(network, images, "calibration")
+    started = time.perf_counter()
+    made = make_elastic(
+        network,
+        tracked,
+        ratios=stops,
+        criterion=criterion,
+        allocation=allocation,
+        compensation=compensate,
+        found=None if run is None else run.found,
+        seed=seed,
+        track=_track,
+    )
+    seconds = time.perf_counter() - started
+    skipped = _report_skipped(batches) if tracked is not None and tracked.passes else []
+    used = images.only(batches.files_read) if tracked is not None and tracked.passes else None
+    scored_on = run.images if run is not None and criterion == "jas" else None
+    facts = {**made.facts, "calibration": _calibration(used, scored_on, _plan_of(source))}
+    save_elastic(network, replace(made, facts=facts), output)
+    answer = {
+        "output": output,
+        "ratios": stops,
+        "widths": {f"{stop.ratio:g}": stop.widths for stop in made.stops},
+        "size_bytes": Path(output).stat().st_size,
+        "seconds": seconds,
+        "skipped": skipped,
+    }
+
+    def show() -> None:
+        rows = [
+            (
+                f"{stop.ratio:g}",
+                str(sum(stop.widths.values())),
+                f"{min(stop.widths.values())} .. {max(stop.widths.values())}",
+            )
+            for stop in made.stops
+        ]
+        _table("compensated at", ("removed", "neurons", "of each FFN"), rows)
+        print(f"any ratio up to {stops[-1]:g}: 'vitprune export {output} model.onnx --ratio R', load(.., ratio=R)")
+        print(f"wrote {output} ({answer['size_bytes'] / 1e6:.1f} MB) in {seconds:.0f} s")
 
     return answer, show
 
@@ -1114,11 +1305,13 @@ def _curve(
     return answer, show
 
 
-def _evaluate(model, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, device):
+def _evaluate(
+    model, checkpoint, ratio, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, device
+):
     from vitprune.data import describe_class
     from vitprune.evaluation.accuracy import evaluate
 
-    network = _open(model, checkpoint, device)
+    network = _open(model, checkpoint, device, ratio)
     images = _find_images(network, data, class_map, classes, images_per_class, seed)
     _refuse_overlap(model, network, images)
     batches = _batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
@@ -1202,9 +1395,11 @@ def _analyze(
     return answer, show
 
 
-def _open(model: str, checkpoint: str | None, device: str | None):
+def _open(model: str, checkpoint: str | None, device: str | None, ratio: float | None = None):
     if Path(model).suffix != ".onnx":
-        return _load(model, checkpoint, _pick_device(device))
+        return _load(model, checkpoint, _pick_device(device), ratio)
+    if ratio is not None:
+        raise VitpruneError(f"{model} has one width only; leave --ratio out")
     if checkpoint is not None:
         raise VitpruneError(f"{model} holds its own weights; leave --checkpoint out")
     if device not in (None, "cpu"):
@@ -1221,10 +1416,13 @@ def _refuse_without_data(data: str | None, **options_of_data: Any) -> None:
         raise VitpruneError(f"{', '.join(given)}: choose among the images of --data DIR, which is missing")
 
 
-def _plan_of(model: str):
+def _plan_of(model: str, ratio: float | None = None):
     from vitprune.models import PLAN_FILE
+    from vitprune.pruning.elastic import read_elastic_plan
     from vitprune.pruning.plan import read_plan
 
+    if Path(model).suffix == ".safetensors" and Path(model).is_file():
+        return read_elastic_plan(model, ratio)
     return read_plan(model) if (Path(model) / PLAN_FILE).is_file() else None
 
 
@@ -1281,7 +1479,7 @@ def _describe_run(source: str, run, network, images, others) -> dict[str, Any]:
 
 
 def _export(
-    model, output, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed,
+    model, output, checkpoint, ratio, data, class_map, classes, images_per_class, strict, batch_size, workers, seed,
     num_images, int8, operators, fixed_batch, overwrite,
 ):  # fmt: skip
     from vitprune.export.onnx_file import export_onnx
@@ -1290,8 +1488,8 @@ def _export(
     refuse_existing(output, overwrite=overwrite)
     if num_images < 1:
         raise VitpruneError(f"num_images must be at least 1, got {num_images}")
-    network = _load(model, checkpoint)
-    plan = _plan_of(model)
+    network = _load(model, checkpoint, ratio=ratio)
+    plan = _plan_of(model, ratio)
     _refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
     if data is not None:
         images = _find_images(network, data, class_map, classes, images_per_class, seed, labels_matter=False)
@@ -1493,6 +1691,7 @@ _COMMANDS: dict[str, Callable[..., tuple[dict[str, Any], Callable[[], None]]]] =
     "demo": _demo,
     "discover": _discover,
     "prune": _prune,
+    "elastic": _elastic,
     "curve": _curve,
     "evaluate": _evaluate,
     "analyze": _analyze,
