@@ -215,8 +215,8 @@ def _add_prune(parser: ArgumentParser) -> None:
     parser.add_argument(
         "source",
         type=str,
-        help="run folder of 'discover', timm name, or folder of a saved model; with --plan also the .onnx file of the dense "
-        "model, whose weights are sliced in the graph",
+        help="run folder of 'discover', timm name, or folder of a saved model; with --plan also the .onnx file of the "
+        "dense model, whose weights are sliced in the graph",
     )
     _add_checkpoint(parser)
     _add_images(parser, required=False, batch_size=32, what="calibration images (default: those of the run)")
@@ -969,7 +969,8 @@ def _prune_onnx(
     folder = Path(plan).is_dir()
     if compensate is None and not folder and data is None:
         raise VitpruneError(
-            f"{plan} has no compensated weights: pass the pruned folder as --plan, --data DIR (ridge), or --compensate none"
+            f"{plan} has no compensated weights: pass the pruned folder as --plan, --data DIR (ridge), or "
+            "--compensate none"
         )
     _refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
     donor = load(plan) if folder and compensate is None and data is None else None
