@@ -120,13 +120,41 @@ def _add_gradients(sums, outputs, logits, labels, wanted, generator) -> None:
             sums[name].add_taylor(gradient)
 
 
+class MomentSums:
+    """Running mean and centred covariance of rows, on their device.
+
+    Products are taken in the rows' dtype around the first batch's mean, and summed in float64.
+    """
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self.shift_H = self.sum_H = self.square_HH = None
+
+    def add(self, rows_NH: Tensor) -> None:
+        """Add rows [N, H] of at least 32 bits."""
+        if self.shift_H is None:
+            self.shift_H, self.sum_H, self.square_HH = rows_NH.mean(0), 0, 0
+        self.num_rows += len(rows_NH)
+        rows_NH = rows_NH - self.shift_H
+        self.sum_H += rows_NH.sum(0).double()
+        self.square_HH += (rows_NH.T @ rows_NH).double()
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Return the mean [H] and the covariance [H, H], float64, on the CPU; the sums are used up."""
+        offset_H, square_HH = self.sum_H / self.num_rows, self.square_HH
+        self.square_HH = None
+        covariance_HH = square_HH.div_(self.num_rows).sub_(torch.outer(offset_H, offset_H))
+        return (self.shift_H.double() + offset_H).cpu(), covariance_HH.cpu()
+
+
 class _Sums:
     """Running sums of one FFN, in float64 on the model's device."""
 
     def __init__(self, weight_DH: Tensor, wanted: frozenset[str]) -> None:
         self.weight_DH, self.wanted = weight_DH, wanted
         self.num_tokens = 0
-        self.shift_H = self.hidden = None
+        self.hidden = None
+        self.moments = MomentSums()
         self.sums: dict[str, Tensor] = {}
 
     def _add(self, name: str, value: Tensor) -> None:
@@ -144,11 +172,7 @@ class _Sums:
         if ABSOLUTE in self.wanted:
             self._add("absolute_H", rows_NH.abs().sum(0, dtype=torch.float64))
         if MOMENTS in self.wanted:
-            if self.shift_H is None:
-                self.shift_H = rows_NH.mean(0)
-            rows_NH = rows_NH - self.shift_H
-            self._add("sum_H", rows_NH.sum(0))
-            self._add("square_HH", rows_NH.T @ rows_NH)
+            self.moments.add(rows_NH)
 
     def _slopes(self, gradient: Tensor) -> Tensor:
         """Return the derivative of each image's loss along each neuron [B, H], tokens summed."""
@@ -176,9 +200,7 @@ class _Sums:
         if ABSOLUTE in self.wanted:
             found["absolute_H"] = (sums["absolute_H"] / count).cpu()
         if MOMENTS in self.wanted:
-            offset_H = sums["sum_H"] / count
-            found["mean_H"] = (self.shift_H.double() + offset_H).cpu()
-            found["covariance_HH"] = sums.pop("square_HH").div_(count).sub_(torch.outer(offset_H, offset_H)).cpu()
+            found["mean_H"], found["covariance_HH"] = self.moments.finish()
         return Statistics(num_images, count, **found)
 
 

@@ -76,6 +76,30 @@ def write_down_proj(down: nn.Linear, weight_DH: Tensor, shift_D: Tensor) -> None
     down.bias.add_(shift_D.to(down.bias.device, down.bias.dtype))
 
 
+def stand_in(
+    weight_DH: Tensor, statistics: Statistics, keep_H: Tensor, *, compensation: str, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """Return an output projection whose kept neurons stand in for the others, and what to add to its bias.
+
+    Args:
+        weight_DH: of the projection.
+        statistics: of its hidden neurons, with ``moments``.
+        keep_H: bool.
+        compensation: ``bias`` or ``ridge``.
+        ridge: λ relative to the mean variance of the hidden neurons; positive.
+
+    Returns:
+        The weight [D, H], with the columns of removed neurons as they were, and the shift [D]; float64.
+    """
+    weight_DH = weight_DH.double()
+    mean_P = statistics.mean_H[~keep_H]
+    if compensation == "ridge":
+        map_PS = reconstruct(statistics, keep_H, ridge=ridge)
+        mean_P = mean_P - map_PS @ statistics.mean_H[keep_H]
+        weight_DH = weight_DH.index_add(1, keep_H.nonzero().squeeze(1), weight_DH[:, ~keep_H] @ map_PS)
+    return weight_DH, weight_DH[:, ~keep_H] @ mean_P
+
+
 @torch.no_grad()
 def compensate(
     model: nn.Module,
@@ -114,13 +138,7 @@ def compensate(
         keep_H = plan.keep[ffn.name]
         if bool(keep_H.all()):
             continue
-        of_ffn = statistics[ffn.name]
         down = result.get_submodule(ffn.down_proj)
-        weight_DH = down.weight.double().cpu()
-        mean_P = of_ffn.mean_H[~keep_H]
-        if compensation == "ridge":
-            map_PS = reconstruct(of_ffn, keep_H, ridge=ridge)
-            mean_P = mean_P - map_PS @ of_ffn.mean_H[keep_H]
-            weight_DH[:, keep_H] += weight_DH[:, ~keep_H] @ map_PS
-        write_down_proj(down, weight_DH, weight_DH[:, ~keep_H] @ mean_P)
+        solved = stand_in(down.weight.cpu(), statistics[ffn.name], keep_H, compensation=compensation, ridge=ridge)
+        write_down_proj(down, *solved)
     return result
