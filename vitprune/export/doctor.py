@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import onnxruntime
@@ -33,9 +34,9 @@ COSTS, FINE, KNOW, GAIN = "costs", "fine", "know", "gain"
 # Verdicts, with what they mean.
 VERDICTS: Mapping[str, str] = {
     COSTS: "makes this file slower here than it needs to be",
-    FINE: "as it should be",
-    KNOW: "good to know",
     GAIN: "would be faster still, with other answers",
+    KNOW: "good to know",
+    FINE: "as it should be",
 }
 # What is faster by less is not worth a word.
 WORTH = 1.01
@@ -105,7 +106,7 @@ def diagnose(
         backend: key of ``PROVIDERS``.
         batch_size: images per run, where the file leaves it open.
         num_threads: of the operators; None leaves the choice to ONNX Runtime.
-        seconds: to spend on timed runs of the whole model.
+        seconds: to spend on timed runs of the whole model; half of that again goes to batch sizes and widths.
         track: wraps (steps, description), for progress.
 
     Raises:
@@ -146,9 +147,9 @@ def diagnose(
         _about_facts(session),
     ]
     next(stages)
-    findings.append(_about_batch(session))
+    findings.append(_about_batch(session, seconds / 4))
     next(stages)
-    findings += [_about_widths(ffns, backend, batch_size, num_threads)] if ffns else []
+    findings += [_about_widths(ffns, {**settings, "batch_size": batch_size}, seconds / 4)] if ffns else []
     next(stages, None)
     order = list(VERDICTS)
     findings.sort(key=lambda finding: (order.index(finding.verdict), -(finding.cost_ms or 0.0)))
@@ -254,7 +255,7 @@ def _judge(name: str, variant: _Variant, measured: Mapping[str, Latency]) -> Fin
     found = _CHANGES[name].found.format(count=variant.count)
     if worth:
         return Finding(name, COSTS, f"{found}; otherwise it is {told}", saved, _CHANGES[name].remedy)
-    return Finding(name, KNOW, f"{found}, which costs nothing to speak of here (otherwise {told})", saved)
+    return Finding(name, KNOW, f"{found}, which costs nothing that could be measured here ({told} otherwise)", saved)
 
 
 # --- findings that are read off -----------------------------------------------------------------------------------
@@ -316,7 +317,7 @@ def _about_threads(counts: Sequence[int], num_threads: int | None, measured: Map
 def _about_leftovers(name: str, operators: frozenset[str], nodes: Sequence[NodeRun], operator: str) -> Finding:
     """Look for what ONNX Runtime would have fused when it opened the file, and did not."""
     left = [node for node in nodes if node.op_type in operators]
-    if not left or (operators is _PARTS_OF_NORMS and "Sqrt" not in {node.op_type for node in left}):
+    if not left or (operators == _PARTS_OF_NORMS and "Sqrt" not in {node.op_type for node in left}):
         return Finding(name, FINE, "whole, or fused by ONNX Runtime when it opens the file")
     cost = sum(node.milliseconds for node in left)
     kinds = ", ".join(sorted({node.op_type for node in left}))
@@ -371,12 +372,12 @@ def _about_opset(graph: ir.Model) -> Finding:
     return Finding("opset", FINE, f"opset {opset}")
 
 
-def _about_batch(session: onnxruntime.InferenceSession) -> Finding:
+def _about_batch(session: onnxruntime.InferenceSession, seconds: float) -> Finding:
     first = session.get_inputs()[0].shape[0]
     if isinstance(first, int):
         remedy = "" if first == 1 else "export it with a dynamic batch if fewer images come at a time"
         return Finding("batch", KNOW, f"the file runs exactly {first} images at a time", None, remedy)
-    measured = measure_latency({str(size): _runner(session, size) for size in BATCHES}, seconds=3.0)
+    measured = measure_latency({str(size): _runner(session, size) for size in BATCHES}, seconds=seconds)
     rates = {size: 1000 * size / measured[str(size)].median_ms for size in BATCHES}
     return Finding(
         "batch", KNOW, "any batch size; " + ", ".join(f"{size}: {rate:.0f} images/s" for size, rate in rates.items())
@@ -391,10 +392,10 @@ def _about_facts(session: onnxruntime.InferenceSession) -> Finding:
     return Finding("metadata", KNOW, text, None, "'vitprune export' writes files that do")
 
 
-def _about_widths(shapes: Sequence[FfnShape], backend: str, batch_size: int, num_threads: int | None) -> Finding:
+def _about_widths(shapes: Sequence[FfnShape], settings: Mapping[str, Any], seconds: float) -> Finding:
     widths = [shape.num_neurons for shape in shapes]
     listed = f"{min(widths)} .. {max(widths)}" if len(set(widths)) > 1 else str(widths[0])
-    measured = measure_multiples(shapes, backend=backend, batch_size=batch_size, num_threads=num_threads)
+    measured = measure_multiples(shapes, **settings, seconds=seconds)
     faster = {multiple: paired_speedup(measured[1], latency) for multiple, latency in measured.items() if multiple > 1}
     best = max(faster, key=lambda multiple: faster[multiple].ratio, default=None)
     if best is None or faster[best].low <= 1:
