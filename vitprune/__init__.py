@@ -53,6 +53,7 @@ _HOME_OF = {
     "count_macs": "vitprune.evaluation.macs",
     "ffn_share": "vitprune.evaluation.macs",
     "export_onnx": "vitprune.export.onnx_file",
+    "prune_onnx": "vitprune.export.onnx_prune",
     "open_onnx": "vitprune.export.runtime",
     "bench": "vitprune.export.bench",
 }

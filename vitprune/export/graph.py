@@ -17,8 +17,10 @@ from vitprune.errors import VitpruneError
 def read_graph(path: str | Path) -> ir.Model:
     """Read an ONNX file, with every constant as an initializer and with the shapes that follow from its inputs.
 
+    Weights that lie in a file beside it are read as well.
+
     Raises:
-        VitpruneError: if there is no such file, or it is no ONNX file.
+        VitpruneError: if there is no such file, it is no ONNX file, or the file with its weights is missing.
     """
     path = Path(path)
     if not path.is_file():
@@ -27,6 +29,10 @@ def read_graph(path: str | Path) -> ir.Model:
         model = ir.load(path)
     except Exception as error:  # protobuf's exceptions have no public base class
         raise VitpruneError(f"{path}: not an ONNX file ({str(error).splitlines()[0]})") from error
+    try:
+        ir.external_data.load_to_model(model)
+    except OSError as error:
+        raise VitpruneError(f"{path}: its weights cannot be read ({error})") from error
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     return ShapeInferencePass()(model).model
 
@@ -105,3 +111,29 @@ def add_constant(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
     )
     graph.register_initializer(value)
     return value
+
+
+def replace_constant(graph: ir.Graph, node: ir.Node, at: int, array: np.ndarray, *, name: str | None = None) -> None:
+    """Let a node read other numbers at one of its inputs; other nodes that share a constant keep theirs.
+
+    Args:
+        graph: that the node is in.
+        node: changed in place.
+        at: which input.
+        array: the numbers.
+        name: of the constant, where it takes the place of something computed.
+    """
+    old = node.inputs[at]
+    if not old.is_initializer() or len(list(old.uses())) > 1:
+        node.replace_input_with(at, add_constant(graph, array, name or old.name))
+        return
+    old.const_value = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=old.name)
+    old.shape = ir.Shape(array.shape)
+
+
+def forget_shapes(graph: ir.Graph) -> None:
+    """Drop the shapes of everything computed in between, which a change of the weights makes wrong."""
+    for node in graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None

@@ -174,7 +174,7 @@ def _facts(model: nn.Module, plan: Plan | None, precision: str) -> dict[str, Any
         "data_config": data_config(model),
         "widths": {ffn.name: ffn.num_neurons for ffn in find_feed_forwards(model)},
         "calibration_sha256": [] if plan is None else sorted(plan.calibration),
-        "plan": None if plan is None else _describe_plan(plan),
+        "plan": None if plan is None else describe_plan(plan),
     }
 
 
@@ -184,7 +184,8 @@ def _version() -> str:
     return __version__
 
 
-def _describe_plan(plan: Plan) -> Mapping[str, Any]:
+def describe_plan(plan: Plan) -> Mapping[str, Any]:
+    """Return what a file says of the plan that it was pruned by."""
     facts = {key: value for key, value in plan.facts.items() if key != "calibration"}
     keep = {name: base64.b64encode(np.packbits(mask.numpy())).decode() for name, mask in plan.keep.items()}
     return {**facts, "num_neurons_dense": {name: len(mask) for name, mask in plan.keep.items()}, "keep": keep}
@@ -197,10 +198,15 @@ def _write(graph_model: ir.Model, path: Path, facts: Mapping[str, Any]) -> None:
 
 def save_graph(graph_model: ir.Model, path: Path) -> None:
     """Write a graph, with its weights in a file beside it where they are too many for one, and check it."""
+    write_graph(graph_model, path)
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+def write_graph(graph_model: ir.Model, path: Path) -> None:
+    """Write a graph, with its weights in a file beside it where they are too many for one."""
     size_bytes = sum(value.const_value.nbytes for value in graph_model.graph.initializers.values())
     external = f"{path.name}.data" if size_bytes > LARGEST_FILE_BYTES else None
     ir.save(graph_model, path, external_data=external)
-    onnx.checker.check_model(str(path), full_check=True)
 
 
 @contextmanager
