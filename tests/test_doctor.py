@@ -11,7 +11,17 @@ from test_fuse import export_plainly
 import vitprune
 from vitprune.export.alignment import FfnShape, find_round_to, measure_multiples, round_up
 from vitprune.export.bench import random_batch
-from vitprune.export.doctor import COSTS, FINE, KNOW, VERDICTS, _about_leftovers, _about_precision, diagnose
+from vitprune.export.doctor import (
+    COSTS,
+    FINE,
+    KNOW,
+    VERDICTS,
+    _about_leftovers,
+    _about_precision,
+    _judge_absent,
+    diagnose,
+)
+from vitprune.export.graph import read_graph
 from vitprune.export.onnx_file import quiet
 from vitprune.export.profile import NodeRun, count_graph_macs, count_node_macs, profile
 
@@ -41,7 +51,7 @@ def of_bad(tmp_path_factory):
             module.fused_attn = False
     with quiet():
         torch.onnx.export(
-            model, (torch.randn(3, 3, 32, 32),), str(path), dynamo=False, opset_version=13,
+            model, (torch.randn(3, 3, 32, 32),), str(path), dynamo=False, opset_version=17,
             keep_initializers_as_inputs=True, input_names=["images"], verbose=False,
         )  # fmt: skip
     freed = onnx.load(path)
@@ -71,7 +81,7 @@ def test_a_bad_export_is_told_what_is_wrong_with_it(of_bad):
     assert findings["weights as inputs"].verdict in (COSTS, KNOW)
     assert findings["attention"].text.startswith("3 attentions")
     assert findings["unread tokens"].text.startswith("3 products")
-    assert findings["opset"].text.startswith("opset 13 has no LayerNormalization and no Gelu")
+    assert findings["opset"].text.startswith("opset 17 has no Gelu")
     assert findings["batch"].text == "the file runs exactly 3 images at a time"
     assert of_bad.batch_size == 3
     assert findings["metadata"].verdict == KNOW
@@ -97,6 +107,12 @@ def test_norms_that_stay_decomposed_are_counted_with_their_time():
     assert (found.verdict, found.cost_ms) == (COSTS, 2.0)
     pooled = [node for node in nodes if node.op_type == "ReduceMean"][:1]
     assert _about_leftovers("norms", frozenset({"ReduceMean", "Pow", "Sqrt"}), pooled, "").verdict == FINE
+
+
+def test_attention_that_cannot_be_fused_is_told_of(tmp_path):
+    path = export_plainly(make_vit(qk_norm=True).float(), tmp_path / "normed.onnx")
+    finding = _judge_absent("attention", read_graph(path))
+    assert (finding.verdict, finding.text[:26]) == (KNOW, "3 softmax are left as they")
 
 
 def test_double_numbers_cost_their_time():
@@ -137,9 +153,7 @@ def test_what_is_no_image_model_is_refused(tmp_path, good):
     graph = onnx.helper.make_graph([node], "g", [value], [output])
     model = onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 17)])
     onnx.save(model, tmp_path / "other.onnx")
-    with pytest.raises(
-        vitprune.VitpruneError, match=r"expected one input of images .* has x tensor\(float\)"
-    ):
+    with pytest.raises(vitprune.VitpruneError, match=r"expected one input of images .* has x tensor\(float\)"):
         diagnose(tmp_path / "other.onnx")
     with pytest.raises(vitprune.VitpruneError, match="backend must be one of"):
         diagnose(good, backend="torch-eager")

@@ -135,7 +135,7 @@ def diagnose(
             runners[_threads(count)] = _runner(other, batch_size)
         measured = measure_latency(runners, seconds=seconds)
     findings = [_judge(name, variant, measured) for name, variant in variants.items()]
-    findings += [Finding(name, FINE, change.nothing) for name, change in _CHANGES.items() if name not in variants]
+    findings += [_judge_absent(name, graph) for name in _CHANGES if name not in variants]
     findings += [
         _about_ffns(share),
         _about_threads(counts, num_threads, measured),
@@ -256,6 +256,17 @@ def _judge(name: str, variant: _Variant, measured: Mapping[str, Latency]) -> Fin
     if worth:
         return Finding(name, COSTS, f"{found}; otherwise it is {told}", saved, _CHANGES[name].remedy)
     return Finding(name, KNOW, f"{found}, which costs nothing that could be measured here ({told} otherwise)", saved)
+
+
+def _judge_absent(name: str, graph: ir.Model) -> Finding:
+    left = sum(node.op_type == "Softmax" for node in graph.graph)
+    if name == "attention" and left:
+        text = (
+            f"{left} softmax are left as they are: with a mask, a bias, or a norm or rotation of queries and keys, or "
+            "the file does not tell their shapes (before opset 15 it may not)"
+        )
+        return Finding(name, KNOW, text)
+    return Finding(name, FINE, _CHANGES[name].nothing)
 
 
 # --- findings that are read off -----------------------------------------------------------------------------------
