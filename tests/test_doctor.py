@@ -80,7 +80,7 @@ def test_a_bad_export_is_told_what_is_wrong_with_it(of_bad):
     findings = named(of_bad)
     assert findings["weights as inputs"].verdict in (COSTS, KNOW)
     assert findings["attention"].text.startswith("3 attentions")
-    assert findings["unread tokens"].text.startswith("3 products")
+    assert findings["unread tokens"].text.startswith("4 products")
     assert findings["opset"].text.startswith("opset 17 has no Gelu")
     assert findings["batch"].text == "the file runs exactly 3 images at a time"
     assert of_bad.batch_size == 3

@@ -8,6 +8,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -280,8 +281,8 @@ def make_runner(model: Callable[[Tensor], Tensor], images: Tensor, *, tf32: bool
 
 def _measure_peak(model: nn.Module, setting: Setting) -> int:
     """Run a torch model in a process of its own and return the most memory that it held."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_run_and_report, (model, setting))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_run_and_report, model, setting).result()
 
 
 def _run_and_report(model: nn.Module, setting: Setting) -> int:

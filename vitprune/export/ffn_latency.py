@@ -94,7 +94,7 @@ def measure_ffn_latency(
     times = _scaled_to(total, measured)
     # What the neurons take: all that a straight line through the times loses on its way to no neurons at all.
     slope, _fixed = np.polyfit(np.arange(1, NUM_WIDTHS + 1), times, 1)
-    at_none = max(0.0, min(times[0], times[0] - slope))
+    at_none = max(0.0, min(*times, times[0] - slope))
     macs = {name: shape.num_tokens * shape.embed_dim * shape.num_neurons for name, shape in shapes.items()}
     share = {name: count / sum(macs.values()) for name, count in macs.items()}
     tables = {
