@@ -25,6 +25,7 @@ from jsonargparse import auto_cli
 import vitprune
 from vitprune.evaluation.latency import measure_latency, paired_speedup
 from vitprune.export.bench import describe_hardware, random_batch
+from vitprune.export.ffn_latency import measure_ffn_latency
 from vitprune.export.onnx_file import export_onnx, quiet
 from vitprune.export.profile import count_graph_macs, make_feed
 from vitprune.export.runtime import open_session
@@ -83,6 +84,10 @@ def main(
         rows = vitprune.bench(networks, backends=[backend], precisions=precisions, seconds=seconds, memory=True)
         result["rows"] += [asdict(row) for row in rows]
         log(backend)
+    result["predicted"] = {}
+    for backend, batch_size in (("onnxruntime-cpu", 1), ("onnxruntime-cpu", 8), ("torch-eager", 1)):
+        result["predicted"][f"{backend}, batch {batch_size}"] = _predict(dense, small, backend, batch_size, seconds)
+        log(f"predicted {backend}, batch {batch_size}")
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         result["export"] = {large: pool.apply(_export_large, (large,))}
     facts = {**describe_machine(), **describe_hardware(), "threads": torch.get_num_threads()}
@@ -165,6 +170,26 @@ def _compare(runners: dict[str, Callable], seconds: float) -> dict[str, dict]:
     return {
         name: {"median_ms": latency.median_ms, **asdict(paired_speedup(first, latency))}
         for name, latency in measured.items()
+    }
+
+
+def _predict(dense, small, backend: str, batch_size: int, seconds: float) -> dict[str, float]:
+    """Predict the pruned model's latency from tables of the dense one, and measure it beside the dense one."""
+    total, tables = measure_ffn_latency(dense, backend=backend, batch_size=batch_size, seconds=seconds)
+    target = vitprune.target_latency(dense, total, total=total, tables=tables)
+    widths = {ffn.name: ffn.num_neurons for ffn in vitprune.find_feed_forwards(small)}
+    rows = vitprune.bench(
+        {"dense": dense, "pruned": small}, backends=[backend], batch_sizes=[batch_size], seconds=seconds
+    )
+    predicted = total / target.predict(widths)
+    return {
+        "dense_ms": total,
+        "predicted_ms": target.predict(widths),
+        "predicted_speedup": predicted,
+        "measured_speedup": rows[1].speedup,
+        "measured_low": rows[1].speedup_low,
+        "measured_high": rows[1].speedup_high,
+        "error": rows[1].speedup / predicted - 1,  # of the time
     }
 
 

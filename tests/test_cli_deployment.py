@@ -7,9 +7,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+from families import half_plan
 from test_cli import other_images, pruned_folder, run, run_folder  # noqa: F401 (fixtures)
 
-from vitprune.cli import _build_parser, main
+import vitprune
+from vitprune.cli import _build_parser, _measure_latency, main
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -28,6 +30,9 @@ def test_bench_writes_tables_and_pictures(pruned_folder, tmp_path, capsys):  # n
     assert main(["bench", str(pruned_folder), "--seconds", "0.05", "--batch-size", "1"]) == 0
     assert "ceiling" in capsys.readouterr().out
     assert "bench exists; choose another output" in run("bench", pruned_folder, "-o", folder, code=2, capsys=capsys)
+    assert "device cuda:9 is for torch" in run(
+        "bench", pruned_folder, "--backend", "onnxruntime-cpu", "--device", "cuda:9", code=2, capsys=capsys
+    )
 
 
 def test_an_int8_file_is_reported_beside_its_float32_graph(pruned_folder, image_folder, tmp_path, capsys):  # noqa: F811
@@ -80,6 +85,8 @@ def test_a_plan_is_applied_to_the_dense_models_onnx_file(saved_vit, pruned_folde
         (["--plan", "PLAN/plan.safetensors", "-o", "x.onnx"], "has no compensated weights: pass the pruned folder"),
         (["--plan", "PLAN", "--mode", "mask", "-o", "x.onnx"], "mode mask: not for ONNX files"),
         (["--plan", "PLAN", "--device", "cpu", "-o", "x.onnx"], "device: not for ONNX files"),
+        (["--plan", "PLAN", "--data", "x", "-o", "x.onnx"], "brings its own compensation; leave --data out"),
+        (["--plan", "PLAN", "--backend", "torch-eager", "-o", "x.onnx"], "go with --target-latency"),
         (["--plan", "PLAN", "--compensate", "distill", "-o", "x.onnx"], "distill cannot be computed in an ONNX graph"),
     ],
 )
@@ -115,19 +122,27 @@ def test_an_elastic_file_is_evaluated_and_exported_at_any_ratio(saved_vit, image
     assert "has one width only" in run("evaluate", saved_vit, "--ratio", 0.5, "--data", images, code=2, capsys=capsys)
 
 
-def test_a_latency_target_is_predicted_and_measured(saved_vit, image_folder, tmp_path, capsys):
-    dense = run(
-        "bench", saved_vit, "--backend", "onnxruntime-cpu", "--batch-size", 8, "--seconds", 0.2, "--json", capsys=capsys
-    )["rows"][0]["median_ms"]
-    # The noise of a busy machine may make a model of a few microseconds' FFNs slower when it is smaller.
-    code = main(
-        ["prune", str(saved_vit), "--data", str(image_folder), "--target-latency", str(dense * 2), "-o", str(tmp_path / "a")]
-    )  # fmt: skip
-    assert code == 2
-    assert "the model has" in capsys.readouterr().err
-    assert "round_to must be a number" in run(
-        "prune", saved_vit, "--data", image_folder, "--round-to", "some", "-o", tmp_path / "b", code=2, capsys=capsys
-    )
+def test_what_a_latency_target_made_is_timed_beside_the_dense_model(tiny_vit):
+    pruned = vitprune.remove_neurons(tiny_vit, half_plan(tiny_vit))
+    measured = _measure_latency(tiny_vit, pruned, {"predicted": 2.0, "dense": 3.0}, "onnxruntime-cpu", 2)
+    assert (measured["backend"], measured["batch_size"], measured["predicted_speedup"]) == ("onnxruntime-cpu", 2, 1.5)
+    assert measured["median_ms"] > 0
+    assert measured["dense_median_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--round-to", "some"], "round_to must be a number of at least 1, or auto; got some"),
+        (["--target-latency", 1, "--mode", "mask"], "--target-latency is for --mode remove"),
+        (["--target-latency", 1, "--latency-batch-size", 0], "latency_batch_size must be at least 1"),
+        (["--backend", "torch-eager"], "go with --target-latency or --round-to auto"),
+    ],
+)
+def test_latency_targets_that_make_no_sense_are_refused(arguments, message, saved_vit, image_folder, tmp_path, capsys):
+    refusal = run("prune", saved_vit, "--data", image_folder, *arguments, "-o", tmp_path / "a", code=2, capsys=capsys)
+    assert message in refusal
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_widths_are_rounded_to_what_is_fast_here(saved_vit, image_folder, tmp_path, capsys):

@@ -9,7 +9,8 @@ from conftest import TINY, make_vit
 from test_fuse import export_plainly
 
 import vitprune
-from vitprune.export.alignment import FfnShape, find_round_to, measure_multiples, round_up
+from vitprune.evaluation.latency import Latency
+from vitprune.export.alignment import FfnShape, _fastest, find_round_to, measure_multiples, round_up
 from vitprune.export.bench import random_batch
 from vitprune.export.doctor import (
     COSTS,
@@ -18,7 +19,9 @@ from vitprune.export.doctor import (
     VERDICTS,
     _about_leftovers,
     _about_precision,
+    _count,
     _judge_absent,
+    _make_variants,
     diagnose,
 )
 from vitprune.export.graph import read_graph
@@ -142,8 +145,35 @@ def test_widths_are_timed_at_every_multiple_that_changes_them(backend):
     measured = measure_multiples(shapes, backend=backend, seconds=0.1)
     assert sorted(measured) == [1, 8, 16, 32, 64, 128]
     assert sorted(measure_multiples([FfnShape(5, 8, 64)], backend=backend, seconds=0.1)) == [1, 128]
-    assert find_round_to(FfnShape(5, 8, 64), 0.5, backend=backend, seconds=0.1) in (1, 8, 16, 32, 64, 128)
+    assert find_round_to(FfnShape(5, 8, 60), 0.5, backend=backend, seconds=0.1) == 1  # none fits a quarter of 30
     assert [round_up(width, 16) for width in (1, 16, 17)] == [16, 16, 32]
+
+
+def test_the_fastest_multiple_is_taken_only_where_it_is_faster_for_sure():
+    def timed(*rounds):
+        return Latency(1.0, 1.0, len(rounds), rounds)
+
+    slow, fast, unsure = timed(2.0, 2.1, 2.0), timed(1.0, 1.1, 1.0), timed(0.2, 3.9, 1.0)
+    assert _fastest({1: slow}) == 1
+    assert _fastest({1: slow, 8: fast, 16: timed(1.5, 1.6, 1.5)}) == 8
+    assert _fastest({1: slow, 32: unsure}) == 1
+    assert _fastest({1: fast, 8: slow}) == 1
+
+
+def test_files_of_other_numbers_and_without_names_are_examined(good, tmp_path):
+    nameless = onnx.load(good)
+    for node in nameless.graph.node:
+        node.name = ""
+    onnx.save(nameless, tmp_path / "nameless.onnx")
+    macs, _share, shapes = _count(read_graph(tmp_path / "nameless.onnx"), 1)
+    assert macs == count_graph_macs(good)
+    assert [shape.num_tokens for shape in shapes] == [17, 17, 1]
+    path = tmp_path / "double.onnx"
+    with quiet():
+        torch.onnx.export(make_vit(), (torch.randn(1, 3, 32, 32).double(),), str(path), dynamo=True, verbose=False)
+    variants, untried = _make_variants(path, read_graph(path), tmp_path)
+    assert variants == {}
+    assert untried["attention"] == untried["int8"] == "the weights are float64"
 
 
 def test_what_is_no_image_model_is_refused(tmp_path, good):

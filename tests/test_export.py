@@ -133,6 +133,23 @@ def test_weights_beyond_the_limit_go_into_a_file_beside_it(exported, image_folde
         torch.testing.assert_close(open_onnx(made.path)(photos), model(photos), rtol=1e-3, atol=1e-4)
 
 
+def test_large_int8_files_hold_no_float32_weights_and_replace_no_strangers_file(
+    exported, image_folder, tmp_path, monkeypatch
+):
+    model, _path, _report = exported
+    monkeypatch.setattr(onnx_file, "LARGEST_FILE_BYTES", 1000)
+    images = vitprune.ImageBatches(vitprune.find_images(image_folder, 5), model, batch_size=8)
+    large = vitprune.export_onnx(model, tmp_path / "a.onnx", images)
+    small = vitprune.export_onnx(model, tmp_path / "b.onnx", images, precision="int8")
+    assert small.size_bytes < large.size_bytes + 20_000
+    assert sorted(file.name for file in tmp_path.iterdir() if file.name.startswith("b")) == ["b.onnx", "b.onnx.data"]
+    (tmp_path / "c.onnx.data").write_text("mine")
+    with pytest.raises(vitprune.VitpruneError, match=r"c.onnx.data exists; choose another output"):
+        vitprune.export_onnx(model, tmp_path / "c.onnx", images)
+    assert (tmp_path / "c.onnx.data").read_text() == "mine"
+    assert not (tmp_path / "c.onnx").exists()
+
+
 def test_the_file_says_what_it_was_pruned_by(image_folder, tmp_path):
     model = make_vit().float()
     plan = vitprune.plan_pruning(
@@ -229,7 +246,7 @@ def test_bench_draws_its_rows_and_writes_them(tmp_path):
         ({"num_threads": [0]}, "thread counts must be at least 1"),
         ({"precisions": ["int8"]}, "torch-eager runs .*, not 'int8'"),
         ({"precisions": ["tf32"], "backends": ["torch-eager"]}, "tf32 is a precision of GPUs"),
-        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
+        ({"device": "cuda:99", "backends": ["torch-eager"]}, "device 'cuda:99' cannot be used here"),
     ],
 )
 def test_bench_refuses(arguments, message, tiny_vit):

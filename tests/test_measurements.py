@@ -104,7 +104,8 @@ def test_every_ffn_has_a_table_of_times_up_to_its_dense_width(backend):
     assert list(tables) == [f"blocks.{index}.mlp" for index in range(3)]
     for table in tables.values():
         assert [width for width, _ms in table] == [6, 12, 18, 24, 30, 36, 42, 48]
-        assert all(0 <= ms <= 10 * total for _width, ms in table)
+        assert all(ms >= 0 for _width, ms in table)
+    assert 0 <= sum(table[-1][1] for table in tables.values()) <= total * (1 + 1e-9)
     # FFNs of one shape cost the same; an exported file computes the last one for the class token alone.
     assert tables["blocks.0.mlp"] == tables["blocks.1.mlp"]
     last = [ms * (17 if backend == "onnxruntime-cpu" else 1) for _width, ms in tables["blocks.2.mlp"]]

@@ -392,7 +392,7 @@ def _add_bench(parser: ArgumentParser) -> None:
         "--backend",
         type=str,
         nargs="+",
-        help=_listed(options.BACKENDS) + "; default: torch-eager (not for .onnx files) and onnxruntime-cpu",
+        help=_listed(options.BACKENDS) + "; default: onnxruntime-cpu, and torch-eager without .onnx files",
     )
     parser.add_argument(
         "--precision",
@@ -834,6 +834,13 @@ def _prune(
     given_plan = None if plan is None else read_plan(plan)
     if given_plan is not None and (decisions or targets):
         raise VitpruneError(f"--plan decides which neurons stay; leave {', '.join({**decisions, **targets})} out")
+    timed = target_latency is not None or round_to == "auto"
+    if not timed and (backend, latency_batch_size) != (None, None):
+        raise VitpruneError("--backend and --latency-batch-size go with --target-latency or --round-to auto")
+    if latency_batch_size is not None and latency_batch_size < 1:
+        raise VitpruneError(f"latency_batch_size must be at least 1, got {latency_batch_size}")
+    if target_latency is not None and mode == "mask":
+        raise VitpruneError("--target-latency is for --mode remove; a masked model is as slow as the dense one")
     if is_onnx:
         if given_plan is None:
             raise VitpruneError(f"{source}: an ONNX file is pruned by a plan; pass --plan (a file, or a pruned folder)")
@@ -854,9 +861,6 @@ def _prune(
         raise VitpruneError("--floor is for --allocation global; uniform leaves every FFN the same share")
     if step not in (None, 1) and not needs_steps(criterion or options.DEFAULT_CRITERION):
         raise VitpruneError(f"--step: the scores of criterion {criterion} do not change on the way; leave it out")
-    timed = target_latency is not None or round_to == "auto"
-    if not timed and (backend, latency_batch_size) != (None, None):
-        raise VitpruneError("--backend and --latency-batch-size go with --target-latency or --round-to auto")
     run, network = _open_source(source, checkpoint, device)
     _refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
     images = _images_of(source, run, network, data, class_map, classes, images_per_class, seed)
@@ -871,6 +875,8 @@ def _prune(
     tracked = None if batches is None else _Tracked(batches, "calibrate")
     started = time.perf_counter()
     if given_plan is None:
+        if timed and backend is None:
+            backend = "onnxruntime-cpu" if next(network.parameters()).device.type == "cpu" else "torch-eager"
         target = _make_target(network, backend, latency_batch_size, **targets)
         if round_to == "auto":
             decisions["round_to"] = _find_round_to(network, target, ratio, backend, latency_batch_size)
@@ -912,6 +918,7 @@ def _prune(
         "num_neurons_dense": made.num_neurons_dense,
         "pruning_ratio": made.pruning_ratio,
         "target": made.facts.get("target"),
+        "round_to": made.facts.get("round_to"),
         "classes": list(getattr(network, "label_names", None) or ()),
         "num_parameters": count_parameters(pruned),
         "num_parameters_dense": count_parameters(network),
@@ -964,26 +971,35 @@ def _prune_onnx(
 
     if Path(output).suffix != ".onnx":
         raise VitpruneError(f"{output}: of an ONNX file comes an ONNX file; end the output in .onnx")
-    if Path(source).resolve() == Path(output).resolve():
-        raise VitpruneError(f"{output} is the model itself; choose another output")
     folder = Path(plan).is_dir()
+    if compensate is None and folder and data is not None:
+        raise VitpruneError(
+            f"{plan} brings its own compensation; leave --data out to take it over, or say --compensate ridge (or bias)"
+        )
     if compensate is None and not folder and data is None:
         raise VitpruneError(
             f"{plan} has no compensated weights: pass the pruned folder as --plan, --data DIR (ridge), or "
             "--compensate none"
         )
     _refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
-    donor = load(plan) if folder and compensate is None and data is None else None
+    donor = load(plan) if folder and compensate is None else None
     if compensate is None:
         compensate = "none" if donor is not None else "ridge"
     batches = None
     if data is not None:
         # A file of another tool does not know its transform; the pruned model of the same architecture does.
-        knows = bool(read_facts(open_session(source))) or not folder
+        knows = bool(read_facts(open_session(source)))
+        if not knows and not folder:
+            raise VitpruneError(
+                f"{source} does not say which transform its images need; pass the pruned folder as --plan"
+            )
         network = open_onnx(source) if knows else load(plan)
         images = _find_images(network, data, class_map, classes, images_per_class, seed, labels_matter=False)
         batches = _batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
-        given_plan = Plan(given_plan.keep, {**given_plan.facts, "calibration": _calibration(images, None, given_plan)})
+        facts = {key: value for key, value in given_plan.facts.items() if key != "weights_sha256"}
+        if compensate != "none":
+            facts["calibration"] = _calibration(images, None, given_plan)
+        given_plan = Plan(given_plan.keep, facts)
     report = prune_onnx(
         source,
         given_plan,
@@ -1134,6 +1150,11 @@ def _keep_classes(network, images, found, wanted: Sequence[str], *, data_given: 
     return reduced, images.only_classes(indices), None if found is None else only_classes(found, indices)
 
 
+def _refuse_elastic(model: str) -> None:
+    if Path(model).suffix == ".safetensors":
+        raise VitpruneError(f"{model}: name the ONNX file of one ratio; 'vitprune export {model} OUT.onnx --ratio R'")
+
+
 def _describe_passes(
     network, ratio: float | None, target, criterion: str | None, step: float | None, compensate: str
 ) -> str:
@@ -1157,14 +1178,13 @@ def _parse_round_to(round_to: str | None) -> int | str | None:
     return int(round_to)
 
 
-def _find_round_to(network, target, ratio: float | None, backend: str | None, batch_size: int | None) -> int:
+def _find_round_to(network, target, ratio: float | None, backend: str, batch_size: int | None) -> int:
     from vitprune.export.alignment import find_round_to
     from vitprune.export.ffn_latency import ffn_shapes
 
     share = target.share if target is not None else options.DEFAULT_RATIO if ratio is None else ratio
     largest = max(ffn_shapes(network).values(), key=lambda shape: shape.num_neurons)
     device = str(next(network.parameters()).device)
-    backend = backend or ("onnxruntime-cpu" if device == "cpu" else "torch-eager")
     _note(f"timing widths of {largest.num_neurons * (1 - share):.0f} neurons on {backend}")
     found = find_round_to(largest, share, backend=backend, batch_size=batch_size or 1, device=device)
     _note(f"widths are multiples of {found}")
@@ -1185,23 +1205,23 @@ def _make_target(network, backend: str | None, batch_size: int | None, **targets
         return target_macs(network, limit, total=count_macs(network))
     from vitprune.export.ffn_latency import measure_ffn_latency
 
+    device = str(next(network.parameters()).device)
     total, tables = measure_ffn_latency(
-        network,
-        backend="onnxruntime-cpu" if backend is None else backend,
-        batch_size=1 if batch_size is None else batch_size,
-        track=_track,
+        network, backend=backend, batch_size=batch_size or 1, device=device, track=_track
     )
     return target_latency(network, limit, total=total, tables=tables)
 
 
-def _measure_latency(network, pruned, asked: dict, backend: str | None, batch_size: int | None) -> dict[str, Any]:
+def _measure_latency(network, pruned, asked: dict, backend: str, batch_size: int | None) -> dict[str, Any]:
     """Time the pruned model beside the dense one, which tells a prediction's error from a change of the machine."""
     from vitprune.export.bench import bench
 
+    device = "cpu" if backend.startswith("onnxruntime") else str(next(network.parameters()).device)
     rows = bench(
-        {"dense": network.cpu(), "pruned": pruned.cpu()},
-        backends=[backend or "onnxruntime-cpu"],
+        {"dense": network, "pruned": pruned},
+        backends=[backend],
         batch_sizes=[batch_size or 1],
+        device=device,
         track=_track,
     )
     dense, small = rows
@@ -1550,10 +1570,10 @@ def _bench(models, checkpoint, backend, precision, batch_size, threads, seconds,
     if output is not None:
         refuse_existing(output, overwrite=overwrite, owned=BENCH_FILES)
     networks = _models_to_bench(models, checkpoint)
-    onnx_only = all(isinstance(network, Path) for network in networks.values())
+    has_files = any(isinstance(network, Path) for network in networks.values())
     rows = bench(
         networks,
-        backends=backend or (DEFAULT_BACKENDS[-1:] if onnx_only else DEFAULT_BACKENDS),
+        backends=backend or (DEFAULT_BACKENDS[-1:] if has_files else DEFAULT_BACKENDS),
         precisions=precision,
         batch_sizes=batch_size,
         num_threads=threads,
@@ -1562,13 +1582,14 @@ def _bench(models, checkpoint, backend, precision, batch_size, threads, seconds,
         memory=True,
         track=_track,
     )
-    answer = {"rows": [asdict(row) for row in rows], "hardware": describe_hardware(device)}
+    hardware = describe_hardware([row.backend for row in rows], device)
+    answer = {"rows": [asdict(row) for row in rows], "hardware": hardware}
     if output is not None:
         with atomic_folder(output) as folder:
             write_json(folder / "bench.json", {"kind": "bench", "version": FORMAT_VERSION, **answer})
             write_bench(rows, folder / "bench.csv")
             for suffix in ("png", "svg"):
-                render_bench(rows, folder / f"bench.{suffix}", title=answer["hardware"]["processor"])
+                render_bench(rows, folder / f"bench.{suffix}", title=hardware["processor"])
 
     def show() -> None:
         # What is the same in every row goes into the title: the table shall fit a terminal.
@@ -1619,6 +1640,7 @@ def _doctor(model, checkpoint, backend, batch_size, threads, seconds):
     for name, value in (("batch_size", batch_size), ("threads", threads)):
         if value is not None and value < 1:
             raise VitpruneError(f"{name} must be at least 1, got {value}")
+    _refuse_elastic(model)
     if Path(model).suffix == ".onnx" and checkpoint is not None:
         raise VitpruneError(f"{model} holds its own weights; leave --checkpoint out")
     with tempfile.TemporaryDirectory() as folder:
@@ -1661,6 +1683,8 @@ def _models_to_bench(models: Sequence[str], checkpoint: str | None) -> dict[str,
 
     folders = [name for name in models if Path(name).is_dir()]
     files = [name for name in models if Path(name).suffix == ".onnx"]
+    for name in models:
+        _refuse_elastic(name)
     if checkpoint is not None and len(folders) + len(files) == len(models):
         raise VitpruneError(f"{models[0]} has its own weights; leave --checkpoint out")
     if len(set(models)) < len(models) or "dense" in models:

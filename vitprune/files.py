@@ -76,7 +76,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_siblings(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder next to ``path``; on success its files move to where ``path`` lies, that one last.
 
-    On any exception nothing is kept.
+    On any exception nothing is kept. A ``path`` that they replace goes first where there are several files, so that a
+    kill leaves no mixture of old and new.
+
+    Raises:
+        VitpruneError: if one of the others exists and does not belong to an older ``path``, or they cannot be written.
     """
     path = Path(path).absolute()
     with _explain_os_errors(path):
@@ -84,7 +88,13 @@ def atomic_siblings(path: str | Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
             yield temporary
-            for file in sorted(temporary.iterdir(), key=lambda file: file.name == path.name):
+            files = sorted(temporary.iterdir(), key=lambda file: file.name == path.name)
+            foreign = [file.name for file in files if not path.exists() and path.with_name(file.name).exists()]
+            if foreign:
+                raise VitpruneError(f"{path.with_name(foreign[0])} exists; choose another output")
+            if len(files) > 1:
+                path.unlink(missing_ok=True)
+            for file in files:
                 _finish(file)
                 file.replace(path.with_name(file.name))
         finally:

@@ -6,7 +6,7 @@ Letters: B images, N tokens, D embedding width, H hidden neurons.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,14 +19,12 @@ from torch import nn
 
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.latency import Latency, measure_latency, paired_speedup
-from vitprune.export.bench import DTYPES, Runner, make_runner
+from vitprune.export.bench import Runner, make_runner
 from vitprune.export.runtime import PROVIDERS, check_provider, open_session
 from vitprune.models import check_device
 from vitprune.options import BACKENDS, check_choice
 
 MULTIPLES = (1, 8, 16, 32, 64, 128)
-# A coarser multiple has to be faster by more than what a bench on a busy machine mistakes.
-WORTH = 1.02
 NUM_FFNS = 6
 
 
@@ -61,7 +59,7 @@ def measure_multiples(
     batch_size: int = 1,
     num_threads: int | None = None,
     device: str = "cpu",
-    precision: str = "float32",
+    multiples: Sequence[int] = MULTIPLES,
     seconds: float = 6.0,
 ) -> dict[int, Latency]:
     """Time a chain of FFNs as they are, and with every width rounded up to multiples, in turns.
@@ -72,7 +70,7 @@ def measure_multiples(
         batch_size: images per run.
         num_threads: of ONNX Runtime's operators; None leaves the choice to it.
         device: of torch.
-        precision: of torch.
+        multiples: to round up to; 1 among them.
         seconds: to spend on all of them.
 
     Returns:
@@ -85,7 +83,7 @@ def measure_multiples(
     runners: dict[int, Runner] = {}
     seen: set[tuple[int, ...]] = set()
     with tempfile.TemporaryDirectory() as folder:
-        for multiple in MULTIPLES:
+        for multiple in multiples:
             rounded = [FfnShape(s.num_tokens, s.embed_dim, round_up(s.num_neurons, multiple)) for s in shapes]
             widths = tuple(shape.num_neurons for shape in rounded)
             if widths in seen:
@@ -95,7 +93,7 @@ def measure_multiples(
                 path = Path(folder) / f"{multiple}.onnx"
                 runners[multiple] = _onnx_chain(rounded, path, backend, batch_size, num_threads)
             else:
-                runners[multiple] = _torch_chain(rounded, backend, batch_size, device, precision)
+                runners[multiple] = _torch_chain(rounded, backend, batch_size, device)
         for run in runners.values():
             run()
         return measure_latency(runners, seconds=seconds)
@@ -112,8 +110,9 @@ def find_round_to(
 ) -> int:
     """Find which multiple the widths of a pruned model should be of on this machine.
 
-    Chains of widths around the one that the ratio leaves are timed at every multiple; one is worth it if it takes at
-    least 2 % less time for each neuron than every finer one, at 95 % confidence.
+    A chain of FFNs of odd widths around the one that the ratio leaves is timed as it is and rounded up to every
+    multiple of at most a quarter of that width. The fastest multiple is worth it if the wider chain is faster than the
+    odd one at 95 % confidence.
 
     Args:
         shape: of an FFN of the dense model.
@@ -123,24 +122,31 @@ def find_round_to(
         device: of torch.
         seconds: to spend.
 
+    Returns:
+        One of ``MULTIPLES``; 1 where none is faster.
+
     Raises:
         VitpruneError: if the backend is unknown or absent.
     """
-    middle = max(8, round(shape.num_neurons * (1 - pruning_ratio)))
-    # Odd widths, as an allocation without rounding leaves them.
-    widths = [min(shape.num_neurons, max(1, middle + 2 * step * max(1, middle // 24) + 1)) for step in range(-3, 3)]
-    shapes = [FfnShape(shape.num_tokens, shape.embed_dim, width) for width in widths[:NUM_FFNS]]
-    measured = measure_multiples(shapes, backend=backend, batch_size=batch_size, device=device, seconds=seconds)
-    neurons = {multiple: sum(round_up(width, multiple) for width in widths) for multiple in measured}
-    best = 1
-    for multiple in sorted(measured):
-        speedup = paired_speedup(measured[best], measured[multiple])
-        if speedup.low * neurons[multiple] / neurons[best] >= WORTH:
-            best = multiple
-    return best
+    middle = max(1, round(shape.num_neurons * (1 - pruning_ratio)))
+    offsets = [middle * (2 * number - NUM_FFNS) // (8 * NUM_FFNS) for number in range(NUM_FFNS)]
+    widths = [max(1, middle + offset) | 1 for offset in offsets]
+    shapes = [FfnShape(shape.num_tokens, shape.embed_dim, width) for width in widths]
+    multiples = [multiple for multiple in MULTIPLES if multiple <= max(1, middle // 4)]
+    measured = measure_multiples(
+        shapes, multiples=multiples, backend=backend, batch_size=batch_size, device=device, seconds=seconds
+    )
+    return _fastest(measured)
 
 
-def _torch_chain(shapes: Sequence[FfnShape], backend: str, batch_size: int, device: str, precision: str) -> Runner:
+def _fastest(measured: Mapping[int, Latency]) -> int:
+    """Return the fastest multiple, or 1 where none is faster than no rounding at 95 % confidence."""
+    faster = {multiple: paired_speedup(measured[1], latency) for multiple, latency in measured.items() if multiple > 1}
+    best = max(faster, key=lambda multiple: faster[multiple].ratio, default=1)
+    return best if best > 1 and faster[best].low > 1 else 1
+
+
+def _torch_chain(shapes: Sequence[FfnShape], backend: str, batch_size: int, device: str) -> Runner:
     if backend != "torch-eager":
         raise VitpruneError(f"widths are timed in torch-eager or in ONNX Runtime, not in {backend}")
     check_device(device)
@@ -155,9 +161,9 @@ def _torch_chain(shapes: Sequence[FfnShape], backend: str, batch_size: int, devi
                 nn.GELU(),
                 nn.Linear(shape.num_neurons, shape.embed_dim),
             ]
-    chain = nn.Sequential(*layers).to(device, DTYPES[precision]).eval()
-    states = torch.randn(batch_size, *_states(shapes[0]), device=device, dtype=DTYPES[precision])
-    return make_runner(chain, states, tf32=precision == "tf32")
+    chain = nn.Sequential(*layers).to(device).eval()
+    states = torch.randn(batch_size, *_states(shapes[0]), device=device)
+    return make_runner(chain, states)
 
 
 def _states(shape: FfnShape) -> tuple[int, int]:

@@ -128,8 +128,9 @@ def bench(
     _check(models, backends, precisions, batch_sizes, threads, device)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        files = _Files(models, Path(folder))
+        files = _Files(models, Path(folder), operators_for(backends))
         for backend, batch_size, count in track(list(product(backends, batch_sizes, threads)), "bench"):
+            torch._dynamo.reset()  # or the models compiled before would count against its limit
             keys = list(product(models, precisions))
             with _torch_threads(count):
                 runners = {
@@ -192,13 +193,29 @@ def _check(models, backends, precisions, batch_sizes, threads, device: str) -> N
     for what, values in (("batch sizes", batch_sizes), ("thread counts", threads)):
         if min(values, default=0) < 1:
             raise VitpruneError(f"{what} must be at least 1, got {list(values)}")
+    if device != "cpu" and set(backends) <= set(PROVIDERS):
+        raise VitpruneError(f"device {device} is for torch; ONNX Runtime's backends say where they run")
+    for model in models.values():
+        if not isinstance(model, nn.Module):
+            fixed = open_session(model).get_inputs()[0].shape[0]
+            if isinstance(fixed, int) and set(batch_sizes) != {fixed}:
+                raise VitpruneError(
+                    f"{model} runs {fixed} images at a time, not {list(batch_sizes)}; pass that batch size"
+                )
+
+
+def operators_for(backends: Sequence[str]) -> str:
+    """Return which operators to export for providers: their own where all of them have them."""
+    known = {"onnxruntime-cpu", "onnxruntime-cuda"}
+    return "onnxruntime" if known >= set(backends) & set(PROVIDERS) else "standard"
 
 
 class _Files:
     """The models as ONNX files, each exported when it is first asked for; and their multiply-accumulates."""
 
-    def __init__(self, models: Mapping[str, Any], folder: Path) -> None:
-        self.models, self.folder = models, folder
+    def __init__(self, models: Mapping[str, Any], folder: Path, operators: str) -> None:
+        self.models, self.folder, self.operators = models, folder, operators
+        self.precisions: dict[str, str] = {}
         self.exported: dict[tuple[str, str], Path] = {}
         self.macs: dict[tuple[str, bool], int] = {}
 
@@ -208,14 +225,18 @@ class _Files:
             return Path(model)
         if key not in self.exported:
             self.exported[key] = self.folder / f"{len(self.exported)}.onnx"
-            export_onnx(model, self.exported[key], [random_batch(model, 2)], precision=precision)
+            export_onnx(
+                model, self.exported[key], [random_batch(model, 2)], precision=precision, operators=self.operators
+            )
         return self.exported[key]
 
     def precision(self, name: str, precision: str) -> str:
         """Return the precision of a model that is exported in this one; a file has its own."""
         if isinstance(self.models[name], nn.Module):
             return precision
-        return read_facts(open_session(self.models[name])).get("precision", "float32")
+        if name not in self.precisions:
+            self.precisions[name] = read_facts(open_session(self.models[name])).get("precision", "float32")
+        return self.precisions[name]
 
     def count_macs(self, name: str, *, on_graph: bool) -> int:
         if (name, on_graph) not in self.macs:
@@ -244,7 +265,8 @@ def make_backend_runner(source: nn.Module | Path, setting: Setting) -> Runner:
     dtype = DTYPES[setting.precision]
     model = copy.deepcopy(source).to(setting.device, dtype).eval()
     if setting.backend == "torch-compile":
-        model = torch.compile(model, dynamic=False)
+        # With fullgraph, what cannot be compiled is an error instead of running eagerly.
+        model = torch.compile(model, dynamic=False, fullgraph=True)
     images = random_batch(source, setting.batch_size)[0].to(setting.device, dtype)
     return make_runner(model, images, tf32=setting.precision == "tf32")
 
@@ -294,14 +316,15 @@ def _run_and_report(model: nn.Module, setting: Setting) -> int:
     return torch.cuda.max_memory_reserved(setting.device) if on_gpu else peak_memory_bytes()
 
 
-def describe_hardware(device: str = "cpu") -> dict[str, str]:
+def describe_hardware(backends: Sequence[str] = (), device: str = "cpu") -> dict[str, str]:
     """Return where a bench runs: processor and versions, for its records."""
     listed = Path("/proc/cpuinfo")
     lines = listed.read_text().splitlines() if listed.is_file() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     processor = f"{named[0] if named else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    if torch.device(device).type == "cuda":
-        processor = f"{torch.cuda.get_device_name(device)}; {processor}"
+    on_gpu = torch.device(device).type == "cuda" or {"onnxruntime-cuda", "onnxruntime-tensorrt"} & set(backends)
+    if on_gpu and torch.cuda.is_available():
+        processor = f"{torch.cuda.get_device_name()}; {processor}"
     versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
     return {"processor": processor, "python": platform.python_version(), **versions}
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import onnxruntime
-from onnx_ir.passes.common import RemoveInitializersFromInputsPass
+from onnx_ir.passes.common import NameFixPass, RemoveInitializersFromInputsPass
 
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.latency import Latency, measure_latency, paired_speedup
@@ -22,8 +23,8 @@ from vitprune.export.alignment import FfnShape, measure_multiples
 from vitprune.export.bench import Runner
 from vitprune.export.fuse import fuse_attention, skip_unread_tokens
 from vitprune.export.graph import read_graph
-from vitprune.export.graph_ffns import find_graph_ffns
-from vitprune.export.onnx_file import save_graph
+from vitprune.export.graph_ffns import find_graph_ffns, find_linears
+from vitprune.export.onnx_file import save_graph, write_graph
 from vitprune.export.profile import NodeRun, count_node_macs, make_feed, profile
 from vitprune.export.quantize import quantize
 from vitprune.export.runtime import PROVIDERS, open_session, read_facts
@@ -120,13 +121,12 @@ def diagnose(
     graph = read_graph(path)
     stages = iter(track(("nodes", "changes", "batch sizes", "widths"), "doctor"))
     next(stages)
-    written = profile(path, batch_size=batch_size, optimized=False, num_runs=3, **settings)
     nodes = profile(path, batch_size=batch_size, **settings)
-    macs, share, ffns = _count(graph, written, batch_size)
+    macs, share, ffns = _count(graph, batch_size)
     next(stages)
     counts = _thread_counts() if backend == "onnxruntime-cpu" else []
     with tempfile.TemporaryDirectory() as folder:
-        variants = _make_variants(path, graph, Path(folder))
+        variants, untried = _make_variants(path, graph, Path(folder))
         runners = {_NOW: _runner(session, batch_size)}
         for name, variant in variants.items():
             runners[name] = _runner(open_session(variant.path, **settings), batch_size)
@@ -135,7 +135,8 @@ def diagnose(
             runners[_threads(count)] = _runner(other, batch_size)
         measured = measure_latency(runners, seconds=seconds)
     findings = [_judge(name, variant, measured) for name, variant in variants.items()]
-    findings += [_judge_absent(name, graph) for name in _CHANGES if name not in variants]
+    findings += [Finding(name, KNOW, f"not tried: {reason}") for name, reason in untried.items()]
+    findings += [_judge_absent(name, graph) for name in _CHANGES if name not in {**variants, **untried}]
     findings += [
         _about_ffns(share),
         _about_threads(counts, num_threads, measured),
@@ -213,20 +214,34 @@ _CHANGES: Mapping[str, _Change] = {
 }
 
 
-def _make_variants(path: Path, graph: ir.Model, folder: Path) -> dict[str, _Variant]:
+def _make_variants(path: Path, graph: ir.Model, folder: Path) -> tuple[dict[str, _Variant], dict[str, str]]:
+    """Write the changed files.
+
+    Returns:
+        Name -> changed file, and name -> why a change was not made.
+    """
+    dtypes = {linear.weight_IO.dtype.name for linear in find_linears(graph)} - {"float32"}
+    if dtypes:
+        reason = f"the weights are {', '.join(sorted(dtypes))}"
+        return {}, dict.fromkeys((*_CHANGES, "int8"), reason)
     variants: dict[str, _Variant] = {}
+    untried: dict[str, str] = {}
     changed, reference = read_graph(path), _NOW
     for number, (name, change) in enumerate(_CHANGES.items()):
         count = change.rewrite(changed)
         if count:
-            variants[name] = _Variant(folder / f"{number}.onnx", count, reference)
-            save_graph(changed, variants[name].path)
-            reference = name
+            variant = _Variant(folder / f"{number}.onnx", count, reference)
+            try:
+                save_graph(changed, variant.path)
+            except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+                untried[name] = f"what comes out is no valid graph ({str(error).splitlines()[0]})"
+                break
+            variants[name], reference = variant, name
     operators = {node.op_type for node in graph.graph}
     if {"MatMul", "Gemm"} & operators and not any("Quantize" in name or "Integer" in name for name in operators):
         variants["int8"] = _Variant(folder / "int8.onnx", 1)
         quantize(path, variants["int8"].path, {})
-    return variants
+    return variants, untried
 
 
 def _runner(session: onnxruntime.InferenceSession, batch_size: int) -> Runner:
@@ -239,7 +254,7 @@ def _threads(count: int) -> str:
 
 
 def _thread_counts() -> list[int]:
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return sorted({*(2**power for power in range(8) if 2**power < cores), cores})
 
 
@@ -272,7 +287,13 @@ def _judge_absent(name: str, graph: ir.Model) -> Finding:
 # --- findings that are read off -----------------------------------------------------------------------------------
 
 
-def _count(graph: ir.Model, nodes: Sequence[NodeRun], batch_size: int) -> tuple[int, float | None, list[FfnShape]]:
+def _count(graph: ir.Model, batch_size: int) -> tuple[int, float | None, list[FfnShape]]:
+    """Return multiply-accumulates of one image, the FFNs' share of them, and how large each FFN is."""
+    NameFixPass()(graph)  # nodes without a name could not be told apart in a profile
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "named.onnx"
+        write_graph(graph, path)
+        nodes = profile(path, batch_size=batch_size, optimized=False, num_runs=1)
     macs = sum(map(count_node_macs, nodes))
     try:
         ffns = find_graph_ffns(graph)
@@ -282,13 +303,10 @@ def _count(graph: ir.Model, nodes: Sequence[NodeRun], batch_size: int) -> tuple[
     runs = {node.name: node for node in nodes}
     shapes, in_ffns = [], 0
     for ffn in ffns:
-        down = runs.get(ffn.down.product.name)
-        if down is None:
-            return macs // batch_size, None, []
-        tokens = max(1, _rows(down) // batch_size)
+        rows = _rows(runs[ffn.down.product.name])
         weights = [linear.weight_IO.shape for linear in (*ffn.ups, ffn.down)]
-        in_ffns += sum(_rows(down) * inputs * outputs for inputs, outputs in weights)
-        shapes.append(FfnShape(tokens, weights[-1][1], ffn.num_neurons))
+        in_ffns += sum(rows * inputs * outputs for inputs, outputs in weights)
+        shapes.append(FfnShape(max(1, rows // batch_size), weights[-1][1], ffn.num_neurons))
     return macs // batch_size, in_ffns / macs, shapes
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.latency import Latency, measure_latency, paired_speedup
 from vitprune.export.alignment import FfnShape
-from vitprune.export.bench import Runner, Setting, make_backend_runner, random_batch
+from vitprune.export.bench import Runner, Setting, make_backend_runner, operators_for, random_batch
 from vitprune.export.graph import forget_shapes, read_graph
 from vitprune.export.graph_ffns import find_graph_ffns, match_ffns
 from vitprune.export.graph_ffns import remove_neurons as remove_graph_neurons
@@ -74,10 +74,11 @@ def measure_ffn_latency(
     ffns = find_feed_forwards(model)
     setting = Setting(backend, "float32", batch_size, torch.get_num_threads(), device)
     runners: dict[int, Runner] = {}
+    torch._dynamo.reset()  # or what was compiled before would count against its limit
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense.onnx"
         if backend in PROVIDERS:
-            export_onnx(model, dense, [random_batch(model, 2)])
+            export_onnx(model, dense, [random_batch(model, 2)], operators=operators_for([backend]))
         for number in track(range(1, NUM_WIDTHS + 1), f"prepare {backend}"):
             widths = {ffn.name: _width(ffn.num_neurons, number) for ffn in ffns}
             source: Any = Path(folder) / f"{number}.onnx"

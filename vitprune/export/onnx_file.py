@@ -6,6 +6,7 @@ import base64
 import copy
 import json
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -121,7 +122,11 @@ def export_onnx(
         parity = _measure_parity(model, open_onnx(written), batches, exact=True)
         if precision == "int8":
             float32 = parity
-            quantize(written, written, {METADATA_KEY: json.dumps(_facts(model, plan, "int8"), sort_keys=True)})
+            with tempfile.TemporaryDirectory(dir=folder) as unquantized:
+                for file in [file for file in folder.iterdir() if file.is_file()]:
+                    file.rename(Path(unquantized) / file.name)
+                facts = json.dumps(_facts(model, plan, "int8"), sort_keys=True)
+                quantize(Path(unquantized) / path.name, written, {METADATA_KEY: facts})
             parity = _measure_parity(model, open_onnx(written), batches, exact=False)
         size_bytes = sum(file.stat().st_size for file in folder.iterdir())
     return ExportReport(

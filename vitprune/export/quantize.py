@@ -18,12 +18,14 @@ def quantize(source: Path, path: Path, metadata: Mapping[str, str]) -> None:
 
     Args:
         source: the float32 file.
-        path: the file to write; may be ``source``.
+        path: the file to write, another one; its weights lie beside it if those of ``source`` do.
         metadata: of the new file.
 
     Source:
         ``onnxruntime.quantization.quantize_dynamic``.
     """
+    stored = onnx.load(source, load_external_data=False).graph.initializer
+    external = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in stored)
     float32 = onnx.load(source)
     # The quantizer infers shapes itself and stumbles over those of weights that it turns.
     del float32.graph.value_info[:]
@@ -34,7 +36,7 @@ def quantize(source: Path, path: Path, metadata: Mapping[str, str]) -> None:
             op_types_to_quantize=["MatMul", "Gemm"],
             weight_type=QuantType.QInt8,
             per_channel=True,
-            use_external_data_format=source.with_name(f"{source.name}.data").exists(),
+            use_external_data_format=external,
             # Behind an operator of ONNX Runtime's own the quantizer cannot tell that values are floats.
             extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
         )
