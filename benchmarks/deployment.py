@@ -27,7 +27,7 @@ from vitprune.evaluation.latency import measure_latency, paired_speedup
 from vitprune.export.bench import describe_hardware, random_batch
 from vitprune.export.ffn_latency import measure_ffn_latency
 from vitprune.export.onnx_file import export_onnx, quiet
-from vitprune.export.profile import count_graph_macs, make_feed
+from vitprune.export.profile import count_graph_macs, make_session_runner
 from vitprune.export.runtime import open_session
 from vitprune.processes import peak_memory_bytes
 
@@ -158,9 +158,7 @@ SETTINGS = {
 
 
 def _open(path: Path, batch_size: int, options: onnxruntime.SessionOptions | None = None) -> Callable:
-    session = open_session(path, num_threads=torch.get_num_threads(), options=options)
-    feed = make_feed(session, batch_size)
-    return lambda: session.run(None, feed)
+    return make_session_runner(open_session(path, num_threads=torch.get_num_threads(), options=options), batch_size)
 
 
 def _compare(runners: dict[str, Callable], seconds: float) -> dict[str, dict]:

@@ -64,12 +64,13 @@ def test_the_batch_dimension_has_a_name(exported):
 
 
 def test_accuracy_of_the_file_is_the_models(exported, image_folder):
-    model, path, _report = exported
+    model, path, report = exported
     images = vitprune.find_images(image_folder, 5)
     of_torch = vitprune.evaluate(model, vitprune.ImageBatches(images, model, batch_size=6))
     opened = open_onnx(path)
     of_onnx = vitprune.evaluate(opened, vitprune.ImageBatches(images, opened, batch_size=6))
     assert of_torch.correct == of_onnx.correct
+    assert report.top1 == of_onnx.top1
 
 
 def test_a_graph_that_differs_is_an_error_and_leaves_no_file(exported, tmp_path, monkeypatch):
@@ -94,6 +95,8 @@ def test_an_int8_file_is_small_and_still_checked_in_float32(exported, image_fold
     assert made.float32.max_abs_diff == pytest.approx(report.max_abs_diff, abs=1e-5)
     assert made.float32.num_images == made.num_images == 20
     assert 0 < made.max_abs_diff < 1
+    assert made.speedup.low <= made.speedup.ratio <= made.speedup.high
+    assert (report.speedup, report.float32) == (None, None)
     operators = {node.op_type for node in onnx.load(made.path).graph.node}
     assert {"DynamicQuantizeLinear", "MatMulInteger"} <= operators
     assert open_onnx(made.path).data_config == open_onnx(path).data_config

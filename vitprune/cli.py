@@ -1531,9 +1531,11 @@ def _export(
         "precision": report.precision,
         "max_abs_diff": report.max_abs_diff,
         "top1_agreement": report.top1_agreement,
+        "top1": report.top1 if network.num_classes else None,
         "size_bytes": report.size_bytes,
         "num_images": report.num_images,
         "float32": None if report.float32 is None else vars(report.float32),
+        "speedup": None if report.speedup is None else vars(report.speedup),
         "skipped": _report_skipped(batches),
     }
 
@@ -1543,10 +1545,12 @@ def _export(
                 print(
                     f"{precision}: largest logit difference to torch {parity.max_abs_diff:.2e}, same first answer on "
                     f"{parity.top1_agreement:.2%} of {parity.num_images} images"
+                    + (f", top-1 {parity.top1:.4f}" if network.num_classes else "")
                 )
         print(f"wrote {output} ({report.size_bytes / 1e6:.1f} MB)")
-        if int8:
-            print(f"next: 'vitprune evaluate {output} --data VAL' and 'vitprune bench' beside the float32 file")
+        if report.speedup is not None:
+            low, high = report.speedup.low, report.speedup.high
+            print(f"int8 runs {report.speedup.ratio:.2f} x as fast as float32 here ({low:.2f} .. {high:.2f})")
 
     return answer, show
 

@@ -25,7 +25,7 @@ from vitprune.evaluation.latency import measure_latency, paired_speedup
 from vitprune.evaluation.macs import amdahl_ceiling, count_macs
 from vitprune.export.footprint import measure_footprint
 from vitprune.export.onnx_file import export_onnx
-from vitprune.export.profile import count_graph_macs, make_feed
+from vitprune.export.profile import count_graph_macs, make_session_runner
 from vitprune.export.runtime import PROVIDERS, check_provider, open_session, read_facts
 from vitprune.models import check_device
 from vitprune.options import BACKENDS, PRECISIONS_ONNX, PRECISIONS_TORCH, check_choice
@@ -200,7 +200,7 @@ def _check(models, backends, precisions, batch_sizes, threads, device: str) -> N
             fixed = open_session(model).get_inputs()[0].shape[0]
             if isinstance(fixed, int) and set(batch_sizes) != {fixed}:
                 raise VitpruneError(
-                    f"{model} runs {fixed} images at a time, not {list(batch_sizes)}; pass that batch size"
+                    f"{model} runs {fixed} images at a time, not {list(batch_sizes)}; pass --batch-size {fixed}"
                 )
 
 
@@ -253,15 +253,11 @@ def make_backend_runner(source: nn.Module | Path, setting: Setting) -> Runner:
         setting: how to run it.
 
     Raises:
-        VitpruneError: if the file cannot be opened, its provider is absent, or it fixes another batch size.
+        VitpruneError: if the file cannot be opened or its provider is absent.
     """
     if setting.backend in PROVIDERS:
         session = open_session(source, num_threads=setting.num_threads, backend=setting.backend)
-        feed = make_feed(session, setting.batch_size)
-        fixed = len(next(iter(feed.values())))
-        if fixed != setting.batch_size:
-            raise VitpruneError(f"{source} runs {fixed} images at a time, not {setting.batch_size}")
-        return lambda: session.run(None, feed)
+        return make_session_runner(session, setting.batch_size)
     dtype = DTYPES[setting.precision]
     model = copy.deepcopy(source).to(setting.device, dtype).eval()
     if setting.backend == "torch-compile":

@@ -20,12 +20,11 @@ from onnx_ir.passes.common import NameFixPass, RemoveInitializersFromInputsPass
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.latency import Latency, measure_latency, paired_speedup
 from vitprune.export.alignment import FfnShape, measure_multiples
-from vitprune.export.bench import Runner
 from vitprune.export.fuse import fuse_attention, skip_unread_tokens
 from vitprune.export.graph import read_graph
 from vitprune.export.graph_ffns import find_graph_ffns, find_linears
 from vitprune.export.onnx_file import save_graph, write_graph
-from vitprune.export.profile import NodeRun, count_node_macs, make_feed, profile
+from vitprune.export.profile import NodeRun, count_node_macs, make_feed, make_session_runner, profile
 from vitprune.export.quantize import quantize
 from vitprune.export.runtime import PROVIDERS, open_session, read_facts
 from vitprune.options import check_choice
@@ -127,12 +126,12 @@ def diagnose(
     counts = _thread_counts() if backend == "onnxruntime-cpu" else []
     with tempfile.TemporaryDirectory() as folder:
         variants, untried = _make_variants(path, graph, Path(folder))
-        runners = {_NOW: _runner(session, batch_size)}
+        runners = {_NOW: make_session_runner(session, batch_size)}
         for name, variant in variants.items():
-            runners[name] = _runner(open_session(variant.path, **settings), batch_size)
+            runners[name] = make_session_runner(open_session(variant.path, **settings), batch_size)
         for count in counts:
             other = open_session(path, backend=backend, num_threads=count)
-            runners[_threads(count)] = _runner(other, batch_size)
+            runners[_threads(count)] = make_session_runner(other, batch_size)
         measured = measure_latency(runners, seconds=seconds)
     findings = [_judge(name, variant, measured) for name, variant in variants.items()]
     findings += [Finding(name, KNOW, f"not tried: {reason}") for name, reason in untried.items()]
@@ -242,11 +241,6 @@ def _make_variants(path: Path, graph: ir.Model, folder: Path) -> tuple[dict[str,
         variants["int8"] = _Variant(folder / "int8.onnx", 1)
         quantize(path, variants["int8"].path, {})
     return variants, untried
-
-
-def _runner(session: onnxruntime.InferenceSession, batch_size: int) -> Runner:
-    feed = make_feed(session, batch_size)
-    return lambda: session.run(None, feed)
 
 
 def _threads(count: int) -> str:
@@ -406,7 +400,7 @@ def _about_batch(session: onnxruntime.InferenceSession, seconds: float) -> Findi
     if isinstance(first, int):
         remedy = "" if first == 1 else "export it with a dynamic batch if fewer images come at a time"
         return Finding("batch", KNOW, f"the file runs exactly {first} images at a time", None, remedy)
-    measured = measure_latency({str(size): _runner(session, size) for size in BATCHES}, seconds=seconds)
+    measured = measure_latency({str(size): make_session_runner(session, size) for size in BATCHES}, seconds=seconds)
     rates = {size: 1000 * size / measured[str(size)].median_ms for size in BATCHES}
     return Finding(
         "batch", KNOW, "any batch size; " + ", ".join(f"{size}: {rate:.0f} images/s" for size, rate in rates.items())

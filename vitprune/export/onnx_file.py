@@ -23,9 +23,11 @@ from torch import Tensor, nn
 
 from vitprune.data import Batches, class_names, data_config
 from vitprune.errors import VitpruneError
+from vitprune.evaluation.latency import Speedup, measure_latency, paired_speedup
 from vitprune.export.fuse import fuse_attention, skip_unread_tokens
+from vitprune.export.profile import make_session_runner
 from vitprune.export.quantize import quantize
-from vitprune.export.runtime import METADATA_KEY, OnnxModel, open_onnx
+from vitprune.export.runtime import METADATA_KEY, OnnxModel, open_onnx, open_session
 from vitprune.feed_forward import find_feed_forwards
 from vitprune.files import FORMAT_VERSION, atomic_siblings
 from vitprune.models import architecture
@@ -36,6 +38,8 @@ from vitprune.pruning.plan import Plan
 PARITY_RTOL, PARITY_ATOL = 1e-3, 1e-4
 # A protobuf message ends at 2 GiB; the graph itself needs some of it.
 LARGEST_FILE_BYTES = 2**31 - 2**24
+# To spend on comparing an int8 file with the float32 graph it was made from.
+SPEED_SECONDS = 1.0
 # Without an upper bound, torch 2.6 gives up on a dynamic batch.
 MAX_BATCH_SIZE = 2**16
 
@@ -47,11 +51,13 @@ class Parity:
     Attributes:
         max_abs_diff: largest absolute difference of a logit over all images.
         top1_agreement: share of images with the same first answer, in [0, 1].
+        top1: share of images that the file answers as their label says, in [0, 1].
         num_images: images compared.
     """
 
     max_abs_diff: float
     top1_agreement: float
+    top1: float
     num_images: int
 
 
@@ -63,19 +69,23 @@ class ExportReport:
         path: the ONNX file.
         max_abs_diff: largest absolute difference of a logit over all parity images.
         top1_agreement: share of parity images with the same first answer, in [0, 1].
+        top1: share of parity images that the file answers as their label says, in [0, 1].
         num_images: parity images.
         size_bytes: of the file, and of the one beside it that holds the weights of a model above 2 GB.
         precision: of the matrix products with weights.
         float32: how close the float32 graph was that an int8 file was made from; None for float32 files.
+        speedup: how many times faster than that graph an int8 file runs a batch of 1 (or of the fixed size) here.
     """
 
     path: Path
     max_abs_diff: float
     top1_agreement: float
+    top1: float
     num_images: int
     size_bytes: int
     precision: str = "float32"
     float32: Parity | None = None
+    speedup: Speedup | None = None
 
 
 def export_onnx(
@@ -93,8 +103,8 @@ def export_onnx(
     Args:
         model: a torch model in eval mode, dense or pruned; stays as it is.
         path: the file to write; it appears only if every check passed. Above 2 GB the weights go into PATH.data.
-        batches: real images (normalised by the model's own transform) and labels, which are not used. Readable twice
-            for int8.
+        batches: real images (normalised by the model's own transform) and labels, which only ``top1`` is for.
+            Readable twice for int8.
         plan: what the model was pruned by, kept in the file; the file will not be evaluated on its calibration images.
         precision: ``float32``, or ``int8`` for dynamically quantised products with weights; int8 answers are reported,
             not refused, where they differ, but the float32 graph they are made from has to agree with torch.
@@ -115,7 +125,7 @@ def export_onnx(
     for module in model.modules():
         if getattr(module, "fused_attn", False):
             module.fused_attn = False  # some families export only so, and the others are fused here
-    float32 = None
+    float32 = speedup = None
     with atomic_siblings(path) as folder:
         written = folder / path.name
         _write(_trace(model, batch_size, operators), written, _facts(model, plan, "float32"))
@@ -127,11 +137,19 @@ def export_onnx(
                     file.rename(Path(unquantized) / file.name)
                 facts = json.dumps(_facts(model, plan, "int8"), sort_keys=True)
                 quantize(Path(unquantized) / path.name, written, {METADATA_KEY: facts})
+                speedup = _compare_speed(Path(unquantized) / path.name, written)
             parity = _measure_parity(model, open_onnx(written), batches, exact=False)
         size_bytes = sum(file.stat().st_size for file in folder.iterdir())
     return ExportReport(
-        path, parity.max_abs_diff, parity.top1_agreement, parity.num_images, size_bytes, precision, float32
+        path, **vars(parity), size_bytes=size_bytes, precision=precision, float32=float32, speedup=speedup
     )
+
+
+def _compare_speed(first: Path, second: Path) -> Speedup:
+    """Time two files in turns and return how many times faster the second is."""
+    runners = {path: make_session_runner(open_session(path), 1) for path in (first, second)}
+    measured = measure_latency(runners, seconds=SPEED_SECONDS)
+    return paired_speedup(measured[first], measured[second])
 
 
 def _trace(model: nn.Module, batch_size: int | None, operators: str) -> ir.Model:
@@ -228,17 +246,18 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _one_image_first(batches: Batches) -> Iterator[Tensor]:
-    """Yield all images, the very first alone: a graph that is bound to one batch size fails at once."""
-    for position, (images, _labels) in enumerate(batches):
+def _one_image_first(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield all images and labels, the very first alone: a graph that is bound to one batch size fails at once."""
+    for position, (images, labels) in enumerate(batches):
         images = images.cpu().float()
-        yield from (part for part in (images[:1], images[1:]) if len(part)) if position == 0 else (images,)
+        cuts = (slice(0, 1), slice(1, None)) if position == 0 else (slice(None),)
+        yield from ((images[cut], labels[cut]) for cut in cuts if len(images[cut]))
 
 
 @torch.inference_mode()
 def _measure_parity(model: nn.Module, exported: OnnxModel, batches: Batches, *, exact: bool) -> Parity:
-    largest, agreed, count = 0.0, 0, 0
-    for images in _one_image_first(batches):
+    largest, agreed, right, count = 0.0, 0, 0, 0
+    for images, labels in _one_image_first(batches):
         expected, got = model(images), exported(images)
         difference = (expected - got).abs()
         worst = difference.argmax()
@@ -249,7 +268,8 @@ def _measure_parity(model: nn.Module, exported: OnnxModel, batches: Batches, *, 
             )
         largest = max(largest, float(difference.max()))
         agreed += int((expected.argmax(1) == got.argmax(1)).sum())
+        right += int((got.argmax(1) == labels.cpu()).sum())
         count += len(images)
     if count == 0:
         raise VitpruneError("no images to compare ONNX Runtime with torch on")
-    return Parity(largest, agreed / count, count)
+    return Parity(largest, agreed / count, right / count, count)

@@ -6,8 +6,10 @@ import json
 import math
 import statistics
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -120,6 +122,12 @@ def make_feed(session: onnxruntime.InferenceSession, batch_size: int) -> dict[st
     shape = (batch if isinstance(batch, int) else batch_size, *rest)
     images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     return {inputs[0].name: images.astype(_DTYPES[inputs[0].type])}
+
+
+def make_session_runner(session: onnxruntime.InferenceSession, batch_size: int) -> Callable[[], Any]:
+    """Return a program that runs random images through a session once."""
+    feed = make_feed(session, batch_size)
+    return lambda: session.run(None, feed)
 
 
 def count_node_macs(node: NodeRun) -> int:
