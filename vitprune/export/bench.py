@@ -26,6 +26,7 @@ from vitprune.evaluation.macs import amdahl_ceiling, count_macs
 from vitprune.export.footprint import measure_footprint
 from vitprune.export.onnx_file import export_onnx
 from vitprune.export.profile import count_graph_macs, make_session_runner
+from vitprune.export.quantize import quantize
 from vitprune.export.runtime import PROVIDERS, check_provider, open_session, read_facts
 from vitprune.models import check_device
 from vitprune.options import BACKENDS, PRECISIONS_ONNX, PRECISIONS_TORCH, check_choice
@@ -34,7 +35,6 @@ from vitprune.progress import Track, untracked
 
 DEFAULT_BACKENDS = ("torch-eager", "onnxruntime-cpu")
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Model = nn.Module | Path
 Runner = Callable[[], Any]
 
 
@@ -130,7 +130,8 @@ def bench(
     with tempfile.TemporaryDirectory() as folder:
         files = _Files(models, Path(folder), operators_for(backends))
         for backend, batch_size, count in track(list(product(backends, batch_sizes, threads)), "bench"):
-            torch._dynamo.reset()  # or the models compiled before would count against its limit
+            if backend == "torch-compile":
+                torch._dynamo.reset()  # or the models compiled before would count against its limit
             keys = list(product(models, precisions))
             with _torch_threads(count):
                 runners = {
@@ -225,9 +226,10 @@ class _Files:
             return Path(model)
         if key not in self.exported:
             self.exported[key] = self.folder / f"{len(self.exported)}.onnx"
-            export_onnx(
-                model, self.exported[key], [random_batch(model, 2)], precision=precision, operators=self.operators
-            )
+            if precision == "int8":
+                quantize(self.get(name, "float32"), self.exported[key], {})
+            else:
+                export_onnx(model, self.exported[key], [random_batch(model, 2)], operators=self.operators)
         return self.exported[key]
 
     def precision(self, name: str, precision: str) -> str:

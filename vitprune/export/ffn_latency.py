@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ from vitprune.export.graph_ffns import remove_neurons as remove_graph_neurons
 from vitprune.export.onnx_file import export_onnx, save_graph
 from vitprune.export.profile import profile
 from vitprune.export.runtime import PROVIDERS, check_provider
-from vitprune.feed_forward import find_feed_forwards, hook_hidden
+from vitprune.feed_forward import find_feed_forwards
 from vitprune.options import BACKENDS, check_choice
 from vitprune.progress import Track, untracked
 from vitprune.pruning.apply import remove_neurons
 from vitprune.pruning.plan import Plan
+from vitprune.pruning.target import count_tokens
 
 NUM_WIDTHS = 8
 Tables = dict[str, list[tuple[int, float]]]
@@ -74,7 +75,8 @@ def measure_ffn_latency(
     ffns = find_feed_forwards(model)
     setting = Setting(backend, "float32", batch_size, torch.get_num_threads(), device)
     runners: dict[int, Runner] = {}
-    torch._dynamo.reset()  # or what was compiled before would count against its limit
+    if backend == "torch-compile":
+        torch._dynamo.reset()  # or what was compiled before would count against its limit
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense.onnx"
         if backend in PROVIDERS:
@@ -144,16 +146,10 @@ def shapes_in_file(path: Path, modules: list[str]) -> dict[str, FfnShape]:
     return shapes
 
 
-@torch.no_grad()
 def ffn_shapes(model: nn.Module) -> dict[str, FfnShape]:
     """Return how large each FFN of a torch model is, by name."""
     ffns = find_feed_forwards(model)
-    parameter = next(model.parameters())
-    images = random_batch(model, 1)[0].to(parameter.device, parameter.dtype)
-    tokens: dict[str, int] = {}
-    count: Callable[[str, torch.Tensor], None] = lambda name, h: tokens.update({name: h[..., 0].numel()})  # noqa: E731
-    with hook_hidden(model, ffns, count):
-        model(images)
+    tokens = count_tokens(model, ffns)
     return {
         ffn.name: FfnShape(tokens[ffn.name], model.get_submodule(ffn.down_proj).out_features, ffn.num_neurons)
         for ffn in ffns

@@ -18,7 +18,7 @@ from vitprune.discovery.statistics import MomentSums, Statistics
 from vitprune.errors import VitpruneError
 from vitprune.export.graph_ffns import GraphFfn
 from vitprune.export.onnx_file import write_graph
-from vitprune.export.runtime import open_session
+from vitprune.export.runtime import fill_up, open_session
 
 # Images in one run: the hidden activations of all FFNs are held at once.
 IMAGES_PER_RUN = 8
@@ -78,8 +78,7 @@ def open_runner(path: Path) -> Callable[[Tensor], Iterator[list[np.ndarray]]]:
         if len(wanted) != len(got) or any(isinstance(a, int) and a != b for a, b in zip(wanted, got, strict=True)):
             raise VitpruneError(f"images are {_times(got)}, the file takes {_times(wanted)}")
         for part in images.float().cpu().split(fixed or IMAGES_PER_RUN):
-            missing = 0 if fixed is None else fixed - len(part)
-            filled = torch.cat([part, part.new_zeros(missing, *got)])
+            filled = part if fixed is None else fill_up(part, fixed)
             yield [result[: len(part)] for result in session.run(None, {taken.name: filled.numpy()})]
 
     return run

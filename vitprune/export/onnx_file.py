@@ -25,6 +25,7 @@ from vitprune.data import Batches, class_names, data_config
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.latency import Speedup, measure_latency, paired_speedup
 from vitprune.export.fuse import fuse_attention, skip_unread_tokens
+from vitprune.export.graph import forget_shapes
 from vitprune.export.profile import make_session_runner
 from vitprune.export.quantize import quantize
 from vitprune.export.runtime import METADATA_KEY, OnnxModel, open_onnx, open_session
@@ -174,10 +175,7 @@ def _trace(model: nn.Module, batch_size: int | None, operators: str) -> ir.Model
     ClearMetadataAndDocStringPass()(graph_model)
     graph = graph_model.graph
     # torch 2.6 writes the example's batch size into the shapes of a graph that works for any.
-    for node in graph:
-        for value in node.outputs:
-            if not value.is_graph_output():
-                value.shape = None
+    forget_shapes(graph)
     for value in (*graph.inputs, *graph.outputs):
         value.shape = ir.Shape(["batch" if batch_size is None else batch_size, *value.shape[1:]])
     return graph_model

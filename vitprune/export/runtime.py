@@ -50,7 +50,7 @@ class OnnxModel:
         """
         if self.batch_size is None:
             return self._run(images)
-        parts = [self._run(_filled(part, self.batch_size))[: len(part)] for part in images.split(self.batch_size)]
+        parts = [self._run(fill_up(part, self.batch_size))[: len(part)] for part in images.split(self.batch_size)]
         return torch.cat(parts)
 
     def _run(self, images: Tensor) -> Tensor:
@@ -59,7 +59,8 @@ class OnnxModel:
         return torch.from_numpy(logits)
 
 
-def _filled(images: Tensor, batch_size: int) -> Tensor:
+def fill_up(images: Tensor, batch_size: int) -> Tensor:
+    """Return images with as many black ones behind them as a file of a fixed batch size takes."""
     return torch.cat([images, images.new_zeros(batch_size - len(images), *images.shape[1:])])
 
 

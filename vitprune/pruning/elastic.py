@@ -33,7 +33,7 @@ from vitprune.pruning.blocks import study_blocks
 from vitprune.pruning.compensate import check_ridge
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.prune import SEQUENTIAL, apply_plan, needed_statistics
-from vitprune.pruning.schedule import Schedule, Stage, advance, bridge_of, finish, first_stage, list_stops, needs_steps
+from vitprune.pruning.schedule import Schedule, Stage, bridge_of, finish, list_stops, needs_steps, walk
 from vitprune.pruning.target import target_neurons
 
 DEFAULT_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
@@ -172,16 +172,14 @@ def rank_neurons(
         The ranking, and the statistics of the dense model.
     """
     target = target_neurons(model, largest)
-    stops = list_stops(target.share, step)
-    stage = first_stage(
-        model, schedule, batches=batches, found=found, bridged=len(stops) > 1, wanted=wanted, track=track
-    )
-    statistics, current = stage.statistics, model
-    tails = []
-    for share in stops[:-1]:
+    before, statistics, tails = None, None, []
+    stages = walk(model, target, schedule, batches=batches, found=found, step=step, wanted=wanted, track=track)
+    for stage in stages:
+        if before is None:
+            statistics = stage.statistics
+        else:
+            tails.append(_leave(before, stage.kept, schedule))
         before = stage
-        current, stage = advance(current, stage, target.partly(share), schedule, batches=batches, track=track)
-        tails.append(_leave(before, stage.kept, schedule))
     last = finish(model, stage, target, schedule)
     kept = {name: last.kept(name) for name in last.keep}
     tails.append(_leave(stage, kept, schedule))

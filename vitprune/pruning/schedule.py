@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -116,13 +116,36 @@ def plan_in_steps(
     Raises:
         VitpruneError: if an argument is out of range, an FFN would be left empty, or images are missing.
     """
+    dense_statistics = None
+    stages = walk(model, target, schedule, batches=batches, found=found, step=step, wanted=wanted, track=track)
+    for stage in stages:
+        dense_statistics = stage.statistics if dense_statistics is None else dense_statistics
+    return finish(model, stage, target, schedule), dense_statistics
+
+
+def walk(
+    model: nn.Module,
+    target: Target,
+    schedule: Schedule,
+    *,
+    batches: Batches | None,
+    found: Discovery | None = None,
+    step: float = DEFAULT_STEP,
+    wanted: frozenset[str] = frozenset(),
+    track: Track = untracked,
+) -> Iterator[Stage]:
+    """Yield where a schedule stands at the dense model and after each step but the last, which ``finish`` takes.
+
+    Arguments and errors are those of ``plan_in_steps``.
+    """
     stops = list_stops(target.share, step if needs_steps(schedule.criterion) else 1.0)
     several = len(stops) > 1
     stage = first_stage(model, schedule, batches=batches, found=found, bridged=several, wanted=wanted, track=track)
-    dense_statistics, current = stage.statistics, model
+    current = model
+    yield stage
     for share in stops[:-1]:
         current, stage = advance(current, stage, target.partly(share), schedule, batches=batches, track=track)
-    return finish(model, stage, target, schedule), dense_statistics
+        yield stage
 
 
 def needs_steps(criterion: str) -> bool:

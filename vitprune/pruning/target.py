@@ -104,18 +104,25 @@ def target_macs(model: nn.Module, limit: float, *, total: int) -> Target:
     Raises:
         VitpruneError: if the model cannot be that small or is smaller already.
     """
-    tokens: dict[str, int] = {}
     ffns = find_feed_forwards(model)
-    parameter = next(model.parameters())
-    image = torch.zeros(1, *data_config(model)["input_size"], device=parameter.device, dtype=parameter.dtype)
-    with torch.no_grad(), hook_hidden(model, ffns, lambda name, h: tokens.update({name: h[..., 0].numel()})):
-        model(image)
+    tokens = count_tokens(model, ffns)
     per_neuron = {}
     for ffn in ffns:
         ups = [model.get_submodule(name) for name in ffn.up_projs]
         weights = sum((2 if ffn.packed else 1) * up.in_features for up in ups)
         per_neuron[ffn] = tokens[ffn.name] * (weights + model.get_submodule(ffn.down_proj).out_features)
     return _checked("macs", limit, total, per_neuron)
+
+
+@torch.no_grad()
+def count_tokens(model: nn.Module, ffns: Sequence[FeedForward]) -> dict[str, int]:
+    """Return how many tokens of one image each FFN computes, by name."""
+    tokens: dict[str, int] = {}
+    parameter = next(model.parameters())
+    image = torch.zeros(1, *data_config(model)["input_size"], device=parameter.device, dtype=parameter.dtype)
+    with hook_hidden(model, ffns, lambda name, h: tokens.update({name: h[..., 0].numel()})):
+        model(image)
+    return tokens
 
 
 def target_latency(
