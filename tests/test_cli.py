@@ -142,7 +142,7 @@ def test_options_come_from_a_file_too(saved_vit, image_folder, tmp_path, capsys)
 
 
 def test_progress_goes_to_a_log_as_lines(saved_vit, image_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("vitprune.cli.SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("vitprune.cli.terminal.SECONDS_BETWEEN_LINES", 0)
     command = ["prune", saved_vit, "--data", image_folder, "--batch-size", 5, "-o", tmp_path / "p", "--ratio", 0.2]
     assert main(list(map(str, command))) == 0
     lines = capsys.readouterr().err.splitlines()

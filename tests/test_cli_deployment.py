@@ -11,7 +11,9 @@ from families import half_plan
 from test_cli import other_images, pruned_folder, run, run_folder  # noqa: F401 (fixtures)
 
 import vitprune
-from vitprune.cli import _build_parser, _measure_latency, main
+from vitprune.cli import main
+from vitprune.cli.commands import build_parser
+from vitprune.cli.prune import _measure_latency
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -154,7 +156,7 @@ def test_widths_are_rounded_to_what_is_fast_here(saved_vit, image_folder, tmp_pa
 
 @pytest.mark.parametrize("page", ["deployment.md", "serving.md"])
 def test_every_command_of_a_page_parses(page):
-    parser, _commands = _build_parser()
+    parser, _commands = build_parser()
     commands = re.findall(r"^    vitprune (.*)$", (DOCS / page).read_text(), re.M)
     assert commands
     for command in commands:

@@ -1,0 +1,138 @@
+"""``vitprune bench``: time models in torch and ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from vitprune import options
+from vitprune.cli.arguments import add_checkpoint, listed
+from vitprune.cli.inputs import load_model, refuse_elastic, refuse_run
+from vitprune.cli.terminal import print_table, track
+from vitprune.errors import VitpruneError
+
+SUMMARY = "time models in torch and ONNX Runtime"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "models",
+        type=str,
+        nargs="+",
+        help="timm names, folders or .onnx files; a single pruned folder is timed against its dense model",
+    )
+    add_checkpoint(parser)
+    parser.add_argument(
+        "--backend",
+        type=str,
+        nargs="+",
+        help=listed(options.BACKENDS) + "; default: onnxruntime-cpu, and torch-eager without .onnx files",
+    )
+    parser.add_argument(
+        "--precision",
+        type=str,
+        nargs="+",
+        default=["float32"],
+        help=f"torch: {', '.join(options.PRECISIONS_TORCH)}; ONNX Runtime: {', '.join(options.PRECISIONS_ONNX)}",
+    )
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8], help="images per run")
+    parser.add_argument("--threads", type=int, nargs="+", help="of the operators; default: torch's")
+    parser.add_argument("--seconds", type=float, default=5.0, help="per backend, batch size and number of threads")
+    parser.add_argument("--device", type=str, default="cpu", help="of the torch backends: cpu, cuda, cuda:1, ...")
+    parser.add_argument("-o", "--output", type=str, help="folder for bench.csv, bench.json, bench.png and bench.svg")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+
+
+def run(models, checkpoint, backend, precision, batch_size, threads, seconds, device, output, overwrite):
+    from dataclasses import asdict
+
+    from vitprune.export.bench import DEFAULT_BACKENDS, bench, describe_hardware
+    from vitprune.files import FORMAT_VERSION, atomic_folder, refuse_existing, write_json
+    from vitprune.report.bench import BENCH_FILES, render_bench, write_bench
+
+    if output is not None:
+        refuse_existing(output, overwrite=overwrite, owned=BENCH_FILES)
+    networks = _models_to_bench(models, checkpoint)
+    has_files = any(isinstance(network, Path) for network in networks.values())
+    rows = bench(
+        networks,
+        backends=backend or (DEFAULT_BACKENDS[-1:] if has_files else DEFAULT_BACKENDS),
+        precisions=precision,
+        batch_sizes=batch_size,
+        num_threads=threads,
+        device=device,
+        seconds=seconds,
+        memory=True,
+        track=track,
+    )
+    hardware = describe_hardware([row.backend for row in rows], device)
+    answer = {"rows": [asdict(row) for row in rows], "hardware": hardware}
+    if output is not None:
+        with atomic_folder(output) as folder:
+            write_json(folder / "bench.json", {"kind": "bench", "version": FORMAT_VERSION, **answer})
+            write_bench(rows, folder / "bench.csv")
+            for suffix in ("png", "svg"):
+                render_bench(rows, folder / f"bench.{suffix}", title=hardware["processor"])
+
+    def show() -> None:
+        # What is the same in every row goes into the title: the table shall fit a terminal.
+        names = ("model", "backend", "precision", "batch_size", "num_threads")
+        varied = [name for name in names if name == "model" or len({getattr(row, name) for row in rows}) > 1]
+        cells = [
+            (
+                *(str(getattr(row, name)) for name in varied),
+                f"{row.median_ms:.2f}",
+                f"{row.p95_ms:.2f}",
+                f"{row.images_per_second:.1f}",
+                "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}",
+                "1" if row.speedup == 1 else f"{row.speedup:.2f} ± {(row.speedup_high - row.speedup_low) / 2:.2f}",
+                f"{row.speedup_ceiling:.2f}",
+                "" if row.ceiling_share is None or row.speedup == 1 else f"{row.ceiling_share:.2f}",
+            )
+            for row in rows
+        ]
+        titles = {"batch_size": "batch", "num_threads": "threads"}
+        columns = (
+            *(titles.get(name, name) for name in varied),
+            *("median ms", "p95 ms", "images/s", "peak MiB", "speed-up", "ceiling", "share"),
+        )
+        shared = [f"{titles.get(name, name)} {getattr(rows[0], name)}" for name in names if name not in varied]
+        print_table(
+            ", ".join([f"latency, speed-up over {rows[0].model} in {rows[0].precision} ± 95 % interval", *shared]),
+            columns,
+            cells,
+        )
+        print("ceiling: what fewer multiply-accumulates allow at most (Amdahl); share: of it that was reached")
+        if any(row.ceiling_share is not None and row.speedup_low > row.speedup_ceiling for row in rows):
+            print(
+                "above the ceiling: this backend ran the wider model at fewer multiply-accumulates per second "
+                "(memory, caches, kernels), so there is more to win than they tell"
+            )
+        if output is not None:
+            print(f"wrote {output}: {', '.join(sorted(BENCH_FILES))}")
+
+    return answer, show
+
+
+def _models_to_bench(models: Sequence[str], checkpoint: str | None) -> dict[str, Any]:
+    """Load what is to be timed by name; ONNX files stay paths."""
+    from vitprune.models import build_dense
+
+    folders = [name for name in models if Path(name).is_dir()]
+    files = [name for name in models if Path(name).suffix == ".onnx"]
+    for name in models:
+        refuse_elastic(name)
+    if checkpoint is not None and len(folders) + len(files) == len(models):
+        raise VitpruneError(f"{models[0]} has its own weights; leave --checkpoint out")
+    if len(set(models)) < len(models) or "dense" in models:
+        raise VitpruneError(f"models must be different, and not called 'dense', got {', '.join(models)}")
+    networks: dict[str, Any] = {}
+    if len(models) == 1 and folders:
+        refuse_run(models[0])
+        networks["dense"] = build_dense(models[0])
+    for name in models:
+        networks[name] = Path(name) if name in files else load_model(name, None if name in folders else checkpoint)
+    return networks

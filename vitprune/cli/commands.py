@@ -1,0 +1,148 @@
+"""The command line: unpack, call, save, print; nothing else happens here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from vitprune.cli import analyze, bench, curve, demo, discover, doctor, elastic, evaluate, export, prune, run
+from vitprune.cli.terminal import note
+from vitprune.errors import VitpruneError
+from vitprune.processes import count_processes
+from vitprune.recipe import explain_mistake, option_names, read_recipe
+
+EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
+# Each has SUMMARY, add_arguments(parser), and run(**options), which returns the answer for --json and a function
+# that prints it for people; None where another process has it.
+COMMANDS = {
+    "demo": demo,
+    "discover": discover,
+    "prune": prune,
+    "elastic": elastic,
+    "curve": curve,
+    "evaluate": evaluate,
+    "analyze": analyze,
+    "export": export,
+    "bench": bench,
+    "doctor": doctor,
+    "run": run,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    parser, commands = build_parser()
+    try:
+        arguments = _parse(parser, commands, argv)
+        command, given = arguments.subcommand, arguments[arguments.subcommand]
+        _run_command(command, given.as_dict())
+    except VitpruneError as error:
+        print(f"vitprune: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_MISTAKE
+    except KeyboardInterrupt:
+        print("vitprune: interrupted; nothing half-written was kept", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _parse(parser: ArgumentParser, commands: dict[str, ArgumentParser], argv: Sequence[str] | None) -> Namespace:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv in (["--version"], ["-V"]):
+        from vitprune import __version__
+
+        print(__version__)
+        raise SystemExit(0)
+    if not argv:
+        parser.print_help()
+        raise SystemExit(EXIT_MISTAKE)
+    try:
+        return parser.parse_args(argv)
+    except UnicodeDecodeError as error:
+        raise VitpruneError(f"--config: not a text file ({error.reason})") from error
+    except ArgumentError as error:
+        command = commands.get(argv[0])
+        raise VitpruneError(explain_mistake(error, option_names(command) if command else commands)) from error
+
+
+def _run_command(command: str, given: dict[str, Any]) -> None:
+    """Run one command, or the commands of a recipe, and print the answer on stdout."""
+    as_json = given.pop("json", False)
+    if command != "discover" and count_processes() > 1:
+        raise VitpruneError(f"'{command}' runs on one process; only 'discover' shares its images with others")
+    if command == "run":
+        answer = _run_recipe(**given, as_json=as_json)
+    else:
+        outcome = execute(command, given)
+        if outcome is None:
+            return
+        answer, show = outcome
+        if not as_json:
+            show()
+    if as_json:
+        print(json.dumps(answer, indent=2))
+
+
+def execute(command: str, given: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]] | None:
+    """Run one command with stdout kept for its result; what libraries print goes to stderr.
+
+    None where another process has the result.
+    """
+    given = {key: value for key, value in given.items() if key not in ("config", "json")}
+    seed = given.get("seed", 0)
+    if not 0 <= seed < 2**63:
+        raise VitpruneError(f"seed must be in [0, 2^63), got {seed}")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return COMMANDS[command].run(**given)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, named so that torch need not be imported here
+            raise
+        remedy = "a smaller model" if command == "discover" else "a smaller --batch-size"
+        raise VitpruneError(f"out of memory on the device; try {remedy}, or --device cpu") from error
+
+
+def _run_recipe(recipe: str, dry_run: bool, as_json: bool) -> dict[str, Any]:
+    _parser, commands = build_parser()
+    steps = read_recipe(recipe, {name: parser for name, parser in commands.items() if name != "run"})
+    answers = []
+    for position, (command, options_given) in enumerate(steps, 1):
+        given = options_given.as_dict()
+        shown = " ".join(f"{key}={value}" for key, value in given.items() if value not in (None, False))
+        note(f"{position}/{len(steps)} {command} {shown}")
+        if dry_run:
+            continue
+        answer, show = execute(command, given)
+        answers.append(answer)
+        if not as_json:
+            show()
+    return {"recipe": recipe, "steps": [command for command, _given in steps], "answers": answers}
+
+
+def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
+    parser = ArgumentParser(
+        prog="vitprune",
+        description="Influential neuron paths of timm Vision Transformers, and smaller models without the rest.",
+        exit_on_error=False,
+    )
+    subcommands = parser.add_subcommands(
+        required=True, title="commands", description="'vitprune COMMAND --help' explains one."
+    )
+    commands = {}
+    for name, module in COMMANDS.items():
+        command = ArgumentParser(description=module.SUMMARY, exit_on_error=False)
+        module.add_arguments(command)
+        command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+        if name != "run":
+            command.add_argument("--config", action="config", help="YAML file with any of these options")
+        subcommands.add_subcommand(name, command, help=module.SUMMARY)
+        commands[name] = command
+    return parser, commands

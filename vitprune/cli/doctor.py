@@ -1,0 +1,71 @@
+"""``vitprune doctor``: tell why a model is not faster here, and what each cause costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from vitprune import options
+from vitprune.cli.arguments import add_checkpoint, listed
+from vitprune.cli.inputs import load_model, plan_of, refuse_elastic
+from vitprune.cli.terminal import print_table, track
+from vitprune.errors import VitpruneError
+
+SUMMARY = "tell why a model is not faster here, and what each cause costs"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("model", type=str, help="any .onnx file with one input of images, folder, or timm name")
+    add_checkpoint(parser)
+    backends = {name: text for name, text in options.BACKENDS.items() if name.startswith("onnxruntime")}
+    parser.add_argument("--backend", choices=tuple(backends), default="onnxruntime-cpu", help=listed(backends))
+    parser.add_argument("--batch-size", type=int, default=1, help="images per run")
+    parser.add_argument("--threads", type=int, help="of the operators; default: ONNX Runtime's choice")
+    parser.add_argument("--seconds", type=float, default=20.0, help="to spend on timing the whole model")
+
+
+def run(model, checkpoint, backend, batch_size, threads, seconds):
+    import tempfile
+    from dataclasses import asdict
+
+    from vitprune.export.doctor import VERDICTS, diagnose
+
+    for name, value in (("batch_size", batch_size), ("threads", threads)):
+        if value is not None and value < 1:
+            raise VitpruneError(f"{name} must be at least 1, got {value}")
+    refuse_elastic(model)
+    if Path(model).suffix == ".onnx" and checkpoint is not None:
+        raise VitpruneError(f"{model} holds its own weights; leave --checkpoint out")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(model)
+        if path.suffix != ".onnx":
+            from vitprune.export.bench import random_batch
+            from vitprune.export.onnx_file import export_onnx
+
+            network = load_model(model, checkpoint)
+            path = Path(folder) / "model.onnx"
+            export_onnx(network, path, [random_batch(network, 2)], plan=plan_of(model))
+        found = diagnose(
+            path, backend=backend, batch_size=batch_size, num_threads=threads, seconds=seconds, track=track
+        )
+    answer = {**asdict(found), "path": model, "findings": [asdict(finding) for finding in found.findings]}
+
+    def show() -> None:
+        cells = [
+            (
+                finding.name,
+                finding.verdict,
+                "" if finding.cost_ms is None else f"{finding.cost_ms:.2f}",
+                finding.text + (f" -> {finding.remedy}" if finding.remedy else ""),
+            )
+            for finding in found.findings
+        ]
+        columns = ("what", "verdict", "ms", "finding -> remedy")
+        print_table(f"{model} on {backend}, batch {found.batch_size}", columns, cells, texts=columns[1::2])
+        share = "" if found.ffn_share is None else f", {found.ffn_share:.0%} of them in FFNs"
+        print(f"one run takes {found.median_ms:.2f} ms")
+        print(f"{found.macs / 1e6:,.1f} M multiply-accumulates per image{share}")
+        print("; ".join(f"{verdict}: {meaning}" for verdict, meaning in VERDICTS.items()))
+
+    return answer, show

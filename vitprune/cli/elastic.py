@@ -1,0 +1,125 @@
+"""``vitprune elastic``: write one file from which any ratio can be loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from vitprune import options
+from vitprune.cli.arguments import add_checkpoint, add_device, add_images, add_output, listed
+from vitprune.cli.inputs import (
+    describe_calibration,
+    images_of,
+    make_batches,
+    open_source,
+    plan_of,
+    refuse_without_data,
+    report_skipped,
+    warn_of_few_classes,
+)
+from vitprune.cli.terminal import Tracked, print_table, track
+from vitprune.errors import VitpruneError
+
+SUMMARY = "write one file from which any ratio can be loaded"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("source", type=str, help="run folder of 'discover', timm name, or folder of a saved model")
+    add_checkpoint(parser)
+    add_images(parser, required=False, batch_size=32, what="calibration images (default: those of the run)")
+    parser.add_argument(
+        "--ratios",
+        type=str,
+        nargs="+",
+        default=["0.1:0.7:0.1"],
+        help="shares to remove at which the model is compensated: numbers or FIRST:LAST:STEP",
+    )
+    parser.add_argument(
+        "--criterion",
+        choices=tuple(options.CRITERIA),
+        default=options.DEFAULT_CRITERION,
+        help=listed(options.CRITERIA),
+    )
+    parser.add_argument(
+        "--allocation",
+        choices=tuple(options.ALLOCATIONS),
+        default=options.DEFAULT_ALLOCATION,
+        help=listed(options.ALLOCATIONS),
+    )
+    parser.add_argument(
+        "--compensate",
+        choices=tuple(options.COMPENSATIONS),
+        default=options.DEFAULT_COMPENSATION,
+        help=listed(options.COMPENSATIONS),
+    )
+    add_device(parser)
+    add_output(parser, "elastic file to write (.safetensors)")
+
+
+def run(
+    source, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, ratios,
+    criterion, allocation, compensate, device, output, overwrite,
+):  # fmt: skip
+    import time
+    from dataclasses import replace
+
+    from vitprune.evaluation.curve import parse_ratios
+    from vitprune.files import refuse_existing
+    from vitprune.models import save_elastic
+    from vitprune.pruning.elastic import make_elastic
+
+    if Path(output).suffix != ".safetensors":
+        raise VitpruneError(f"{output}: an elastic file ends in .safetensors")
+    refuse_existing(output, overwrite=overwrite)
+    stops = [ratio for ratio in parse_ratios(ratios) if ratio > 0]
+    run, network = open_source(source, checkpoint, device)
+    refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
+    images = images_of(source, run, network, data, class_map, classes, images_per_class, seed)
+    batches = tracked = None
+    if images is not None:
+        batches = make_batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
+        tracked = Tracked(batches, "calibrate")
+        if compensate != "none":
+            warn_of_few_classes(network, images, "calibration")
+    started = time.perf_counter()
+    made = make_elastic(
+        network,
+        tracked,
+        ratios=stops,
+        criterion=criterion,
+        allocation=allocation,
+        compensation=compensate,
+        found=None if run is None else run.found,
+        seed=seed,
+        track=track,
+    )
+    seconds = time.perf_counter() - started
+    skipped = report_skipped(batches) if tracked is not None and tracked.passes else []
+    used = images.only(batches.files_read) if tracked is not None and tracked.passes else None
+    scored_on = run.images if run is not None and criterion == "jas" else None
+    facts = {**made.facts, "calibration": describe_calibration(used, scored_on, plan_of(source))}
+    save_elastic(network, replace(made, facts=facts), output)
+    answer = {
+        "output": output,
+        "ratios": stops,
+        "widths": {f"{stop.ratio:g}": stop.widths for stop in made.stops},
+        "size_bytes": Path(output).stat().st_size,
+        "seconds": seconds,
+        "skipped": skipped,
+    }
+
+    def show() -> None:
+        rows = [
+            (
+                f"{stop.ratio:g}",
+                str(sum(stop.widths.values())),
+                f"{min(stop.widths.values())} .. {max(stop.widths.values())}",
+            )
+            for stop in made.stops
+        ]
+        print_table("compensated at", ("removed", "neurons", "of each FFN"), rows)
+        print(f"any ratio up to {stops[-1]:g}: 'vitprune export {output} model.onnx --ratio R', load(.., ratio=R)")
+        print(f"wrote {output} ({answer['size_bytes'] / 1e6:.1f} MB) in {seconds:.0f} s")
+
+    return answer, show

@@ -1,0 +1,95 @@
+"""``vitprune export``: write an ONNX file and check it against torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from vitprune import options
+from vitprune.cli.arguments import add_checkpoint, add_images, add_ratio, listed
+from vitprune.cli.inputs import choose_images, load_model, make_batches, plan_of, refuse_without_data, report_skipped
+from vitprune.cli.terminal import Tracked
+from vitprune.errors import VitpruneError
+
+SUMMARY = "write an ONNX file and check it against torch"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("model", type=str, help="folder of a saved model, elastic file, or timm name")
+    parser.add_argument("output", type=str, help="ONNX file to write")
+    add_checkpoint(parser)
+    add_ratio(parser)
+    add_images(parser, required=False, batch_size=16, what="images for parity (default: the plan's calibration)")
+    parser.add_argument("--num-images", type=int, default=64, help="images to compare with torch")
+    parser.add_argument("--int8", action="store_true", help="quantise products with weights to 8 bits, dynamically")
+    parser.add_argument(
+        "--operators", choices=tuple(options.OPERATORS), default="onnxruntime", help=listed(options.OPERATORS)
+    )
+    parser.add_argument("--fixed-batch", type=int, help="images per run of the file (default: any number)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+
+
+def run(
+    model, output, checkpoint, ratio, data, class_map, classes, images_per_class, strict, batch_size, workers, seed,
+    num_images, int8, operators, fixed_batch, overwrite,
+):  # fmt: skip
+    from vitprune.export.onnx_file import export_onnx
+    from vitprune.files import refuse_existing
+
+    refuse_existing(output, overwrite=overwrite)
+    if num_images < 1:
+        raise VitpruneError(f"num_images must be at least 1, got {num_images}")
+    network = load_model(model, checkpoint, ratio=ratio)
+    plan = plan_of(model, ratio)
+    refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
+    if data is not None:
+        images = choose_images(network, data, class_map, classes, images_per_class, seed, labels_matter=False)
+    else:
+        images = _calibration_images(model, plan)
+    batches = make_batches(images.head(num_images), network, batch_size=batch_size, workers=workers, strict=strict)
+    report = export_onnx(
+        network,
+        output,
+        Tracked(batches, "parity"),
+        plan=plan,
+        precision="int8" if int8 else "float32",
+        operators=operators,
+        batch_size=fixed_batch,
+    )
+    answer = {
+        "path": output,
+        "precision": report.precision,
+        "max_abs_diff": report.max_abs_diff,
+        "top1_agreement": report.top1_agreement,
+        "top1": report.top1 if network.num_classes else None,
+        "size_bytes": report.size_bytes,
+        "num_images": report.num_images,
+        "float32": None if report.float32 is None else vars(report.float32),
+        "speedup": None if report.speedup is None else vars(report.speedup),
+        "skipped": report_skipped(batches),
+    }
+
+    def show() -> None:
+        for precision, parity in (("float32", report.float32), (report.precision, report)):
+            if parity is not None:
+                print(
+                    f"{precision}: largest logit difference to torch {parity.max_abs_diff:.2e}, same first answer on "
+                    f"{parity.top1_agreement:.2%} of {parity.num_images} images"
+                    + (f", top-1 {parity.top1:.4f}" if network.num_classes else "")
+                )
+        print(f"wrote {output} ({report.size_bytes / 1e6:.1f} MB)")
+        if report.speedup is not None:
+            low, high = report.speedup.low, report.speedup.high
+            print(f"int8 runs {report.speedup.ratio:.2f} x as fast as float32 here ({low:.2f} .. {high:.2f})")
+
+    return answer, show
+
+
+def _calibration_images(model: str, plan):
+    from vitprune.data import ImageSet
+
+    facts = {} if plan is None else plan.facts.get("calibration", {})
+    if "data" not in facts or not Path(facts["data"]).is_dir():
+        raise VitpruneError(f"parity needs real images and {model} names none that are there; pass --data DIR")
+    return ImageSet(Path(facts["data"]), tuple(facts["files"]), tuple(facts["labels"]))

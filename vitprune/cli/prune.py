@@ -1,0 +1,341 @@
+"""``vitprune prune``: remove the FFN neurons that matter least."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from vitprune import options
+from vitprune.cli.arguments import add_checkpoint, add_device, add_images, add_output, listed
+from vitprune.cli.inputs import (
+    describe_calibration,
+    images_of,
+    make_batches,
+    open_source,
+    plan_of,
+    refuse_without_data,
+    report_skipped,
+    warn_of_few_classes,
+)
+from vitprune.cli.prune_onnx import prune_onnx
+from vitprune.cli.terminal import Tracked, note, print_table, track
+from vitprune.errors import VitpruneError
+
+SUMMARY = "remove the FFN neurons that matter least"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        type=str,
+        help="run folder of 'discover', timm name, or folder of a saved model; with --plan also the .onnx file of the "
+        "dense model, whose weights are sliced in the graph",
+    )
+    add_checkpoint(parser)
+    add_images(parser, required=False, batch_size=32, what="calibration images (default: those of the run)")
+    # No defaults here: a plan that is given decides these, and what was asked for beside it must not be ignored.
+    parser.add_argument("--ratio", type=float, help=f"share of FFN neurons to remove ({options.DEFAULT_RATIO})")
+    parser.add_argument("--target-params", type=float, help="parameters of the whole model instead, such as 4.5e6")
+    parser.add_argument("--target-macs", type=float, help="multiply-accumulates of one image instead, such as 0.9e9")
+    parser.add_argument("--target-latency", type=float, help="ms per run on --backend instead, measured here")
+    parser.add_argument(
+        "--backend", type=str, help=f"of --target-latency and --round-to auto: {listed(options.BACKENDS)}"
+    )
+    parser.add_argument("--latency-batch-size", type=int, help="images per run of --target-latency (1)")
+    parser.add_argument(
+        "--keep-classes",
+        type=str,
+        nargs="+",
+        help="only these classes will be asked for (named as for --classes); 'data': those of --data",
+    )
+    parser.add_argument(
+        "--criterion",
+        choices=tuple(options.CRITERIA),
+        help=f"{listed(options.CRITERIA)} ({options.DEFAULT_CRITERION})",
+    )
+    parser.add_argument(
+        "--allocation",
+        choices=tuple(options.ALLOCATIONS),
+        help=f"{listed(options.ALLOCATIONS)} ({options.DEFAULT_ALLOCATION})",
+    )
+    parser.add_argument(
+        "--round-to", type=str, help="every width is a multiple of it (1); auto: what --backend is fastest at here"
+    )
+    parser.add_argument(
+        "--floor", type=float, help=f"share that global leaves to each FFN at least ({options.DEFAULT_FLOOR})"
+    )
+    parser.add_argument(
+        "--step", type=float, help=f"share that goes before scores are measured anew; 1: never ({options.DEFAULT_STEP})"
+    )
+    parser.add_argument(
+        "--compensate",
+        choices=tuple(options.COMPENSATIONS),
+        help=f"{listed(options.COMPENSATIONS)} ({options.DEFAULT_COMPENSATION}; for an .onnx file: that of the plan's "
+        "folder)",
+    )
+    parser.add_argument("--mode", choices=tuple(options.MODES), default="remove", help=listed(options.MODES))
+    parser.add_argument(
+        "--ridge", type=float, default=options.DEFAULT_RIDGE, help="regularisation, relative to the mean variance"
+    )
+    parser.add_argument("--plan", type=str, help="apply this plan (file or pruned folder) instead of making one")
+    add_device(parser)
+    add_output(parser, "folder of the pruned model to write (for an .onnx file: the .onnx file)")
+
+
+def run(
+    source, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, ratio,
+    target_params, target_macs, target_latency, backend, latency_batch_size, keep_classes, criterion, allocation,
+    compensate, mode, round_to, floor, step, ridge, plan, device, output, overwrite,
+):  # fmt: skip
+    import time
+
+    from vitprune.evaluation.macs import amdahl_ceiling, count_macs, count_parameters, ffn_share
+    from vitprune.files import refuse_existing
+    from vitprune.models import FOLDER_FILES, hash_weights, save
+    from vitprune.pruning.plan import Plan, read_plan
+    from vitprune.pruning.prune import apply_plan, prune
+    from vitprune.pruning.schedule import needs_steps
+
+    is_onnx = Path(source).suffix == ".onnx"
+    refuse_existing(output, overwrite=overwrite, owned=None if is_onnx else FOLDER_FILES)
+    if criterion is not None:
+        options.check_choice("criterion", criterion, options.CRITERIA)
+    if Path(output).resolve() == Path(source).resolve():
+        raise VitpruneError(f"{output} is the model itself; choose another output")
+    decisions = {"pruning_ratio": ratio, "criterion": criterion, "allocation": allocation}
+    round_to = _parse_round_to(round_to)
+    decisions = {**decisions, "round_to": round_to, "floor": floor, "step": step}
+    decisions = {name: value for name, value in decisions.items() if value is not None}
+    targets = {"target_params": target_params, "target_macs": target_macs, "target_latency": target_latency}
+    targets = {name: value for name, value in targets.items() if value is not None}
+    given_plan = None if plan is None else read_plan(plan)
+    if given_plan is not None and (decisions or targets):
+        raise VitpruneError(f"--plan decides which neurons stay; leave {', '.join({**decisions, **targets})} out")
+    timed = target_latency is not None or round_to == "auto"
+    if not timed and (backend, latency_batch_size) != (None, None):
+        raise VitpruneError("--backend and --latency-batch-size go with --target-latency or --round-to auto")
+    if latency_batch_size is not None and latency_batch_size < 1:
+        raise VitpruneError(f"latency_batch_size must be at least 1, got {latency_batch_size}")
+    if target_latency is not None and mode == "mask":
+        raise VitpruneError("--target-latency is for --mode remove; a masked model is as slow as the dense one")
+    if is_onnx:
+        if given_plan is None:
+            raise VitpruneError(f"{source}: an ONNX file is pruned by a plan; pass --plan (a file, or a pruned folder)")
+        unused = {"checkpoint": checkpoint, "keep_classes": keep_classes, "device": device}
+        unused = [name for name, value in unused.items() if value is not None]
+        if unused or mode != "remove":
+            raise VitpruneError(f"{', '.join(unused or ['mode mask'])}: not for ONNX files, whose neurons are removed")
+        return prune_onnx(
+            source, plan, given_plan, output, compensate, ridge, data, class_map, classes, images_per_class,
+            strict, batch_size, workers, seed,
+        )  # fmt: skip
+    compensate = options.DEFAULT_COMPENSATION if compensate is None else compensate
+    if len(targets) + (ratio is not None) > 1:
+        raise VitpruneError(
+            f"one target at a time, got {', '.join([*targets, *(['ratio'] if ratio is not None else [])])}"
+        )
+    if floor is not None and allocation == "uniform":
+        raise VitpruneError("--floor is for --allocation global; uniform leaves every FFN the same share")
+    if step not in (None, 1) and not needs_steps(criterion or options.DEFAULT_CRITERION):
+        raise VitpruneError(f"--step: the scores of criterion {criterion} do not change on the way; leave it out")
+    run, network = open_source(source, checkpoint, device)
+    refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
+    images = images_of(source, run, network, data, class_map, classes, images_per_class, seed)
+    found = None if run is None else run.found
+    if keep_classes is not None:
+        network, images, found = _keep_classes(network, images, found, keep_classes, data_given=data is not None)
+    batches = None
+    if images is not None:
+        batches = make_batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
+        if compensate != "none":
+            warn_of_few_classes(network, images, "calibration")
+    tracked = None if batches is None else Tracked(batches, "calibrate")
+    started = time.perf_counter()
+    if given_plan is None:
+        if timed and backend is None:
+            backend = "onnxruntime-cpu" if next(network.parameters()).device.type == "cpu" else "torch-eager"
+        target = _make_target(network, backend, latency_batch_size, **targets)
+        if round_to == "auto":
+            decisions["round_to"] = _find_round_to(network, target, ratio, backend, latency_batch_size)
+        if tracked is not None:
+            tracked.description = _describe_passes(network, ratio, target, criterion, step, compensate)
+        pruned, made = prune(
+            network,
+            tracked,
+            **decisions,
+            target=target,
+            compensation=compensate,
+            mode=mode,
+            found=found,
+            ridge=ridge,
+            seed=seed,
+            track=track,
+        )
+    else:
+        applied = {"compensation": compensate, "mode": mode, "ridge": ridge, "weights_sha256": hash_weights(network)}
+        made = Plan(given_plan.keep, {**given_plan.facts, **applied})
+        pruned = apply_plan(
+            network, made, mode=mode, compensation=compensate, ridge=ridge, batches=tracked, seed=seed, track=track
+        )
+    seconds = time.perf_counter() - started
+    skipped = report_skipped(batches) if tracked is not None and tracked.passes else []
+    used = images.only(batches.files_read) if tracked is not None and tracked.passes else None
+    scored_on = run.images if run is not None and made.facts["criterion"] == "jas" else None
+    made = Plan(
+        made.keep, {**made.facts, "calibration": describe_calibration(used, scored_on, plan_of(source), given_plan)}
+    )
+    save(pruned, output, plan=made)
+    latency = None
+    if target_latency is not None:
+        latency = _measure_latency(network, pruned, made.facts["target"], backend, latency_batch_size)
+    macs, macs_dense = count_macs(pruned), count_macs(network)
+    answer = {
+        "output": output,
+        "latency": latency,
+        "widths": made.widths,
+        "num_neurons": made.num_neurons,
+        "num_neurons_dense": made.num_neurons_dense,
+        "pruning_ratio": made.pruning_ratio,
+        "target": made.facts.get("target"),
+        "round_to": made.facts.get("round_to"),
+        "classes": list(getattr(network, "label_names", None) or ()),
+        "num_parameters": count_parameters(pruned),
+        "num_parameters_dense": count_parameters(network),
+        "macs": macs,
+        "macs_dense": macs_dense,
+        "ffn_share": ffn_share(network),
+        "speedup_ceiling": amdahl_ceiling(macs_dense, macs),
+        "seconds": seconds,
+        "skipped": skipped,
+    }
+
+    def show() -> None:
+        from vitprune.data import describe_class
+
+        dense_widths = {name: len(keep) for name, keep in made.keep.items()}
+        rows = [(name, str(dense_widths[name]), str(width)) for name, width in made.widths.items()]
+        print_table("neurons", ("FFN", "dense", "kept"), rows)
+        print(f"removed {made.pruning_ratio:.1%} of {made.num_neurons_dense} FFN neurons ({mode}) in {seconds:.0f} s")
+        if targets:
+            asked = made.facts["target"]
+            unit = options.TARGETS[asked["kind"]]
+            print(f"target {asked['limit']:g} {unit}; predicted {asked['predicted']:.6g}")
+        if latency is not None:
+            print(
+                f"measured {latency['median_ms']:.2f} ms, in the same run dense {latency['dense_median_ms']:.2f} ms: "
+                f"{latency['speedup']:.2f} x as fast (predicted {latency['predicted_speedup']:.2f} x)"
+            )
+        if answer["classes"]:
+            shown = ", ".join(map(describe_class, answer["classes"][:10]))
+            print(f"answers {len(answer['classes'])} classes: {shown}{', ...' if len(answer['classes']) > 10 else ''}")
+        print(f"parameters {answer['num_parameters_dense']:,} -> {answer['num_parameters']:,}")
+        print(
+            f"multiply-accumulates {macs_dense / 1e6:,.1f} -> {macs / 1e6:,.1f} M: "
+            f"at most {answer['speedup_ceiling']:.2f} x faster"
+        )
+        print(f"(the FFNs of the dense model are {answer['ffn_share']:.0%} of its multiply-accumulates)")
+        print(f"wrote {output}")
+
+    return answer, show
+
+
+def _keep_classes(network, images, found, wanted: Sequence[str], *, data_given: bool):
+    """Reduce a model's classifier, its calibration images and its discovery to some classes."""
+    from vitprune.data import find_class
+    from vitprune.discovery.discover import only_classes
+    from vitprune.models import keep_classes
+
+    if images is None:
+        raise VitpruneError("--keep-classes needs images of these classes; pass --data DIR")
+    if list(wanted) == ["data"]:
+        if not data_given:
+            raise VitpruneError("--keep-classes data takes the classes of --data DIR, which is missing")
+        indices = sorted(images.class_names)
+    else:
+        indices = sorted({find_class(images.root, images.class_names, name) for name in wanted})
+    reduced = keep_classes(network, indices, label_names=[images.class_names[index] for index in indices])
+    return reduced, images.only_classes(indices), None if found is None else only_classes(found, indices)
+
+
+def _describe_passes(
+    network, ratio: float | None, target, criterion: str | None, step: float | None, compensate: str
+) -> str:
+    """Say what the images are read for, so that a user sees how much is still to come."""
+    from vitprune.pruning.schedule import list_stops, needs_steps
+    from vitprune.pruning.target import target_neurons
+
+    if not needs_steps(criterion or options.DEFAULT_CRITERION):
+        return "calibrate"
+    target = target or target_neurons(network, options.DEFAULT_RATIO if ratio is None else ratio)
+    stops = list_stops(target.share, options.DEFAULT_STEP if step is None else step)
+    then = "" if compensate == "none" else ", then compensation"
+    return f"calibrate: {len(stops)} {'ranking' if len(stops) == 1 else 'rankings'}{then}"
+
+
+def _parse_round_to(round_to: str | None) -> int | str | None:
+    if round_to in (None, "auto"):
+        return round_to
+    if not round_to.isdecimal() or int(round_to) < 1:
+        raise VitpruneError(f"round_to must be a number of at least 1, or auto; got {round_to}")
+    return int(round_to)
+
+
+def _find_round_to(network, target, ratio: float | None, backend: str, batch_size: int | None) -> int:
+    from vitprune.export.alignment import find_round_to
+    from vitprune.export.ffn_latency import ffn_shapes
+
+    share = target.share if target is not None else options.DEFAULT_RATIO if ratio is None else ratio
+    largest = max(ffn_shapes(network).values(), key=lambda shape: shape.num_neurons)
+    device = str(next(network.parameters()).device)
+    note(f"timing widths of {largest.num_neurons * (1 - share):.0f} neurons on {backend}")
+    found = find_round_to(largest, share, backend=backend, batch_size=batch_size or 1, device=device)
+    note(f"widths are multiples of {found}")
+    return found
+
+
+def _make_target(network, backend: str | None, batch_size: int | None, **targets: float):
+    """Build the target that was asked for; None where the ratio decides."""
+    from vitprune.evaluation.macs import count_macs
+    from vitprune.pruning.target import target_latency, target_macs, target_parameters
+
+    if not targets:
+        return None
+    ((name, limit),) = targets.items()
+    if name == "target_params":
+        return target_parameters(network, limit)
+    if name == "target_macs":
+        return target_macs(network, limit, total=count_macs(network))
+    from vitprune.export.ffn_latency import measure_ffn_latency
+
+    device = str(next(network.parameters()).device)
+    total, tables = measure_ffn_latency(
+        network, backend=backend, batch_size=batch_size or 1, device=device, track=track
+    )
+    return target_latency(network, limit, total=total, tables=tables)
+
+
+def _measure_latency(network, pruned, asked: dict, backend: str, batch_size: int | None) -> dict[str, Any]:
+    """Time the pruned model beside the dense one, which tells a prediction's error from a change of the machine."""
+    from vitprune.export.bench import bench
+
+    device = "cpu" if backend.startswith("onnxruntime") else str(next(network.parameters()).device)
+    rows = bench(
+        {"dense": network, "pruned": pruned},
+        backends=[backend],
+        batch_sizes=[batch_size or 1],
+        device=device,
+        track=track,
+    )
+    dense, small = rows
+    return {
+        "backend": small.backend,
+        "batch_size": small.batch_size,
+        "median_ms": small.median_ms,
+        "dense_median_ms": dense.median_ms,
+        "speedup": small.speedup,
+        "predicted_ms": asked["predicted"],
+        "predicted_speedup": asked["dense"] / asked["predicted"],
+    }
