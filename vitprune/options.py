@@ -12,6 +12,7 @@ METHODS: Mapping[str, str] = {
     "activation": "highest activation in each layer",
     "influence-pattern": "highest gradient along the scaled image",
     "knowledge-neurons": "integrated gradients of each FFN by itself",
+    "random": "random neurons, the baseline",
 }
 
 TOKENS: Mapping[str, str] = {

@@ -100,6 +100,7 @@ def run(
             target=_target_class(images, target),
             quantity=quantity,
             precision=precision,
+            seed=seed,
         )
         budget_bytes(memory, next(network.parameters()).device)
         request = _describe_search(network, search, images, batch_size, shard_size)
@@ -248,6 +249,7 @@ def _describe_search(network, search, images, batch_size: int, shard_size: int) 
         "target": search.objective.target,
         "quantity": search.objective.quantity,
         "precision": search.precision,
+        **({"seed": search.seed} if search.method == "random" else {}),
         "batch size": batch_size,
         "shard size": shard_size,
     }

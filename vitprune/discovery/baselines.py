@@ -5,6 +5,7 @@ Letters: B images, T scoped tokens, H hidden neurons, L FFNs, K neurons per FFN.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -114,6 +115,36 @@ def knowledge_neuron_paths(
         chunk_rows=chunk_rows,
     )
     return _as_paths(model, ffns, images, labels, scores, logits, top_k, quadrature, scope, objective, chunk_rows)
+
+
+def random_paths(
+    model: nn.Module,
+    ffns: Sequence[FeedForward],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    top_k: int,
+    quadrature: Quadrature,
+    scope: str,
+    objective: Objective = DEFAULT_OBJECTIVE,
+    chunk_rows: int = CHUNK_ROWS,
+    seed: int = 0,
+) -> PathBatch:
+    """Select neurons at random, each image by itself: what any better rule has to beat.
+
+    What is drawn depends on ``seed`` and the image's content alone, not on the images beside it. Arguments and result
+    otherwise as in ``search_paths``; ``scores`` are uniform in [0, 1).
+    """
+    clean = record_clean(model, ffns, images, tokens=scope_slice(model, scope))
+    drawn = []
+    for image in images:
+        content = hashlib.sha256(image.cpu().numpy().tobytes() + seed.to_bytes(8, "little")).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(content[:8], "little") >> 1)
+        drawn.append([torch.rand(ffn.num_neurons, generator=generator) for ffn in ffns])
+    scores = tuple(torch.stack(of_ffn).to(images.device) for of_ffn in zip(*drawn, strict=True))
+    return _as_paths(
+        model, ffns, images, labels, scores, clean.logits_BC, top_k, quadrature, scope, objective, chunk_rows
+    )
 
 
 def _as_paths(

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.data import Batches, on_device
-from vitprune.discovery.baselines import activation_paths, influence_pattern_paths, knowledge_neuron_paths
+from vitprune.discovery.baselines import (
+    activation_paths,
+    influence_pattern_paths,
+    knowledge_neuron_paths,
+    random_paths,
+)
 from vitprune.discovery.engine import PathBatch, first_rule, search_paths
 from vitprune.discovery.memory import count_rows
 from vitprune.discovery.objective import Objective, make_objective
@@ -30,6 +35,7 @@ _FIND_PATHS: Mapping[str, Callable[..., PathBatch]] = {
     "activation": activation_paths,
     "influence-pattern": influence_pattern_paths,
     "knowledge-neurons": knowledge_neuron_paths,
+    "random": random_paths,
 }
 
 
@@ -82,6 +88,7 @@ class Search:
         rule: for the integral over α.
         objective: what is attributed.
         precision: key of ``PRECISIONS``.
+        seed: of the random paths; the other methods draw nothing.
     """
 
     ffns: tuple[FeedForward, ...]
@@ -91,6 +98,7 @@ class Search:
     rule: Quadrature
     objective: Objective
     precision: str = "float32"
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,7 @@ def discover(
     target: str | int = "label",
     quantity: str = "probability",
     precision: str = "float32",
+    seed: int = 0,
     memory_gib: float | None = None,
 ) -> Discovery:
     """Find the influential neuron path of each image, and the mean score of every neuron per class.
@@ -147,6 +156,7 @@ def discover(
         precision: of the matrix products behind the layer under test: ``float32`` (the weights' own), ``tf32`` or
             ``bf16``. Choices that the noise of a lower one could change are made again in the weights' own; scores that
             decide nothing keep the noise.
+        seed: of method ``random``; the others draw nothing.
         memory_gib: to use beside the weights; None takes 2 on a CPU and four fifths of what is free on a GPU. Decides
             how many images and nodes go at once, as far as one image allows; where a GPU has less after all, half of
             them, and so on.
@@ -169,6 +179,7 @@ def discover(
         target=target,
         quantity=quantity,
         precision=precision,
+        seed=seed,
     )
     part = find_part(model, search, batches, memory_gib=memory_gib)
     return combine(search, [] if part is None else [part])
@@ -184,6 +195,7 @@ def plan_search(
     target: str | int = "label",
     quantity: str = "probability",
     precision: str = "float32",
+    seed: int = 0,
 ) -> Search:
     """Check the arguments of ``discover`` against a model, before any image is read.
 
@@ -219,7 +231,7 @@ def plan_search(
         raise VitpruneError(f"precision {precision} is for float32 weights, the model has {dtype}; use model.float()")
     if precision == "tf32" and next(model.parameters()).device.type != "cuda":
         raise VitpruneError("precision tf32 needs an NVIDIA GPU; use --device cuda")
-    return Search(tuple(ffns), method, top_k, scope, rule, objective, precision)
+    return Search(tuple(ffns), method, top_k, scope, rule, objective, precision, seed)
 
 
 def find_part(
@@ -320,7 +332,9 @@ def set_pace(model: nn.Module, search: Search, images: Tensor, *, memory_gib: fl
 
 
 def _search(model: nn.Module, search: Search, images: Tensor, labels: Tensor, pace: Pace) -> PathBatch:
-    lower = {} if search.precision == "float32" else {"precision": search.precision}
+    further = {} if search.precision == "float32" else {"precision": search.precision}
+    if search.method == "random":
+        further["seed"] = search.seed
     with frozen(model):
         return _FIND_PATHS[search.method](
             model,
@@ -332,7 +346,7 @@ def _search(model: nn.Module, search: Search, images: Tensor, labels: Tensor, pa
             scope=search.tokens,
             objective=search.objective,
             chunk_rows=pace.chunk_rows,
-            **lower,
+            **further,
         )
 
 
