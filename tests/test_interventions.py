@@ -15,7 +15,7 @@ from vitprune.errors import VitpruneError
 from vitprune.evaluation.held_out import assign_paths, halves_paths, paths_of, split_halves
 from vitprune.evaluation.intervals import mean_interval
 from vitprune.evaluation.interventions import Answers, deviate, measure_answers, measure_interventions
-from vitprune.evaluation.manipulation import compare_scores, manipulate
+from vitprune.evaluation.manipulation import compare_joint_scores, manipulate
 from vitprune.feed_forward import find_feed_forwards
 
 LABELS = torch.tensor([1, 3, 1, 3, 1, 3])
@@ -180,13 +180,13 @@ def test_controls_and_refusals():
 def test_scores_are_compared_class_by_class():
     ours = made_up([0, 0, 0, 0], [0, 0, 1, 1], [1.0, 3.0, 5.0, 5.0])
     theirs = made_up([0, 0, 0, 0], [0, 0, 1, 1], [1.0, 1.0, 1.0, 1.0])
-    first, second = compare_scores({"jas": ours, "random": theirs})
+    first, second = compare_joint_scores({"jas": ours, "random": theirs})
     assert first.by_class == {0: 2.0, 1: 5.0}
     assert first.joint_score.mean == 3.5
     assert first.advantage is None
     assert second.advantage.mean == 2.5
     with pytest.raises(VitpruneError, match="not of the same images"):
-        compare_scores({"jas": ours, "random": made_up([0], [0])})
+        compare_joint_scores({"jas": ours, "random": made_up([0], [0])})
 
 
 def test_intervals_cover_the_mean_of_classes():

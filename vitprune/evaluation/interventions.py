@@ -160,13 +160,12 @@ def _join(parts) -> Answers:
     return Answers(*(torch.cat([getattr(part, name) for part in parts]) for name in Answers.__annotations__))
 
 
-def deviate(clean: Answers, changed: Answers, *, seed: int = 0) -> Deviation:
+def deviate(clean: Answers, changed: Answers) -> Deviation:
     """Compare the answers under an intervention with the undisturbed ones of the same images.
 
     Args:
         clean: of the undisturbed model.
         changed: under the intervention.
-        seed: of the interval's resampling.
 
     Raises:
         VitpruneError: if they are not of the same images.
@@ -177,7 +176,7 @@ def deviate(clean: Answers, changed: Answers, *, seed: int = 0) -> Deviation:
     by_class = deviations_by_class(clean, changed)
     top1_clean, top1 = ((each.prediction == each.label).double().mean().item() for each in (clean, changed))
     return Deviation(
-        probability_deviation=mean_interval(list(by_class.values()), seed=seed),
+        probability_deviation=mean_interval(list(by_class.values())),
         accuracy_deviation=top1 / top1_clean - 1 if top1_clean else None,
         probability=changed.probability.double().mean().item(),
         top1=top1,

@@ -89,12 +89,11 @@ class DeviationRow:
     num_images: int
 
 
-def compare_scores(runs: Mapping[str, Discovery], *, seed: int = 0) -> list[MethodScore]:
+def compare_joint_scores(runs: Mapping[str, Discovery]) -> list[MethodScore]:
     """Compare the joint attribution scores of several methods' paths through the same images.
 
     Args:
         runs: method -> its paths; the first is compared with the others.
-        seed: of the intervals' resampling.
 
     Raises:
         VitpruneError: if the runs are not of the same images.
@@ -105,8 +104,8 @@ def compare_scores(runs: Mapping[str, Discovery], *, seed: int = 0) -> list[Meth
     return [
         MethodScore(
             method=method,
-            joint_score=mean_interval(list(scores.values()), seed=seed),
-            advantage=None if method == first else _difference(by_class[first], scores, seed),
+            joint_score=mean_interval(list(scores.values())),
+            advantage=None if method == first else _difference(by_class[first], scores),
             by_class=scores,
             num_images=len(runs[method].labels),
         )
@@ -118,8 +117,8 @@ def _scores_by_class(found: Discovery) -> dict[int, float]:
     return {index: found.joint_scores[found.labels == index].double().mean().item() for index in found.classes}
 
 
-def _difference(first: Mapping[int, float], other: Mapping[int, float], seed: int) -> Interval:
-    return mean_interval([first[index] - other[index] for index in first], seed=seed)
+def _difference(first: Mapping[int, float], other: Mapping[int, float]) -> Interval:
+    return mean_interval([first[index] - other[index] for index in first])
 
 
 def check_same_images(runs: Mapping[str, Discovery]) -> None:
@@ -145,7 +144,6 @@ def manipulate(
     whose: str,
     factors: Sequence[float] = (0.0, 2.0),
     tokens: Sequence[str] = ("cls",),
-    seed: int = 0,
     folder: str | Path | None = None,
     track: Track = untracked,
 ) -> list[DeviationRow]:
@@ -158,7 +156,6 @@ def manipulate(
         whose: whose paths these are, as in ``DeviationRow.paths``.
         factors: 0 removes the neurons, 2 doubles them.
         tokens: where, each ``cls``, ``patch`` or ``all``.
-        seed: of the intervals' resampling.
         folder: keeps the answers of finished passes, which another call then takes over; the caller makes sure that
             it is of the same model, images and paths.
         track: wraps (items, description), for progress.
@@ -186,7 +183,7 @@ def manipulate(
     for key in wanted:
         reference = deviations_by_class(clean, changed[first][key])
         for method, answers in changed.items():
-            found = deviate(clean, answers[key], seed=seed)
+            found = deviate(clean, answers[key])
             rows.append(
                 DeviationRow(
                     method=method,
@@ -194,7 +191,7 @@ def manipulate(
                     factor=key[0],
                     tokens=key[1],
                     probability_deviation=found.probability_deviation,
-                    advantage=None if method == first else _difference(reference, found.by_class, seed),
+                    advantage=None if method == first else _difference(reference, found.by_class),
                     accuracy_deviation=found.accuracy_deviation,
                     probability=found.probability,
                     probability_clean=clean.probability.double().mean().item(),
