@@ -46,7 +46,8 @@ def main(num_classes: list[int] | None = None, num_runs: int = 500):
         covered: dict[str, list[bool]] = {"jackknife": [], "percentile": [], "BCa": []}
         for _ in range(num_runs):
             found = simulate(count, shares, generator)
-            intervals = {"jackknife": measure_path_similarity(found).difference_interval}
+            difference = measure_path_similarity(found).difference
+            intervals = {"jackknife": (difference.low, difference.high)}
             if count > 3:  # three classes leave too many resamples of a single class
                 intervals |= {method: resample(found, method, generator) for method in ("percentile", "BCa")}
             for method, (low, high) in intervals.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import astuple
 from itertools import combinations
 
 import numpy as np
@@ -17,6 +18,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 import vitprune
 from vitprune.discovery.discover import count_visits, only_classes
 from vitprune.evaluation.image_similarity import PathSimilarity, measure_path_similarity, share_with_class
+from vitprune.evaluation.intervals import Interval
 from vitprune.evaluation.mistakes import Mean, compare_mistakes
 from vitprune.evaluation.similarity import ClassSimilarity, compare_scores, compare_visits, plain, rank_pairs
 from vitprune.evaluation.utilisation import measure_utilisation
@@ -116,7 +118,7 @@ def test_renumbering_classes_permutes_the_results(found, random):
         np.testing.assert_allclose(compare(other).cosines, compare(found).cosines[np.ix_(rows, rows)], atol=1e-12)
     first, second = measure_path_similarity(found), measure_path_similarity(other)
     assert [second.intra_by_class[row] for row in range(len(order))] == [first.intra_by_class[i] for i in order]
-    assert second.difference == pytest.approx(first.difference)
+    assert second.difference.mean == pytest.approx(first.difference.mean)
 
 
 def test_a_term_that_all_neurons_of_an_ffn_share_does_not_count():
@@ -152,7 +154,7 @@ def test_means_over_pairs_are_those_of_all_pairs(found):
             )
         assert measured.inter_by_class[index] == pytest.approx(np.mean(between))
     assert measured.intra == pytest.approx(np.mean(list(measured.intra_by_class.values())))
-    assert measured.difference == pytest.approx(measured.intra - np.mean(list(measured.inter_by_class.values())))
+    assert measured.difference.mean == pytest.approx(measured.intra - np.mean(list(measured.inter_by_class.values())))
 
 
 @given(runs().filter(lambda found: len(found.classes) > 2))
@@ -161,11 +163,10 @@ def test_the_interval_is_that_of_leaving_out_each_class(found):
     without = []
     for index in found.classes:
         rest = only_classes(found, [other for other in found.classes if other != index])
-        without.append(measure_path_similarity(rest).difference)
-    pseudo = count * measured.difference - (count - 1) * np.array(without)
-    assert pseudo.mean() == pytest.approx(measured.difference)
-    half = student.ppf(0.975, count - 1) * pseudo.std(ddof=1) / math.sqrt(count)
-    assert measured.difference_interval == pytest.approx((measured.difference - half, measured.difference + half))
+        without.append(measure_path_similarity(rest).difference.mean)
+    error = math.sqrt((count - 1) / count * np.sum((without - np.mean(without)) ** 2))
+    mean, half = measured.intra - measured.inter, student.ppf(0.975, count - 1) * error
+    assert astuple(measured.difference) == pytest.approx((mean, mean - half, mean + half), abs=1e-9)
 
 
 def test_the_interval_covers_the_truth_of_simulated_runs():
@@ -175,8 +176,8 @@ def test_the_interval_covers_the_truth_of_simulated_runs():
         follows = generator.random((10, 6, 4)) < generator.uniform(size=(10, 1, 1))
         neurons = np.where(follows, generator.integers(8, size=(10, 1, 4)), generator.integers(8, size=(10, 6, 4)))
         found = run_of(neurons.reshape(60, 4, 1).tolist(), np.repeat(np.arange(10), 6).tolist(), width=8)
-        low, high = measure_path_similarity(found).difference_interval
-        covered.append(low <= 1 / 3 * 7 / 8 <= high)
+        difference = measure_path_similarity(found).difference
+        covered.append(difference.low <= 1 / 3 * 7 / 8 <= difference.high)
     assert 0.89 <= np.mean(covered) <= 0.99
 
 
@@ -185,8 +186,7 @@ def test_a_class_with_one_image_is_left_out():
     assert measured == PathSimilarity(
         intra=0.5,
         inter=0.0,
-        difference=0.5,
-        difference_interval=None,
+        difference=Interval(0.5, None, None),
         intra_by_class={0: 1.0, 1: 0.0},
         inter_by_class={0: 0.0, 1: 0.0},
         classes_left_out=(4,),

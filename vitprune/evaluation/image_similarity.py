@@ -5,18 +5,16 @@ Letters: I images, C classes, L FFNs, K neurons per FFN.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
 from vitprune.discovery.discover import Discovery, count_correct, count_visits
 from vitprune.errors import VitpruneError
-from vitprune.evaluation.accuracy import CONFIDENCE
+from vitprune.evaluation.intervals import Interval, mean_interval
 from vitprune.evaluation.similarity import count_common
 
 
@@ -27,8 +25,7 @@ class PathSimilarity:
     Attributes:
         intra: mean over classes of ``intra_by_class``, in [0, 1].
         inter: mean over classes of ``inter_by_class``, in [0, 1].
-        difference: ``intra`` minus ``inter``.
-        difference_interval: its 95 % interval; None for two classes.
+        difference: ``intra`` minus ``inter``, with its 95 % interval; without one for two classes.
         intra_by_class: class index -> mean similarity of two different images of the class, in [0, 1].
         inter_by_class: class index -> mean similarity of an image of the class and one of another class, every other
             class weighing the same, in [0, 1].
@@ -37,8 +34,7 @@ class PathSimilarity:
 
     intra: float
     inter: float
-    difference: float
-    difference_interval: tuple[float, float] | None
+    difference: Interval
     intra_by_class: Mapping[int, float]
     inter_by_class: Mapping[int, float]
     classes_left_out: tuple[int, ...]
@@ -83,17 +79,16 @@ def measure_path_similarity(found: Discovery) -> PathSimilarity:
     sums_C, num_classes = between_CC.sum(1), len(own_C)
     inter_C = sums_C / (num_classes - 1)
     intra, inter = own_C.mean(), inter_C.mean()
-    interval = None
+    difference = Interval(float(intra - inter), None, None)
     if num_classes > 2:
         without_C = (own_C.sum() - own_C) / (num_classes - 1)
         without_C -= (sums_C.sum() - 2 * sums_C) / ((num_classes - 1) * (num_classes - 2))
-        interval = _jackknife_interval(intra - inter, without_C)
+        difference = mean_interval(num_classes * (intra - inter) - (num_classes - 1) * without_C)  # pseudo-values
     classes = [index for index, is_used in zip(found.classes, used, strict=True) if is_used]
     return PathSimilarity(
         intra=float(intra),
         inter=float(inter),
-        difference=float(intra - inter),
-        difference_interval=interval,
+        difference=difference,
         intra_by_class=dict(zip(classes, own_C.tolist(), strict=True)),
         inter_by_class=dict(zip(classes, inter_C.tolist(), strict=True)),
         classes_left_out=tuple(index for index, is_used in zip(found.classes, used, strict=True) if not is_used),
@@ -120,11 +115,3 @@ def share_with_class(found: Discovery, classes: Tensor) -> Tensor:
         common = common + visits[name][rows.unsqueeze(1), found.neurons[:, position]].sum(1)
     shares = common.double() / (others * found.neurons[0].numel())
     return torch.where(others > 0, shares, torch.nan)
-
-
-def _jackknife_interval(estimate: float, without: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % interval of an estimate from its values without each of the units."""
-    num_units = len(without)
-    error = math.sqrt((num_units - 1) / num_units * ((without - without.mean()) ** 2).sum())
-    half = student.ppf((1 + CONFIDENCE) / 2, num_units - 1) * error
-    return float(estimate - half), float(estimate + half)
