@@ -26,6 +26,8 @@ _HOME_OF = {
     "Run": "vitprune.discovery.run",
     "load_run": "vitprune.discovery.run",
     "save_run": "vitprune.discovery.run",
+    "read_authors": "vitprune.discovery.authors",
+    "write_authors": "vitprune.discovery.authors",
     "score_neurons": "vitprune.discovery.criteria",
     "Plan": "vitprune.pruning.plan",
     "read_plan": "vitprune.pruning.plan",

@@ -323,16 +323,24 @@ class ImageBatches:
         batch_size: B of all batches but the last.
         num_workers: processes that decode; 0 decodes in this one.
         strict: refuse an undecodable image instead of leaving it out.
+        transform: as ``data_config`` describes one, in place of the model's own.
     """
 
     def __init__(
-        self, images: ImageSet, model: Any, *, batch_size: int = 64, num_workers: int = 0, strict: bool = False
+        self,
+        images: ImageSet,
+        model: Any,
+        *,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        strict: bool = False,
+        transform: Mapping[str, Any] | None = None,
     ) -> None:
         self.images, self.strict = images, strict
         self.skipped: list[tuple[str, str]] = []
         self.files_read: list[str] = []
         self._loader = DataLoader(
-            _Decoded(images, data_config(model)),
+            _Decoded(images, data_config(model) if transform is None else transform),
             batch_size=batch_size,
             num_workers=num_workers,
             collate_fn=list,

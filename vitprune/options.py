@@ -15,6 +15,13 @@ METHODS: Mapping[str, str] = {
     "random": "random neurons, the baseline",
 }
 
+# Methods that the program of the paper's authors has, and where its result files hold their paths.
+AUTHORS_METHODS: Mapping[str, str] = {
+    "jas": "'ja' in their records",
+    "activation": "'base'",
+    "influence-pattern": "'path'",
+}
+
 TOKENS: Mapping[str, str] = {
     "cls": "class token",
     "patch": "patch tokens",

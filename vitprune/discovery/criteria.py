@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.data import Batches, on_device
-from vitprune.discovery.discover import Discovery
+from vitprune.discovery.discover import Discovery, check_class_scores
 from vitprune.discovery.quadrature import parse_fixed_quadrature
 from vitprune.discovery.second_order import obs
 from vitprune.discovery.statistics import (
@@ -249,9 +249,13 @@ def jas(found: Discovery) -> Scores:
     Returns:
         FFN name -> scores [H]; float32, non-negative; higher is more important.
 
+    Raises:
+        VitpruneError: if ``found`` has paths only.
+
     Source:
         arXiv:2503.09046 keeps the K neurons most often on a class's paths; this ranks all neurons, for all classes.
     """
+    check_class_scores(found)
     means = {name: scores.mean(0) for name, scores in found.class_scores.items()}
     return {name: mean_H - mean_H.min() for name, mean_H in means.items()}
 
@@ -312,6 +316,8 @@ def check_needs(
             f"criterion {criterion} needs the scores of a run; "
             "run 'vitprune discover MODEL --data DIR -o RUN' first and prune RUN"
         )
+    if "found" in row.needs:
+        check_class_scores(found)
     if {"batches", "statistics"} & set(row.needs) and batches is None:
         raise VitpruneError(f"criterion {criterion} needs calibration images; pass --data DIR")
     if row.needs_classifier and not has_classifier(model):

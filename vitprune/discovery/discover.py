@@ -51,7 +51,8 @@ class Discovery:
         predictions: int64 [I]; the class that the model answers.
         completeness_errors: float32 [I] for ``jas-complete``, else None.
         classes: the class indices present, ascending; rows of ``class_scores``.
-        class_scores: FFN name -> float32 [C, H]; mean score of every neuron over the images of a class.
+        class_scores: FFN name -> float32 [C, H]; mean score of every neuron over the images of a class. [0, H] where
+            they are not known: paths of another program (``vitprune.discovery.authors``) come without them.
         method: key of ``METHODS``.
         tokens: ``cls``, ``patch`` or ``all``.
         quadrature: as in ``parse_quadrature``.
@@ -396,10 +397,28 @@ def _add_by_class(sums: dict[int, Tensor], score_BH: Tensor, labels: Tensor) -> 
         sums[index] = sums[index] + total if index in sums else total
 
 
+def has_class_scores(found: Discovery) -> bool:
+    """Tell whether the scores of every neuron are known, beside the paths."""
+    return all(len(scores) == len(found.classes) for scores in found.class_scores.values())
+
+
+def check_class_scores(found: Discovery) -> None:
+    """Refuse a discovery without scores of every neuron.
+
+    Raises:
+        VitpruneError: if it has only paths.
+    """
+    if not has_class_scores(found):
+        raise VitpruneError(
+            "the run has paths, but no scores of the neurons beside them (it was converted from files without any); "
+            "make one with 'vitprune discover', or ask for what needs paths only"
+        )
+
+
 def class_paths(found: Discovery) -> dict[int, Tensor]:
     """Return each class's path: per FFN the K neurons most often on the paths of its images.
 
-    Ties go to the higher mean score, then to the lower index.
+    Ties go to the higher mean score, where there are scores, then to the lower index.
 
     Returns:
         class index -> int64 [L, K].
@@ -410,7 +429,9 @@ def class_paths(found: Discovery) -> dict[int, Tensor]:
     for row, index in enumerate(found.classes):
         layers = []
         for name in found.ffns:
-            by_score = found.class_scores[name][row].sort(descending=True, stable=True).indices
+            score_CH = found.class_scores[name]
+            known_H = score_CH[row] if has_class_scores(found) else torch.zeros(score_CH.shape[1])
+            by_score = known_H.sort(descending=True, stable=True).indices
             by_visits = visits[name][row][by_score].sort(descending=True, stable=True).indices
             layers.append(by_score[by_visits][:top_k])
         paths[index] = torch.stack(layers)
@@ -428,7 +449,7 @@ def count_visits(found: Discovery) -> dict[str, Tensor]:
     rows = torch.searchsorted(torch.tensor(found.classes), found.labels)
     visits = {}
     for position, name in enumerate(found.ffns):
-        num_classes, num_neurons = found.class_scores[name].shape
+        num_classes, num_neurons = len(found.classes), found.class_scores[name].shape[1]
         places = rows.unsqueeze(1) * num_neurons + found.neurons[:, position]
         counted = torch.bincount(places.flatten(), minlength=num_classes * num_neurons)
         visits[name] = counted.view(num_classes, num_neurons)
@@ -471,5 +492,7 @@ def only_classes(found: Discovery, classes: Sequence[int]) -> Discovery:
         predictions=found.predictions[of_class],
         completeness_errors=None if errors is None else errors[of_class],
         classes=tuple(range(len(classes))),
-        class_scores={name: scores[rows] for name, scores in found.class_scores.items()},
+        class_scores={
+            name: scores[rows] if has_class_scores(found) else scores for name, scores in found.class_scores.items()
+        },
     )

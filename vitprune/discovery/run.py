@@ -26,6 +26,7 @@ class Run:
         model: what to pass to ``vitprune.load``: name or folder.
         checkpoint: absolute path of the weights, or None where the hub or the folder has them.
         weights_sha256: ``hash_weights`` of the model.
+        transform: how the images were prepared, in the words of ``data_config``; None: by the model's own transform.
     """
 
     found: Discovery
@@ -33,6 +34,7 @@ class Run:
     model: str
     checkpoint: str | None
     weights_sha256: str
+    transform: Mapping[str, Any] | None = None
 
 
 def is_run(folder: str | Path) -> bool:
@@ -79,6 +81,7 @@ def save_run(run: Run, folder: str | Path) -> None:
                 "num_images": len(images),
                 "top_k": found.neurons.shape[-1],
                 "class_names": {str(index): name for index, name in images.class_names.items()},
+                **({} if run.transform is None else {"transform": dict(run.transform)}),
             },
         )
 
@@ -118,7 +121,9 @@ def load_run(folder: str | Path) -> Run:
         tuple(tensors["labels"].tolist()),
         {int(index): name for index, name in facts["class_names"].items()},
     )
-    return Run(found, images, facts["model"], facts["checkpoint"], facts["weights_sha256"])
+    return Run(
+        found, images, facts["model"], facts["checkpoint"], facts["weights_sha256"], transform=facts.get("transform")
+    )
 
 
 def _check_agreement(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.data import Batches, on_device
-from vitprune.discovery.discover import Discovery
+from vitprune.discovery.discover import Discovery, check_class_scores
 from vitprune.discovery.trunk import resolve_scope, scope_slice
 from vitprune.errors import VitpruneError
 from vitprune.feed_forward import find_feed_forwards, hook_hidden
@@ -76,12 +76,13 @@ def measure_topk_mask(
         The undisturbed model's row first, then one per combination and kind of mask.
 
     Raises:
-        VitpruneError: if an argument is out of range, or an image's class is not in ``found``.
+        VitpruneError: if an argument is out of range, an image's class is not in ``found``, or that has paths only.
 
     Source:
         arXiv:2503.09046, figure "top-K"; neurons are ranked by their mean score in the path search rather than by how
         often they lie on a path, and the one-plan figure is ours.
     """
+    check_class_scores(found)
     for share in mask_shares:
         if not 0 <= share <= 1:
             raise VitpruneError(f"mask share must be in [0, 1], got {share}")
