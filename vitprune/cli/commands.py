@@ -12,7 +12,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from vitprune.cli import analyze, bench, curve, demo, discover, doctor, elastic, evaluate, export, prune, run
+from vitprune.cli import analyze, bench, convert, curve, demo, discover, doctor, elastic, evaluate, export, prune, run
 from vitprune.cli.terminal import note
 from vitprune.errors import VitpruneError
 from vitprune.processes import count_processes
@@ -29,6 +29,7 @@ COMMANDS = {
     "curve": curve,
     "evaluate": evaluate,
     "analyze": analyze,
+    "convert": convert,
     "export": export,
     "bench": bench,
     "doctor": doctor,

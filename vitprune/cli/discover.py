@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 
 from vitprune import options
 from vitprune.cli.arguments import add_checkpoint, add_device, add_images, add_output, listed
-from vitprune.cli.inputs import choose_images, load_model, pick_device
+from vitprune.cli.inputs import as_stored, choose_images, load_model, pick_device
 from vitprune.cli.terminal import note, print_table, track
 from vitprune.errors import VitpruneError
 
@@ -145,7 +145,7 @@ def run(
         run = Run(
             found=found,
             images=used,
-            model=_as_stored(model),
+            model=as_stored(model),
             checkpoint=None if checkpoint is None else str(Path(checkpoint).resolve()),
             weights_sha256=request["weights"],
         )
@@ -196,10 +196,6 @@ def run(
         print(f"wrote {output}")
 
     return answer, show
-
-
-def _as_stored(model: str) -> str:
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 def _target_class(images, target: str) -> str | int:

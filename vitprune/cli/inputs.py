@@ -99,14 +99,14 @@ def images_of(source: str, run, network, data, class_map, classes, images_per_cl
     return run.images
 
 
-def make_batches(images, model, *, batch_size: int, workers: int, strict: bool):
+def make_batches(images, model, *, batch_size: int, workers: int, strict: bool, transform=None):
     from vitprune.data import ImageBatches
 
     if batch_size < 1:
         raise VitpruneError(f"batch_size must be at least 1, got {batch_size}")
     if workers < 0:
         raise VitpruneError(f"workers must not be negative, got {workers}")
-    return ImageBatches(images, model, batch_size=batch_size, num_workers=workers, strict=strict)
+    return ImageBatches(images, model, batch_size=batch_size, num_workers=workers, strict=strict, transform=transform)
 
 
 def report_skipped(batches) -> list[str]:
@@ -136,6 +136,10 @@ def describe_calibration(used, scored_on, *plans) -> dict[str, Any]:
     named = used or scored_on
     facts = {} if named is None else {"data": str(named.root), "files": named.files, "labels": named.labels}
     return {**facts, "sha256": sorted(hashes - {""})}
+
+
+def as_stored(model: str) -> str:
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 def refuse_run(model: str) -> None:

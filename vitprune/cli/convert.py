@@ -1,0 +1,195 @@
+"""``vitprune convert``: read result files of the paper's authors as a run, or write runs as such files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from vitprune import options
+from vitprune.cli.arguments import add_checkpoint, add_device, add_output, listed
+from vitprune.cli.inputs import as_stored, choose_images, load_model, make_batches, pick_device
+from vitprune.cli.terminal import Tracked, note
+from vitprune.errors import VitpruneError
+
+SUMMARY = "read result files of the paper's authors as a run, or write runs as such files"
+
+# What their --model_type is called by timm.
+_TIMM_NAMES = {
+    "ViT-B_16": "vit_base_patch16_224",
+    "ViT-B_32": "vit_base_patch32_224",
+    "ViT-L_32": "vit_large_patch32_224",
+}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "sources",
+        type=str,
+        nargs="+",
+        help="PREFIX.args.json of the authors' program; or run folders of 'discover', of the same images, one per "
+        "method, to write",
+    )
+    parser.add_argument("--model", type=str, help="that the paths were found on: timm name or folder of a saved model")
+    add_checkpoint(parser)
+    parser.add_argument("--data", type=str, help="folder of class folders: the images of the paths")
+    parser.add_argument("--class-map", type=str, help="folder name per line, or JSON {folder: class index}")
+    parser.add_argument("--classes", type=str, nargs="+", help="only these: folder names, class indices, English names")
+    methods = options.AUTHORS_METHODS
+    parser.add_argument("--method", choices=tuple(methods), help=f"whose paths to read; {listed(methods)} (jas)")
+    parser.add_argument(
+        "--least-agreement",
+        type=float,
+        help="refuse if the model agrees with less of the activation neurons (or scores) in the files; 0.9",
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="images at once")
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode images; 0: this one")
+    add_device(parser)
+    add_output(parser, "run folder to write; for runs: folder and PREFIX of the files")
+
+
+def run(
+    sources, model, checkpoint, data, class_map, classes, method, least_agreement, batch_size, workers, device, output,
+    overwrite,
+):  # fmt: skip
+    from vitprune.discovery.run import is_run
+
+    others = [source for source in sources if not is_run(source)]
+    if others and len(sources) > 1:
+        raise VitpruneError(f"name one PREFIX.args.json, or only runs; {others[0]} is no run")
+    if not others:
+        unused = {
+            "model": model,
+            "checkpoint": checkpoint,
+            "data": data,
+            "class_map": class_map,
+            "classes": classes,
+            "method": method,
+            "least_agreement": least_agreement,
+            "device": device,
+        }
+        given = [name for name, value in unused.items() if value is not None]
+        if given:
+            raise VitpruneError(f"{', '.join(given)}: not for writing runs, which bring theirs; leave out")
+        return _write(sources, output, overwrite)
+    return _read(
+        sources[0], model, checkpoint, data, class_map, classes, method or "jas", least_agreement, batch_size, workers,
+        device, output, overwrite,
+    )  # fmt: skip
+
+
+def _read(
+    source, model, checkpoint, data, class_map, classes, method, least_agreement, batch_size, workers, device, output,
+    overwrite,
+):  # fmt: skip
+    from vitprune.data import data_config
+    from vitprune.discovery.adopt import LEAST_AGREEMENT, adopt, assign_images, authors_transform, describe_search
+    from vitprune.discovery.authors import read_authors
+    from vitprune.discovery.run import RUN_FILES, Run, save_run
+    from vitprune.files import refuse_existing
+    from vitprune.models import hash_weights
+
+    refuse_existing(output, overwrite=overwrite, owned=RUN_FILES)
+    paths = read_authors(source, method=method)
+    _require(paths.args, model, data)
+    network = load_model(model, checkpoint, pick_device(device))
+    search = describe_search(paths, network)
+    transform = authors_transform(paths.args, network)
+    images = choose_images(network, data, class_map, classes, None, seed=0)
+    assigned = assign_images(paths, images)
+    if assigned.joint_scores is None:
+        note("the files have no joint scores of whole paths; they are computed")
+    batches = make_batches(
+        assigned.images, network, batch_size=batch_size, workers=workers, strict=True, transform=transform
+    )
+    found, agreement = adopt(
+        network,
+        search,
+        assigned,
+        Tracked(batches, "convert"),
+        least_agreement=LEAST_AGREEMENT if least_agreement is None else least_agreement,
+    )
+    without = sorted(set(images.labels) - set(paths.neurons))
+    if without:
+        note(f"left out {len(without)} classes of {data} that have no paths (first: {images.class_names[without[0]]})")
+    differs = sorted(key for key, value in data_config(network).items() if transform[key] != value)
+    converted = Run(
+        found=found,
+        images=assigned.images,
+        model=as_stored(model),
+        checkpoint=None if checkpoint is None else str(Path(checkpoint).resolve()),
+        weights_sha256=hash_weights(network),
+        transform=transform if differs else None,
+    )
+    save_run(converted, output)
+    answer = {
+        "output": output,
+        "method": found.method,
+        "num_images": len(found.labels),
+        "num_classes": len(found.classes),
+        "top_k": found.neurons.shape[-1],
+        "tokens": found.tokens,
+        "quadrature": found.quadrature,
+        "mean_joint_score": found.joint_scores.mean().item(),
+        "joint_scores": "computed" if assigned.joint_scores is None else "read",
+        "compared": agreement.compared,
+        "agreement": agreement.share,
+        "transform": transform,
+        "transform_differs": differs,
+        "classes_without_paths": [images.class_names[index] for index in without],
+    }
+
+    def show() -> None:
+        print(
+            f"{len(found.labels)} {found.method} paths of {len(found.classes)} classes, {answer['top_k']} neurons per "
+            f"FFN, tokens {found.tokens}; mean joint score {answer['mean_joint_score']:.3f} ({answer['joint_scores']})"
+        )
+        if agreement.compared is None:
+            print("nothing in the files can be compared with the model: its weights and images are taken on trust")
+        else:
+            print(
+                f"the model agrees with {agreement.share:.2%} of the {agreement.compared} in the files "
+                f"({agreement.num_images} images)"
+            )
+        if differs:
+            print(f"images prepared as the authors' program does, other than the model's own: {', '.join(differs)}")
+        print("the files hold no scores of the other neurons: for prune --criterion jas, run 'vitprune discover'")
+        print(f"wrote {output}")
+
+    return answer, show
+
+
+def _require(args, model: str | None, data: str | None) -> None:
+    """Ask for what the files lack, with what they say of it."""
+    if model is None:
+        name, weights = args.get("model_type"), args.get("pretrain_weight")
+        timm_name = _TIMM_NAMES.get(name, name if "vitprune" in args else None)
+        hint = f", such as {timm_name}" if timm_name else ""
+        weights_hint = f" with --checkpoint {weights}" if weights else ""
+        raise VitpruneError(f"say which model the paths were found on with --model{hint}{weights_hint}")
+    if data is None:
+        raise VitpruneError(f"name the images of the paths with --data (theirs were at {args.get('dataset_path')})")
+
+
+def _write(sources, output, overwrite):
+    from vitprune.discovery.authors import ARGS_SUFFIX, write_authors
+    from vitprune.discovery.run import load_run
+    from vitprune.files import refuse_existing
+
+    prefix = str(output).removesuffix(ARGS_SUFFIX)
+    refuse_existing(prefix + ARGS_SUFFIX, overwrite=overwrite)
+    runs = [load_run(source) for source in sources]
+    files = write_authors(runs, prefix)
+    answer = {
+        "output": str(files[0]),
+        "methods": [each.found.method for each in runs],
+        "num_images": len(runs[0].images),
+        "num_classes": len(files) - 1,
+    }
+
+    def show() -> None:
+        print(f"{answer['num_images']} images of {answer['num_classes']} classes: {', '.join(answer['methods'])}")
+        print("left out, as their files have no place for it: class scores, predictions, names of the images")
+        print(f"wrote {files[0]} and {len(files) - 1} files beside it")
+
+    return answer, show
