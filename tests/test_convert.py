@@ -34,7 +34,9 @@ from vitprune.discovery.discover import class_paths, count_visits, discover, onl
 from vitprune.discovery.run import Run, load_run, save_run
 from vitprune.discovery.trunk import record_clean
 from vitprune.errors import VitpruneError
+from vitprune.evaluation.similarity import compare_scores, compare_visits
 from vitprune.evaluation.topk_mask import measure_topk_mask
+from vitprune.evaluation.utilisation import measure_utilisation
 from vitprune.feed_forward import find_feed_forwards
 
 # What argparse stores of the arguments of their path search.
@@ -412,6 +414,10 @@ def test_whatever_needs_class_scores_refuses(paths_only, golden):
         vitprune.score_neurons(model, "jas", found=found)
     with pytest.raises(VitpruneError, match="paths, but no scores of the neurons beside them"):
         measure_topk_mask(model, [(expected["images"], expected["labels"])], found)
+    with pytest.raises(VitpruneError, match="paths, but no scores of the neurons beside them"):
+        compare_scores(found)
+    assert compare_visits(found).cosines.shape == (len(found.classes), len(found.classes))
+    assert sum(row.num_visits for row in measure_utilisation(found)) == 4 * 24
 
 
 def test_a_run_of_paths_only_is_saved_and_loaded(paths_only, tmp_path):

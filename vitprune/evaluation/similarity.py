@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitprune.discovery.discover import Discovery, count_visits
+from vitprune.discovery.discover import Discovery, check_class_scores, count_visits
 from vitprune.errors import VitpruneError
 
 
@@ -73,9 +73,11 @@ def compare_scores(found: Discovery) -> ClassSimilarity:
     FFNs whose scores spread more weigh more.
 
     Raises:
-        VitpruneError: if there are fewer than two classes, or a class scores no neuron above another one.
+        VitpruneError: if there are fewer than two classes, a class scores no neuron above another one, or the run has
+            paths only.
     """
     _check_classes(found)
+    check_class_scores(found)
     products_CC = torch.zeros(len(found.classes), len(found.classes), dtype=torch.float64)
     for name in found.ffns:
         score_CH = found.class_scores[name].double()
