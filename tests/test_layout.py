@@ -16,7 +16,7 @@ LAYERS = (
     ("progress", "errors"),
     ("options", "processes"),
     ("files",),
-    ("feed_forward",),
+    ("feed_forward", "card"),
     ("elastic",),
     ("models", "data"),
     ("discovery",),
