@@ -16,7 +16,21 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from vitprune.card import make_card, write_card
-from vitprune.cli import analyze, bench, convert, curve, demo, discover, doctor, elastic, evaluate, export, prune, run
+from vitprune.cli import (
+    analyze,
+    bench,
+    convert,
+    curve,
+    demo,
+    discover,
+    doctor,
+    elastic,
+    evaluate,
+    export,
+    prune,
+    report,
+    run,
+)
 from vitprune.cli.terminal import note
 from vitprune.errors import VitpruneError
 from vitprune.processes import count_processes
@@ -37,6 +51,7 @@ COMMANDS = {
     "export": export,
     "bench": bench,
     "doctor": doctor,
+    "report": report,
     "run": run,
 }
 

@@ -123,6 +123,9 @@ def name_classes(network: Any, images: ImageSet, answers: Answers) -> dict[int, 
         answers: what it answered.
     """
     known = dict(enumerate(class_names(network)))
+    if not getattr(network, "label_names", None):
+        # ImageNet's own names list every synonym.
+        known = {index: name.split(", ")[0] for index, name in known.items()}
     indices = sorted({*answers.labels.tolist(), *answers.predictions.tolist()})
     return {index: images.class_names.get(index, known.get(index, str(index))) for index in indices}
 
