@@ -96,4 +96,4 @@ def test_a_run_knows_the_content_of_its_images(saved_vit, image_folder, tmp_path
     assert run.images_sha256 == digest_images(hash_images(run.images))
     others = vitprune.find_images(image_folder, 5, classes=["class0"])
     assert run.images_sha256 != digest_images(hash_images(others))
-    assert run.transform["input_size"] == [3, 32, 32]
+    assert run.model_transform["input_size"] == [3, 32, 32]

@@ -121,6 +121,7 @@ def _read(
         weights_sha256=hash_weights(network),
         transform=transform if differs else None,
         images_sha256=digest_images(hash_images(assigned.images)),
+        model_transform=data_config(network),
     )
     save_run(converted, output)
     answer = {

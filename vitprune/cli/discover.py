@@ -149,7 +149,7 @@ def run(
             checkpoint=None if checkpoint is None else str(Path(checkpoint).resolve()),
             weights_sha256=request["weights"],
             images_sha256=digest_images(hashes),
-            transform=request["transform"],
+            model_transform=request["transform"],
         )
         save_run(run, output)
         shards.remove()

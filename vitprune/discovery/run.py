@@ -28,6 +28,7 @@ class Run:
         weights_sha256: ``hash_weights`` of the model.
         transform: how the images were prepared, in the words of ``data_config``; None: by the model's own transform.
         images_sha256: ``digest_images`` of the images as they were read; None in runs of earlier versions.
+        model_transform: ``data_config`` of the model, for the record; None in runs of earlier versions.
     """
 
     found: Discovery
@@ -37,6 +38,7 @@ class Run:
     weights_sha256: str
     transform: Mapping[str, Any] | None = None
     images_sha256: str | None = None
+    model_transform: Mapping[str, Any] | None = None
 
 
 def is_run(folder: str | Path) -> bool:
@@ -85,6 +87,7 @@ def save_run(run: Run, folder: str | Path) -> None:
                 "class_names": {str(index): name for index, name in images.class_names.items()},
                 **({} if run.transform is None else {"transform": dict(run.transform)}),
                 **({} if run.images_sha256 is None else {"images_sha256": run.images_sha256}),
+                **({} if run.model_transform is None else {"model_transform": dict(run.model_transform)}),
             },
         )
 
@@ -132,6 +135,7 @@ def load_run(folder: str | Path) -> Run:
         facts["weights_sha256"],
         transform=facts.get("transform"),
         images_sha256=facts.get("images_sha256"),
+        model_transform=facts.get("model_transform"),
     )
 
 

@@ -141,7 +141,7 @@ def _describe_run(run: Run) -> list[Fact]:
     return [
         *facts,
         Fact("model: SHA-256 of the weights", run.weights_sha256, code=True),
-        Fact("model: transform", describe_transform(run.transform)),
+        Fact("model: transform", describe_transform(run.transform or run.model_transform)),
         *_describe_images(str(run.images.root), len(run.images), run.images_sha256),
         Fact(
             "search",
