@@ -1,0 +1,109 @@
+"""Picture: the joint attribution score of the paths that each method finds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from scipy.stats import t
+
+from vitprune.errors import VitpruneError
+from vitprune.evaluation.accuracy import CONFIDENCE
+from vitprune.report.style import (
+    MIDDLE,
+    check_values,
+    method_colours,
+    new_figure,
+    order_methods,
+    save_figure,
+    spread_scale,
+    styled,
+    write_number,
+)
+
+
+@styled
+def draw_joint_scores(scores: Mapping[str, Sequence[float]], *, title: str = "") -> Figure:
+    """Draw the joint attribution score by method: the mean with its 95 % interval over a box of all images.
+
+    Boxes reach from the first to the third quartile, whiskers from the 5th to the 95th percentile. The axis is
+    logarithmic (linear around zero) where methods differ by orders of magnitude.
+
+    Args:
+        scores: method -> joint score of each image; at least one.
+        title: above the picture.
+
+    Raises:
+        VitpruneError: if there are none, or one is not finite.
+    """
+    if not scores:
+        raise VitpruneError("joint scores: nothing to draw")
+    values = {method: check_values(scores[method], f"joint scores of {method}") for method in order_methods([*scores])}
+    colours = method_colours([*values])
+    figure = new_figure(MIDDLE, 0.8 + 0.3 * len(values), title=title)
+    axes = figure.subplots()
+    intervals = {method: mean_interval(each) for method, each in values.items()}
+    # An interval may reach below zero where no value does.
+    scale = spread_scale(axes, {method: np.append(each, intervals[method]) for method, each in values.items()})
+    texts = []
+    for place, (method, each) in enumerate(values.items()):
+        axes.boxplot(
+            [each],
+            positions=[place],
+            widths=0.62,
+            whis=(5, 95),
+            orientation="horizontal",
+            patch_artist=True,
+            showfliers=False,
+            manage_ticks=False,
+            boxprops={"facecolor": colours[method], "alpha": 0.35, "linewidth": 0.8},
+            medianprops={"color": colours[method], "linewidth": 1.2},
+            whiskerprops={"linewidth": 0.8},
+            capprops={"linewidth": 0.8},
+        )
+        low, high = intervals[method]
+        axes.plot([low, high], [place, place], color="black", linewidth=1.8, solid_capstyle="butt", zorder=4)
+        axes.plot(each.mean(), place, "D", color="black", markersize=4, markeredgecolor="white", zorder=5)
+        interval = f" [{write_number(low)}, {write_number(high)}]" if len(each) > 1 else ""
+        texts.append(write_number(each.mean()) + interval)
+    if scale != "log":
+        axes.axvline(0, color="black", linewidth=0.8)
+    axes.grid(axis="x")
+    unit = {"linear": "", "log": " (logarithmic)", "symlog": " (logarithmic away from 0)"}[scale]
+    axes.set_xlabel(f"joint attribution score of a path{unit}")
+    axes.set_yticks(range(len(values)), values)
+    axes.set_ylim(len(values) - 0.4, -0.6)
+    beside = axes.secondary_yaxis("right")
+    beside.set_yticks(range(len(values)), texts)
+    beside.tick_params(length=0)
+    beside.spines["right"].set_visible(False)
+    counts = sorted({len(each) for each in values.values()})
+    count = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
+    handles = [
+        Line2D([], [], color="black", marker="D", markersize=4, linewidth=1.8, label="mean, 95 % interval"),
+        Patch(facecolor="0.75", edgecolor="black", linewidth=0.8, label=f"quartiles, 5th to 95th percentile ({count})"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    return figure
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % t interval of the mean of independent values; the value itself where there is but one.
+
+    >>> [round(end, 3) for end in mean_interval(np.array([1.0, 2.0, 3.0]))]
+    [-0.484, 4.484]
+    """
+    mean = float(values.mean())
+    if len(values) == 1:
+        return mean, mean
+    half = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    return mean - half, mean + half
+
+
+def render_joint_scores(scores: Mapping[str, Sequence[float]], path: str | Path, *, title: str = "") -> None:
+    """Draw as ``draw_joint_scores`` and write it as PNG or SVG."""
+    save_figure(draw_joint_scores(scores, title=title), path)
