@@ -57,13 +57,14 @@ def main(num_shards: int = 500):
                 score_sums={name: torch.rand(len(classes), NUM_NEURONS, dtype=torch.float64) for name in names},
             )
             of_shard = [files[place] for place in shards.places(number)]
-            write_shard(shards.path(number), part, of_shard, (), identity=shards.identity(number))
+            identity, hashes = shards.identity(number), [f"{place:016x}" for place in shards.places(number)]
+            write_shard(shards.path(number), part, of_shard, (), identity=identity, hashes=hashes)
         write_seconds = time.perf_counter() - started
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
         started = time.perf_counter()
         if shards.missing():
             raise SystemExit("a shard is missing")
-        found, _images, _skipped = read_shards(search, shards)
+        found, _images, _hashes, _skipped = read_shards(search, shards)
         merge_seconds = time.perf_counter() - started
     result = {
         **describe_machine(),

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import vitprune
+from vitprune.card import read_card
 from vitprune.cli import main
 from vitprune.evaluation import curve as curve_module
 from vitprune.evaluation.accuracy import Accuracy, drop_bound
@@ -171,7 +172,9 @@ def test_overwriting_spares_what_the_command_does_not_write(saved_vit, image_fol
     assert main([*given, "--seed", "1", "--overwrite"]) == 2
     assert "holds notes.txt, which this command does not write" in capsys.readouterr().err
     (tmp_path / "c" / "notes.txt").unlink()
+    assert "--seed" not in read_card(tmp_path / "c").command
     assert main([*given, "--seed", "1", "--overwrite"]) == 0
+    assert "--seed 1" in read_card(tmp_path / "c").command
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(saved_vit, image_folder, other_images, tmp_path):

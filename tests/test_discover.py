@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import make_vit
 from families import build, example
 
 import vitprune
+from vitprune.data import digest_images, hash_images
 from vitprune.discovery.discover import (
     _FIND_PATHS,
     Discovery,
@@ -183,16 +185,30 @@ def test_a_run_folder_reads_back_as_it_was_written(tiny_vit, image_folder, tmp_p
     images = vitprune.find_images(image_folder, 5)
     batches = vitprune.ImageBatches(images, tiny_vit, batch_size=7)
     found = discover(tiny_vit, batches, method="jas-complete", top_k=2)
-    run = Run(found, images, "somewhere", "/weights.pth", "abc")
+    run = Run(
+        found, images, "somewhere", "/weights.pth", "abc", None, digest_images(hash_images(images)), {"mean": [0.5]}
+    )
     save_run(run, tmp_path / "run")
     again = load_run(tmp_path / "run")
     for name in ("neurons", "joint_scores", "labels", "predictions", "completeness_errors"):
         assert torch.equal(getattr(again.found, name), getattr(found, name))
     assert all(torch.equal(again.found.class_scores[name], found.class_scores[name]) for name in found.ffns)
     assert (again.images, again.model, again.checkpoint) == (images, "somewhere", "/weights.pth")
+    assert (again.images_sha256, again.model_transform) == (run.images_sha256, {"mean": [0.5]})
     save_run(again, tmp_path / "again")
     for file in sorted((tmp_path / "run").iterdir()):
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+def test_a_run_of_an_earlier_version_still_loads(tiny_vit, image_folder, tmp_path):
+    images = vitprune.find_images(image_folder, 5)
+    found = discover(tiny_vit, vitprune.ImageBatches(images, tiny_vit, batch_size=7))
+    save_run(Run(found, images, "somewhere", None, "abc", None, "def", {}), tmp_path / "run")
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    del facts["images_sha256"], facts["model_transform"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(facts))
+    again = load_run(tmp_path / "run")
+    assert (again.images_sha256, again.model_transform) == (None, None)
 
 
 def test_a_folder_that_is_no_run_says_how_to_make_one(tmp_path):

@@ -16,7 +16,7 @@ LAYERS = (
     ("progress", "errors"),
     ("options", "processes"),
     ("files",),
-    ("feed_forward",),
+    ("feed_forward", "card"),
     ("elastic",),
     ("models", "data"),
     ("discovery",),
@@ -36,6 +36,7 @@ ONLY_IN = {
     "torch_pruning": {"pruning"},
     "timm": {"feed_forward", "models", "data", "discovery", "demo"},
     "matplotlib": {"report"},
+    "jinja2": {"report"},
     "rich": {"cli"},
     "jsonargparse": {"cli", "recipe"},
 }

@@ -18,7 +18,7 @@ import vitprune
 from vitprune.cli import main
 from vitprune.discovery.run import RUN_FILES
 from vitprune.discovery.shards import Shards, share, write_shard
-from vitprune.files import held
+from vitprune.files import CARD_FILE, held
 from vitprune.processes import Processes
 
 MORE = ["--batch-size", "2", "--shard-size", "3", "--top-k", "2"]
@@ -47,7 +47,7 @@ def start(program, arguments, **environment):
 
 
 def assert_same_files(got, whole):
-    assert {file.name for file in got.iterdir()} == RUN_FILES
+    assert {file.name for file in got.iterdir()} == RUN_FILES | {CARD_FILE}
     for name in RUN_FILES:
         assert (got / name).read_bytes() == (whole / name).read_bytes(), name
     assert not got.with_name(f"{got.name}.shards").exists()
@@ -167,8 +167,8 @@ def test_a_second_program_on_the_same_output_is_refused(interrupted, saved_vit, 
 def test_shards_of_another_request_are_not_taken(image_folder, tmp_path):
     images = vitprune.find_images(image_folder, 5)
     mine, other = (Shards(tmp_path, {"top_k": k}, images, batch_size=3, batches_per_shard=2) for k in (1, 2))
-    write_shard(mine.path(0), None, [], [], identity=other.identity(0))
-    write_shard(mine.path(1), None, [], [], identity=mine.identity(1))
+    write_shard(mine.path(0), None, [], [], identity=other.identity(0), hashes=[])
+    write_shard(mine.path(1), None, [], [], identity=mine.identity(1), hashes=[])
     mine.path(2).write_bytes(mine.path(1).read_bytes()[:30])
     assert mine.missing() == [0, 2, 3]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -268,6 +269,18 @@ def hash_images(images: ImageSet) -> tuple[str, ...]:
             return ""
 
     return tuple(hash_or_nothing(images.root / name) for name in images.files)
+
+
+def digest_images(hashes: Iterable[str]) -> str:
+    """Return one hash (64 hexadecimal digits) for a collection of images, whatever their names and their order.
+
+    Args:
+        hashes: of their contents, as ``hash_images`` gives them.
+
+    >>> digest_images(["b", "a", ""]) == digest_images(["a", "b"])
+    True
+    """
+    return hashlib.sha256("".join(sorted(set(hashes) - {""})).encode()).hexdigest()
 
 
 def on_device(model: nn.Module, batches: Batches) -> Batches:

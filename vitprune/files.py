@@ -17,6 +17,8 @@ from vitprune.errors import VitpruneError
 
 FORMAT_VERSION = 1
 REQUEST_FILE = "request.json"
+# Every output folder may have one.
+CARD_FILE = "card.json"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -26,7 +28,7 @@ def refuse_existing(path: str | Path, *, overwrite: bool, owned: frozenset[str] 
     Args:
         path: where the output will go.
         overwrite: whether an earlier output may be replaced.
-        owned: for a folder, the names that such an output consists of; None for a file.
+        owned: for a folder, the names that such an output consists of, beside its card; None for a file.
 
     Raises:
         VitpruneError: if ``path`` exists and ``overwrite`` is off, if it holds anything else than ``owned``, if it is a
@@ -46,7 +48,7 @@ def refuse_existing(path: str | Path, *, overwrite: bool, owned: frozenset[str] 
         return
     if not overwrite:
         raise VitpruneError(f"{path} exists; choose another output or add --overwrite")
-    foreign = sorted({entry.name for entry in path.iterdir()} - owned) if owned is not None else []
+    foreign = sorted({entry.name for entry in path.iterdir()} - owned - {CARD_FILE}) if owned is not None else []
     if foreign:
         raise VitpruneError(f"{path} holds {foreign[0]}, which this command does not write; it will not be replaced")
 
@@ -275,7 +277,7 @@ def open_resumable(folder: str | Path, request: Mapping[str, Any], *, owned: fro
     Args:
         folder: made if it does not exist.
         request: everything that its content depends on; JSON values.
-        owned: the names that such a folder consists of.
+        owned: the names that such a folder consists of, beside its card.
         overwrite: start anew where it was made by another request.
 
     Raises:
@@ -289,7 +291,7 @@ def open_resumable(folder: str | Path, request: Mapping[str, Any], *, owned: fro
         if before == wanted:
             # A killed run leaves temporary files behind.
             for entry in folder.glob(".*"):
-                if any(entry.name.startswith(f".{name}.") for name in (*owned, REQUEST_FILE)):
+                if any(entry.name.startswith(f".{name}.") for name in (*owned, REQUEST_FILE, CARD_FILE)):
                     entry.unlink()
             return folder
         changed = sorted(key for key in {**before, **wanted} if before.get(key) != wanted.get(key))

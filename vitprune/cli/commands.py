@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import sys
+import time
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from vitprune.cli import analyze, bench, convert, curve, demo, discover, doctor, elastic, evaluate, export, prune, run
+from vitprune.card import make_card, write_card
+from vitprune.cli import (
+    analyze,
+    bench,
+    convert,
+    curve,
+    demo,
+    discover,
+    doctor,
+    elastic,
+    evaluate,
+    export,
+    prune,
+    report,
+    run,
+)
 from vitprune.cli.terminal import note
 from vitprune.errors import VitpruneError
 from vitprune.processes import count_processes
@@ -33,6 +51,7 @@ COMMANDS = {
     "export": export,
     "bench": bench,
     "doctor": doctor,
+    "report": report,
     "run": run,
 }
 
@@ -93,22 +112,44 @@ def _run_command(command: str, given: dict[str, Any]) -> None:
 
 
 def execute(command: str, given: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]] | None:
-    """Run one command with stdout kept for its result; what libraries print goes to stderr.
+    """Run one command with stdout kept for its result, and leave a card in the folder that it wrote.
 
-    None where another process has the result.
+    What libraries print goes to stderr. None where another process has the result.
     """
+    started = time.perf_counter()
     given = {key: value for key, value in given.items() if key not in ("config", "json")}
     seed = given.get("seed", 0)
     if not 0 <= seed < 2**63:
         raise VitpruneError(f"seed must be in [0, 2^63), got {seed}")
+    # Now, because a command may replace the folder that it was started in.
+    output = Path(given["output"]).absolute() if given.get("output") else None
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            return COMMANDS[command].run(**given)
+            outcome = COMMANDS[command].run(**given)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, named so that torch need not be imported here
             raise
         remedy = "a smaller model" if command == "discover" else "a smaller --batch-size"
         raise VitpruneError(f"out of memory on the device; try {remedy}, or --device cpu") from error
+    if outcome is not None and output is not None and output.is_dir():
+        typed = write_command(command, given)
+        write_card(make_card(typed, given, seconds=time.perf_counter() - started), output)
+    return outcome
+
+
+def write_command(command: str, given: Mapping[str, Any]) -> str:
+    """Return a command as one would type it: what it is about, then every option that differs from its default."""
+    subjects, options = [], []
+    for action in _build_command(command)._actions:
+        value = given.get(action.dest)
+        if value == action.default or value is None:
+            continue
+        values = [] if action.nargs == 0 else value if isinstance(value, list) else [value]
+        if action.option_strings:
+            options += [action.option_strings[-1], *map(str, values)]
+        else:
+            subjects += map(str, values)
+    return shlex.join(["vitprune", command, *subjects, *options])
 
 
 def _run_recipe(recipe: str, dry_run: bool, as_json: bool) -> dict[str, Any]:
@@ -139,11 +180,15 @@ def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     )
     commands = {}
     for name, module in COMMANDS.items():
-        command = ArgumentParser(description=module.SUMMARY, exit_on_error=False)
-        module.add_arguments(command)
-        command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-        if name != "run":
-            command.add_argument("--config", action="config", help="YAML file with any of these options")
-        subcommands.add_subcommand(name, command, help=module.SUMMARY)
-        commands[name] = command
+        commands[name] = _build_command(name)
+        subcommands.add_subcommand(name, commands[name], help=module.SUMMARY)
     return parser, commands
+
+
+def _build_command(name: str) -> ArgumentParser:
+    command = ArgumentParser(description=COMMANDS[name].SUMMARY, exit_on_error=False)
+    COMMANDS[name].add_arguments(command)
+    command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    if name != "run":
+        command.add_argument("--config", action="config", help="YAML file with any of these options")
+    return command

@@ -82,7 +82,7 @@ def _read(
     source, model, checkpoint, data, class_map, classes, method, least_agreement, batch_size, workers, device, output,
     overwrite,
 ):  # fmt: skip
-    from vitprune.data import data_config
+    from vitprune.data import data_config, digest_images, hash_images
     from vitprune.discovery.adopt import LEAST_AGREEMENT, adopt, assign_images, authors_transform, describe_search
     from vitprune.discovery.authors import read_authors
     from vitprune.discovery.run import RUN_FILES, Run, save_run
@@ -120,6 +120,8 @@ def _read(
         checkpoint=None if checkpoint is None else str(Path(checkpoint).resolve()),
         weights_sha256=hash_weights(network),
         transform=transform if differs else None,
+        images_sha256=digest_images(hash_images(assigned.images)),
+        model_transform=data_config(network),
     )
     save_run(converted, output)
     answer = {

@@ -71,7 +71,7 @@ def run(
 ):  # fmt: skip
     import time
 
-    from vitprune.data import describe_class
+    from vitprune.data import describe_class, digest_images
     from vitprune.discovery.discover import class_paths, count_correct, plan_search
     from vitprune.discovery.memory import budget_bytes
     from vitprune.discovery.run import PATHS_FILE, RUN_FILES, Run, save_run
@@ -139,7 +139,7 @@ def run(
                 )
         seconds = time.perf_counter() - started
         num_searched = sum(len(shards.places(number)) for number in missing)
-        found, used, skipped = read_shards(search, shards)
+        found, used, hashes, skipped = read_shards(search, shards)
         if skipped:
             note(f"skipped {len(skipped)} images that cannot be decoded (first: {skipped[0]})")
         run = Run(
@@ -148,6 +148,8 @@ def run(
             model=as_stored(model),
             checkpoint=None if checkpoint is None else str(Path(checkpoint).resolve()),
             weights_sha256=request["weights"],
+            images_sha256=digest_images(hashes),
+            model_transform=request["transform"],
         )
         save_run(run, output)
         shards.remove()

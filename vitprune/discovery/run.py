@@ -27,6 +27,8 @@ class Run:
         checkpoint: absolute path of the weights, or None where the hub or the folder has them.
         weights_sha256: ``hash_weights`` of the model.
         transform: how the images were prepared, in the words of ``data_config``; None: by the model's own transform.
+        images_sha256: ``digest_images`` of the images as they were read; None in runs of earlier versions.
+        model_transform: ``data_config`` of the model, for the record; None in runs of earlier versions.
     """
 
     found: Discovery
@@ -35,6 +37,8 @@ class Run:
     checkpoint: str | None
     weights_sha256: str
     transform: Mapping[str, Any] | None = None
+    images_sha256: str | None = None
+    model_transform: Mapping[str, Any] | None = None
 
 
 def is_run(folder: str | Path) -> bool:
@@ -82,6 +86,8 @@ def save_run(run: Run, folder: str | Path) -> None:
                 "top_k": found.neurons.shape[-1],
                 "class_names": {str(index): name for index, name in images.class_names.items()},
                 **({} if run.transform is None else {"transform": dict(run.transform)}),
+                **({} if run.images_sha256 is None else {"images_sha256": run.images_sha256}),
+                **({} if run.model_transform is None else {"model_transform": dict(run.model_transform)}),
             },
         )
 
@@ -122,7 +128,14 @@ def load_run(folder: str | Path) -> Run:
         {int(index): name for index, name in facts["class_names"].items()},
     )
     return Run(
-        found, images, facts["model"], facts["checkpoint"], facts["weights_sha256"], transform=facts.get("transform")
+        found,
+        images,
+        facts["model"],
+        facts["checkpoint"],
+        facts["weights_sha256"],
+        transform=facts.get("transform"),
+        images_sha256=facts.get("images_sha256"),
+        model_transform=facts.get("model_transform"),
     )
 
 

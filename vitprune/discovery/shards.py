@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from vitprune.data import ImageBatches, ImageSet, ReadBatch, data_config
+from vitprune.data import ImageBatches, ImageSet, ReadBatch, data_config, hash_images
 from vitprune.discovery.discover import Discovery, Part, Search, combine, find_part, set_pace
 from vitprune.errors import VitpruneError
 from vitprune.files import REQUEST_FILE, read_tensors, write_tensors
@@ -97,7 +97,9 @@ class Shards:
                 facts = json.loads((stream.metadata() or {}).get("vitprune", "{}"))
         except (FileNotFoundError, SafetensorError):
             return False
-        return facts.get("identity") == self.identity(number) and not (strict and facts["skipped"])
+        # Earlier versions wrote no hashes.
+        known = "sha256" in facts and facts.get("identity") == self.identity(number)
+        return known and not (strict and facts["skipped"])
 
     def remove(self) -> None:
         """Remove the shards, then the folder if nothing else is in it."""
@@ -155,11 +157,19 @@ def find_shards(
         last = position == len(numbers) - 1
         stretch = _Stretch(reading if last else islice(reading, shards.batches_per_shard))
         part = find_part(model, search, stretch, pace=pace)
-        write_shard(shards.path(number), part, stretch.files, stretch.skipped, identity=identity)
+        # Now, while the files are still in the system's memory.
+        hashes = hash_images(shards.images.at(shards.places(number)).only(stretch.files))
+        write_shard(shards.path(number), part, stretch.files, stretch.skipped, identity=identity, hashes=hashes)
 
 
 def write_shard(
-    path: Path, part: Part | None, files: Sequence[str], skipped: Sequence[tuple[str, str]], *, identity: str
+    path: Path,
+    part: Part | None,
+    files: Sequence[str],
+    skipped: Sequence[tuple[str, str]],
+    *,
+    identity: str,
+    hashes: Sequence[str],
 ) -> None:
     """Write one shard, as a whole or not at all.
 
@@ -169,9 +179,10 @@ def write_shard(
         files: names of the images that could be decoded, in the order of ``part``.
         skipped: the other names, with the reason.
         identity: as ``Shards.identity`` gives it.
+        hashes: of the content of ``files``.
     """
     classes = [] if part is None else part.classes
-    facts = {"identity": identity, "files": files, "skipped": skipped, "classes": classes}
+    facts = {"identity": identity, "files": files, "sha256": hashes, "skipped": skipped, "classes": classes}
     tensors = {}
     if part is not None:
         tensors = {name: getattr(part, name) for name in _TENSORS if getattr(part, name) is not None}
@@ -179,22 +190,25 @@ def write_shard(
     write_tensors(path, tensors, kind="shard", facts=facts)
 
 
-def read_shards(search: Search, shards: Shards) -> tuple[Discovery, ImageSet, list[str]]:
+def read_shards(search: Search, shards: Shards) -> tuple[Discovery, ImageSet, list[str], list[str]]:
     """Put all shards together.
 
     Returns:
-        The discovery, the images that it is of, and the names of images that could not be decoded.
+        The discovery, the images that it is of, their content hashes, and the names of images that could not be
+        decoded.
 
     Raises:
         VitpruneError: if no image could be decoded.
     """
     files: list[str] = []
+    hashes: list[str] = []
     skipped: list[list[str]] = []
 
     def read() -> Iterator[Part]:
         for number in range(len(shards)):
             tensors, facts = read_tensors(shards.path(number), kind="shard")
             files.extend(facts["files"])
+            hashes.extend(facts["sha256"])
             skipped.extend(facts["skipped"])
             if facts["files"]:
                 yield Part(
@@ -211,7 +225,7 @@ def read_shards(search: Search, shards: Shards) -> tuple[Discovery, ImageSet, li
             raise
         name, reason = skipped[0]
         raise VitpruneError(f"{shards.images.root}: no image could be decoded (first: {name}, {reason})") from error
-    return found, shards.images.only(files), [name for name, _reason in skipped]
+    return found, shards.images.only(files), hashes, [name for name, _reason in skipped]
 
 
 def share(numbers: Sequence[int], processes: Processes) -> list[int]:

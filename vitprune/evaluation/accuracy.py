@@ -19,6 +19,23 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
+class Answers:
+    """What a model answers to I images, in the order read; on the CPU.
+
+    Attributes:
+        labels: int64 [I]; class index of each image.
+        predictions: int64 [I]; the class with the highest logit.
+        probabilities: float64 [I]; softmax of the label's class, in [0, 1].
+        among_five: bool [I]; whether the label is among the five highest logits.
+    """
+
+    labels: Tensor
+    predictions: Tensor
+    probabilities: Tensor
+    among_five: Tensor
+
+
+@dataclass(frozen=True)
 class Accuracy:
     """Counts of right answers.
 
@@ -56,7 +73,6 @@ class Comparison:
     p_value: float
 
 
-@torch.inference_mode()
 def evaluate(model: Callable[[Tensor], Tensor], batches: Batches) -> Accuracy:
     """Measure top-1 and top-5 accuracy.
 
@@ -72,26 +88,43 @@ def evaluate(model: Callable[[Tensor], Tensor], batches: Batches) -> Accuracy:
     >>> evaluate(lambda images: images.flatten(1), batches).top1
     0.6666666666666666
     """
+    return count_right(collect_answers(model, batches))
+
+
+@torch.inference_mode()
+def collect_answers(model: Callable[[Tensor], Tensor], batches: Batches) -> Answers:
+    """Ask a model about images and keep what it answers to each.
+
+    Args:
+        model: as for ``evaluate``.
+        batches: as for ``evaluate``.
+
+    Raises:
+        VitpruneError: if there are no images, or the model has no classifier.
+    """
     if isinstance(model, nn.Module) and not has_classifier(model):
         raise VitpruneError("the model has no classifier (num_classes=0), so it has no accuracy")
     if isinstance(model, nn.Module):
         batches = on_device(model, batches)
-    first, among, labels = [], [], []
-    for images, batch_labels in batches:
-        logits, batch_labels = model(images).cpu(), batch_labels.cpu()
+    parts = []
+    for images, labels in batches:
+        logits, labels = model(images).cpu(), labels.cpu()
         ranked = logits.topk(min(5, logits.shape[1])).indices
-        hits = ranked == batch_labels.unsqueeze(1)
-        first.append(hits[:, 0])
-        among.append(hits.any(1))
-        labels.append(batch_labels)
-    if not labels:
+        probabilities = logits.double().softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
+        parts.append((labels, ranked[:, 0], probabilities, (ranked == labels.unsqueeze(1)).any(1)))
+    if not parts:
         raise VitpruneError("no images to evaluate on")
-    correct, label = torch.cat(first), torch.cat(labels)
+    return Answers(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def count_right(answers: Answers) -> Accuracy:
+    """Count right answers, in all and by class."""
+    correct, label = answers.predictions == answers.labels, answers.labels
     interval = binomtest(int(correct.sum()), len(correct)).proportion_ci(CONFIDENCE, method="wilson")
     present = label.unique().tolist()
     return Accuracy(
         top1=correct.double().mean().item(),
-        top5=torch.cat(among).double().mean().item(),
+        top5=answers.among_five.double().mean().item(),
         num_images=len(correct),
         top1_interval=(float(interval.low), float(interval.high)),
         top1_by_class={index: correct[label == index].double().mean().item() for index in present},

@@ -19,6 +19,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from vitprune.card import name_processor
 from vitprune.data import data_config
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.latency import measure_latency, paired_speedup
@@ -316,10 +317,7 @@ def _run_and_report(model: nn.Module, setting: Setting) -> int:
 
 def describe_hardware(backends: Sequence[str] = (), device: str = "cpu") -> dict[str, str]:
     """Return where a bench runs: processor and versions, for its records."""
-    listed = Path("/proc/cpuinfo")
-    lines = listed.read_text().splitlines() if listed.is_file() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    processor = f"{named[0] if named else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    processor = f"{name_processor()}, {os.cpu_count()} cores"
     on_gpu = torch.device(device).type == "cuda" or {"onnxruntime-cuda", "onnxruntime-tensorrt"} & set(backends)
     if on_gpu and torch.cuda.is_available():
         processor = f"{torch.cuda.get_device_name()}; {processor}"

@@ -1,0 +1,244 @@
+"""What a page is put together from: values that a template turns into HTML, one macro for each kind."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from PIL import Image
+
+from vitprune.errors import VitpruneError
+from vitprune.report.table import Table
+from vitprune.report.text import number
+from vitprune.report.thumbnails import Thumbnail, embed
+
+# Pixels: as wide as the page's column of text, at twice the density of a plain screen.
+SCREEN_WIDTH = 1400
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a grid.
+
+    Attributes:
+        text: what it shows.
+        order: what it is sorted by; None goes last.
+        link: id of what it leads to; may be empty.
+        look: names of CSS classes.
+        hint: shown where a pointer rests; may be empty.
+        bar: draws a bar from zero, in [-1, 1]; None draws none.
+        thumbnail: a picture before the text.
+    """
+
+    text: str
+    order: float | str | None = None
+    link: str = ""
+    look: str = ""
+    hint: str = ""
+    bar: float | None = None
+    thumbnail: Thumbnail | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """Heading of a grid.
+
+    Attributes:
+        title: with the unit.
+        numeric: set to the right and sorted by number.
+        sortable: whether a reader can sort by it.
+    """
+
+    title: str
+    numeric: bool = True
+    sortable: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """Row of a grid: its cells, and the id that links to it lead to."""
+
+    cells: tuple[Cell, ...]
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A sortable table.
+
+    Attributes:
+        id: unique on the page.
+        title: above it.
+        columns: headings.
+        rows: in the order shown first.
+        note: below it; may be empty.
+        sorted_by: column that the rows are in order of, and whether descending; None where they are in no order.
+    """
+
+    kind: ClassVar[str] = "grid"
+    id: str
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    note: str = ""
+    sorted_by: tuple[int, bool] | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as an image of its own, so that nothing in it meets the page.
+
+    Attributes:
+        id: unique on the page.
+        uri: data URI.
+        width, height: natural size, CSS pixels.
+        caption: below it; what it shows.
+    """
+
+    kind: ClassVar[str] = "picture"
+    id: str
+    uri: str
+    width: int
+    height: int
+    caption: str
+
+
+@dataclass(frozen=True)
+class Shot:
+    """An image in a gallery.
+
+    Attributes:
+        id: unique on the page; may be empty.
+        group: key of the gallery's groups.
+        title: its class.
+        link: id of what the title leads to; may be empty.
+        change: of the probability of its own class.
+        wrong: when the wrong answer was given, and which.
+        picture: the thumbnail, or why there is none.
+        file: its name.
+    """
+
+    id: str
+    group: str
+    title: str
+    link: str
+    change: str
+    wrong: tuple[str, str]
+    picture: Thumbnail | str
+    file: str
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Images in groups, with a filter.
+
+    Attributes:
+        id: unique on the page.
+        title: above it.
+        groups: key -> what its images have in common.
+        shots: in the order shown.
+        note: what is not shown, and why; may be empty.
+    """
+
+    kind: ClassVar[str] = "gallery"
+    id: str
+    title: str
+    groups: Mapping[str, str]
+    shots: tuple[Shot, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One folder's part of the page.
+
+    Attributes:
+        id: unique on the page.
+        name: in the list of parts; short.
+        eyebrow: what kind of folder it is.
+        title: what it shows.
+        lead: paragraphs.
+        blocks: grids, pictures and galleries.
+        card: id of its card; empty for a part that is of no folder.
+    """
+
+    id: str
+    name: str
+    eyebrow: str
+    title: str
+    lead: tuple[str, ...]
+    blocks: tuple[Grid | Picture | Gallery, ...] = field(default=())
+    card: str = ""
+
+
+def embed_svg(content: str, *, id: str, caption: str) -> Picture:
+    """Make a picture of an SVG file's text.
+
+    Raises:
+        VitpruneError: if it does not say how large it is, as matplotlib's do.
+    """
+    head = content[: content.find(">", content.find("<svg"))]
+    sizes = [re.search(rf'\b{side}="([\d.]+)(pt|px|)"', head) for side in ("width", "height")]
+    if not all(sizes):
+        raise VitpruneError(f"{id}: not an SVG picture with a width and a height")
+    width, height = (round(float(size[1]) * (4 / 3 if size[2] == "pt" else 1)) for size in sizes)
+    return Picture(id, embed(content.encode(), "image/svg+xml"), width, height, caption)
+
+
+def read_svg(path: Path, *, id: str, caption: str, made_by: str) -> Picture:
+    """Make a picture of an SVG file.
+
+    Raises:
+        VitpruneError: if it is not there.
+    """
+    if not path.is_file():
+        raise VitpruneError(f"{path.parent} has no {path.name}; run 'vitprune {made_by}' again")
+    return embed_svg(path.read_text(), id=id, caption=caption)
+
+
+def read_photos(path: Path, *, id: str, caption: str, made_by: str) -> Picture:
+    """Make a picture of a PNG file that shows photos: as JPEG, of a width for screens.
+
+    Raises:
+        VitpruneError: if it is not there.
+    """
+    if not path.is_file():
+        raise VitpruneError(f"{path.parent} has no {path.name}; run 'vitprune {made_by}' again")
+    with Image.open(path) as image:
+        scale = min(1.0, SCREEN_WIDTH / image.width)
+        size = (round(image.width * scale), round(image.height * scale))
+        small = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    small.save(stream, "JPEG", quality=85, optimize=True)
+    return Picture(id, embed(stream.getvalue(), "image/jpeg"), *size, caption)
+
+
+def grid_of(table: Table, *, id: str) -> Grid:
+    """Make a grid of a table: columns of numbers are sorted by number, what is absent goes last."""
+    columns = list(zip(*table.rows, strict=True)) if table.rows else [()] * len(table.columns)
+    numeric = [all(value is None or isinstance(value, int | float) for value in column) for column in columns]
+    headings = tuple(Column(title, is_numeric) for title, is_numeric in zip(table.columns, numeric, strict=True))
+    rows = tuple(Row(tuple(map(_cell_of, row))) for row in table.rows)
+    return Grid(id, table.title, headings, rows, table.note)
+
+
+def _cell_of(value: str | float | int | None) -> Cell:
+    if value is None:
+        return Cell("")
+    return Cell(value, value) if isinstance(value, str) else Cell(number(value), value)
+
+
+def collect_ids(sections: Sequence[Section]) -> list[str]:
+    """Return the id of everything that a link may lead to, of sections and what is in them."""
+    ids = []
+    for section in sections:
+        ids.append(section.id)
+        for block in section.blocks:
+            ids.append(block.id)
+            ids += [row.id for row in getattr(block, "rows", ()) if row.id]
+            ids += [shot.id for shot in getattr(block, "shots", ()) if shot.id]
+    return ids

@@ -1,0 +1,127 @@
+"""One HTML file that shows folders of any kinds: no server, no network, no other file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from vitprune.files import atomic_file
+from vitprune.report.artefacts import Artefact, read_artefacts
+from vitprune.report.blocks import Gallery, Picture, Section
+from vitprune.report.provenance import make_cards
+from vitprune.report.sections.analysis import analysis_section
+from vitprune.report.sections.bench import bench_section
+from vitprune.report.sections.curve import curve_section
+from vitprune.report.sections.evaluation import evaluation_section
+from vitprune.report.sections.links import of_kind
+from vitprune.report.sections.pruned import pruned_section
+from vitprune.report.sections.run import run_section
+from vitprune.report.story import tell_story
+
+# First what pruning cost and brought, then why these neurons.
+_SECTIONS = {
+    "evaluation": evaluation_section,
+    "pruned": pruned_section,
+    "bench": bench_section,
+    "curve": curve_section,
+    "run": run_section,
+    "analysis": analysis_section,
+}
+TEMPLATES = "templates"
+
+
+@dataclass(frozen=True)
+class PageReport:
+    """What was written.
+
+    Attributes:
+        path: the HTML file.
+        size_bytes: of it.
+        artefacts: (kind, name, folder) of what it shows.
+        num_figures: pictures in it, thumbnails aside.
+        num_thumbnails: of images.
+        num_absent: images that it names but that are gone or cannot be decoded.
+    """
+
+    path: Path
+    size_bytes: int
+    artefacts: tuple[tuple[str, str, str], ...]
+    num_figures: int
+    num_thumbnails: int
+    num_absent: int
+
+
+def write_report(folders: Sequence[str | Path], path: str | Path) -> PageReport:
+    """Write one self-contained HTML file about runs, pruned models, evaluations, curves, benches and analyses.
+
+    The same folders give the same bytes.
+
+    Args:
+        folders: in any mixture; the first pruned model is what the summary is about.
+        path: the file to write, all or nothing.
+
+    Raises:
+        VitpruneError: if a folder is of no kind that a report shows, or damaged.
+    """
+    artefacts = read_artefacts(folders)
+    sections = make_sections(artefacts)
+    html = render_page(artefacts, sections)
+    path = Path(path)
+    with atomic_file(path) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+    blocks = [block for section in sections for block in section.blocks]
+    shots = [shot.picture for block in blocks if isinstance(block, Gallery) for shot in block.shots]
+    cells = [cell for block in blocks for row in getattr(block, "rows", ()) for cell in row.cells]
+    return PageReport(
+        path=path,
+        size_bytes=path.stat().st_size,
+        artefacts=tuple((each.kind, each.name, str(each.folder)) for each in artefacts),
+        num_figures=sum(isinstance(block, Picture) for block in blocks),
+        num_thumbnails=sum(not isinstance(shot, str) for shot in shots) + sum(bool(cell.thumbnail) for cell in cells),
+        num_absent=sum(isinstance(shot, str) for shot in shots),
+    )
+
+
+def make_sections(artefacts: Sequence[Artefact]) -> list[Section]:
+    """Tell what each folder holds, kind by kind."""
+    return [make(artefact, artefacts) for kind, make in _SECTIONS.items() for artefact in of_kind(artefacts, kind)]
+
+
+def render_page(artefacts: Sequence[Artefact], sections: Sequence[Section]) -> str:
+    """Return the page's HTML."""
+    environment = Environment(
+        loader=PackageLoader("vitprune.report", TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    own = {name: _read_own(f"report.{name}") for name in ("css", "js")}
+    return environment.get_template("report.html.j2").render(
+        story=tell_story(artefacts),
+        sections=sections,
+        cards=make_cards(artefacts),
+        policy=_write_policy(own),
+        css=Markup(own["css"]),
+        js=Markup(own["js"]),
+    )
+
+
+def _read_own(name: str) -> str:
+    return files("vitprune.report").joinpath(TEMPLATES, name).read_text(encoding="utf-8")
+
+
+def _write_policy(own: Mapping[str, str]) -> str:
+    """Allow this style sheet, this script and embedded pictures; a browser refuses whatever else a page may hold."""
+    hashes = {name: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for name, text in own.items()}
+    return (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{hashes['css']}'; "
+        f"script-src 'sha256-{hashes['js']}'; base-uri 'none'; form-action 'none'"
+    )

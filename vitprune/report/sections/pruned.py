@@ -1,0 +1,91 @@
+"""Of a pruned model: which neurons stayed, and by what decision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vitprune import options
+from vitprune.data import describe_class
+from vitprune.discovery.discover import class_paths
+from vitprune.discovery.run import Run
+from vitprune.report.artefacts import Artefact, PrunedModel
+from vitprune.report.blocks import Cell, Column, Grid, Row, Section
+from vitprune.report.sections.links import card_id, of_kind, part_name
+from vitprune.report.text import percent, plural
+
+
+def pruned_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Section:
+    """Tell which neurons stayed, and by what decision."""
+    content: PrunedModel = artefact.content
+    facts, widths = content.plan.facts, content.plan.widths
+    removed, dense = count_removed(content)
+    lead = [
+        f"{removed:,} of {dense:,} FFN neurons ({percent(removed / dense)}) are removed"
+        + (", by masking: the shapes are those of the dense model." if facts.get("mode") == "mask" else "."),
+        describe_decision(content),
+    ]
+    if content.label_names:
+        kept = ", ".join(map(describe_class, content.label_names[:8]))
+        more = f" and {len(content.label_names) - 8} more" if len(content.label_names) > 8 else ""
+        lead.append(f"It answers {len(content.label_names)} classes only: {kept}{more}.")
+    lead += [_kept_on_paths(content, run) for run in of_kind(artefacts, "run") if same_weights(content, run.content)]
+    rows = tuple(
+        Row(
+            (
+                Cell(name, place),
+                Cell(f"{content.dense_widths[name]:,}", content.dense_widths[name]),
+                Cell(f"{width:,}", width),
+                Cell(percent(width / content.dense_widths[name], 0), width / content.dense_widths[name]),
+            )
+        )
+        for place, (name, width) in enumerate(widths.items())
+    )
+    columns = (Column("FFN"), Column("dense"), Column("kept"), Column("kept share"))
+    grid = Grid(f"{artefact.key}-widths", "Neurons by FFN", columns, rows, sorted_by=(0, False))
+    title = f"{artefact.name}: what was removed"
+    name = part_name(artefact, artefacts, "Neurons removed")
+    return Section(artefact.key, name, "pruned model", title, tuple(lead), (grid,), card_id(artefact))
+
+
+def count_removed(pruned: PrunedModel) -> tuple[int, int]:
+    """Return how many FFN neurons the dense model has more, and how many it has."""
+    dense = sum(pruned.dense_widths.values())
+    return dense - pruned.plan.num_neurons, dense
+
+
+def describe_decision(pruned: PrunedModel) -> str:
+    """Say in a sentence how neurons were chosen and what made up for the others."""
+    facts = pruned.plan.facts
+    known = (
+        ("criterion", options.CRITERIA),
+        ("allocation", options.ALLOCATIONS),
+        ("compensation", options.COMPENSATIONS),
+    )
+    said = [
+        f"{what} {facts[what]} ({choices[facts[what]]})"
+        for what, choices in known
+        if facts.get(what) in choices and facts.get(what) != "none"
+    ]
+    if facts.get("compensation") == "none":
+        said.append("no compensation")
+    return f"Decided by {', '.join(said)}." if said else "The plan does not say how it was decided."
+
+
+def same_weights(pruned: PrunedModel, run: Run) -> bool:
+    """Tell whether a pruned model was made of the weights that a run is of."""
+    return pruned.dense.weights_sha256 == run.weights_sha256
+
+
+def _kept_on_paths(pruned: PrunedModel, run: Artefact) -> str:
+    on_paths = {
+        (name, int(neuron))
+        for path in class_paths(run.content.found).values()
+        for name, of_ffn in zip(run.content.found.ffns, path, strict=True)
+        for neuron in of_ffn
+    }
+    kept = sum(bool(pruned.plan.keep[name][neuron]) for name, neuron in on_paths)
+    removed, dense = count_removed(pruned)
+    return (
+        f"Of the {plural(len(on_paths), 'neuron')} on the class paths of {run.name}, {kept:,} stay "
+        f"({percent(kept / len(on_paths), 0)}; of all neurons {percent(1 - removed / dense, 0)})."
+    )
