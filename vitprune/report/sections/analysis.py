@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from vitprune.report.analysis import analysis_figures, analysis_tables
 from vitprune.report.artefacts import Artefact
-from vitprune.report.blocks import Section, grid_of, read_svg
+from vitprune.report.blocks import Section, grid_of
+from vitprune.report.pictures import read_svg
 from vitprune.report.sections.links import card_id, part_name
 
 
