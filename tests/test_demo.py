@@ -27,11 +27,14 @@ def test_demo_trains_once_and_repeats_its_numbers(tmp_path):
     assert first["top1_agreement"] == 1
     assert "training a small ViT" in first_log
     assert {path.name for path in (tmp_path / "demo").iterdir()} == {
+        "bench",
         "card.json",
         "curve.png",
         "demo.json",
+        "evaluation",
         "pruned",
         "pruned.onnx",
+        "report.html",
         "run",
     }
     again, again_log = demo(tmp_path / "demo", tmp_path / "cache")

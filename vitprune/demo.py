@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,25 +18,33 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from vitprune.data import ImageBatches, ImageSet, find_images
+from vitprune.card import make_card, write_card
+from vitprune.data import ImageBatches, ImageSet, data_config, digest_images, find_images, hash_images
 from vitprune.discovery.discover import Discovery, class_paths, discover
 from vitprune.discovery.run import Run, save_run
-from vitprune.evaluation.accuracy import compare, evaluate
+from vitprune.evaluation.accuracy import collect_answers, compare, count_right
 from vitprune.evaluation.curve import Curve, measure_curve
 from vitprune.evaluation.macs import count_parameters
-from vitprune.export.bench import BenchRow, bench
+from vitprune.evaluation.record import Evaluation, Judged, describe_network, name_classes, save_evaluation
+from vitprune.export.bench import BenchRow, bench, describe_hardware
 from vitprune.export.onnx_file import export_onnx
 from vitprune.files import FORMAT_VERSION, atomic_folder, refuse_existing, write_json
 from vitprune.models import hash_weights, load, save
 from vitprune.progress import Track
+from vitprune.pruning.plan import Plan
 from vitprune.pruning.prune import prune
+from vitprune.report.bench import save_bench
 from vitprune.report.curve import render_curve
+from vitprune.report.page import write_report
 
 RATIOS = (0.5, 0.75, 0.9)
 NUM_TEST_IMAGES = 500
 IMAGES_PER_CLASS = 20
 EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING = 110, 64, 2e-3, 0.05, 0.1
-DEMO_FILES = frozenset({"curve.png", "demo.json", "pruned", "pruned.onnx", "run"})
+# What the report shows, and everything that the demo writes.
+SHOWN = ("pruned", "evaluation", "bench", "run")
+REPORT_FILE = "report.html"
+DEMO_FILES = frozenset({*SHOWN, REPORT_FILE, "curve.png", "demo.json", "pruned.onnx"})
 MODEL_ARGS = {
     "img_size": 8,
     "patch_size": 2,
@@ -70,7 +79,7 @@ class DemoResult:
 
 
 def run_demo(output: str | Path, *, seed: int, track: Track, note: Callable[[str], None]) -> DemoResult:
-    """Train (or take from the cache), discover, prune, evaluate, export and time.
+    """Train (or take from the cache), discover, prune, evaluate, export, time, and write a report of it all.
 
     Args:
         output: folder to write; an earlier demo there is replaced.
@@ -81,6 +90,7 @@ def run_demo(output: str | Path, *, seed: int, track: Track, note: Callable[[str
     Raises:
         VitpruneError: if ``output`` exists and was not written by the demo.
     """
+    started = time.perf_counter()
     refuse_existing(output, overwrite=True, owned=DEMO_FILES)
     cache = Path(platformdirs.user_cache_dir("vitprune"))
     data = _write_digits(cache / "digits")
@@ -93,18 +103,29 @@ def run_demo(output: str | Path, *, seed: int, track: Track, note: Callable[[str
     model = load(model_folder)
     train_images = find_images(data / "train", 10)
     calibration = list(ImageBatches(train_images, model, batch_size=128))
-    evaluation = list(ImageBatches(find_images(data / "test", 10), model, batch_size=128))
+    test_images = find_images(data / "test", 10)
+    evaluation = list(ImageBatches(test_images, model, batch_size=128))
     path_images = find_images(data / "train", 10, images_per_class=IMAGES_PER_CLASS, seed=seed)
     found = discover(model, track(list(ImageBatches(path_images, model, batch_size=20)), "paths"))
     curve = Curve(("jas", "taylor", "obs"), ("uniform",), ("none", "ridge"), step=1.0, seed=seed)
     points = measure_curve(model, calibration, evaluation, curve, ratios=RATIOS, found=found, track=track)
-    dense = evaluate(model, evaluation)
     pruned, plan = prune(model, calibration, seed=seed)
-    after = evaluate(pruned, evaluation)
+    plan = Plan(plan.keep, {**plan.facts, "calibration": _describe_calibration(train_images)})
+    compared = _compare(model, pruned, ImageBatches(test_images, model, batch_size=128), names=(model_folder, output))
+    dense, after = count_right(compared.against.answers), count_right(compared.judged.answers)
     with atomic_folder(output) as folder:
-        run = Run(found, path_images, str(model_folder), None, hash_weights(model))
+        run = Run(
+            found,
+            path_images,
+            str(model_folder),
+            None,
+            hash_weights(model),
+            images_sha256=digest_images(hash_images(path_images)),
+            model_transform=data_config(model),
+        )
         save_run(run, folder / "run")
         save(pruned, folder / "pruned", plan=plan)
+        save_evaluation(compared, folder / "evaluation")
         note("exporting to ONNX and comparing with torch on the test images")
         report = export_onnx(pruned, folder / "pruned.onnx", evaluation)
         rows = bench(
@@ -113,6 +134,7 @@ def run_demo(output: str | Path, *, seed: int, track: Track, note: Callable[[str
             seconds=1.0,
             track=track,
         )
+        save_bench(rows, folder / "bench", hardware=describe_hardware())
         render_curve(points, folder / "curve.png", title="ViT on scanned digits, 500 test images")
         answer = {
             "dense_top1": dense.top1,
@@ -128,7 +150,12 @@ def run_demo(output: str | Path, *, seed: int, track: Track, note: Callable[[str
             "size_bytes": report.size_bytes,
         }
         write_json(folder / "demo.json", {"kind": "demo", "version": FORMAT_VERSION, **answer})
-        files = tuple(sorted(entry.name for entry in folder.iterdir()))
+        card = make_card(f"vitprune demo --seed {seed}", {"seed": seed}, seconds=time.perf_counter() - started)
+        for name in SHOWN:
+            write_card(card, folder / name)
+    note("writing the report")
+    write_report([Path(output) / name for name in SHOWN], Path(output) / REPORT_FILE)
+    files = tuple(sorted(entry.name for entry in Path(output).iterdir()))
     answer = {"output": str(output), "latency": [vars(row) for row in rows], **answer}
     tables = (
         _paths_table(found),
@@ -146,6 +173,33 @@ def run_demo(output: str | Path, *, seed: int, track: Track, note: Callable[[str
         ),
     )
     return DemoResult(str(output), files, str(model_folder), str(data / "test"), answer, tables)
+
+
+def _compare(model: nn.Module, pruned: nn.Module, batches: ImageBatches, *, names: tuple[Path, Path]) -> Evaluation:
+    """Ask the dense and the pruned model about the same images."""
+    images, (dense_folder, output) = batches.images, names
+
+    def judge(network: nn.Module, name: str) -> Judged:
+        answers = collect_answers(network, batches)
+        return Judged(describe_network(network, name), answers, name_classes(network, images, answers))
+
+    return Evaluation(
+        root=images.root,
+        files=images.files,
+        images_sha256=digest_images(hash_images(images)),
+        skipped=(),
+        judged=judge(pruned, str(Path(output).absolute() / "pruned")),
+        against=judge(model, str(dense_folder)),
+    )
+
+
+def _describe_calibration(images: ImageSet) -> dict[str, Any]:
+    return {
+        "data": str(images.root),
+        "files": images.files,
+        "labels": images.labels,
+        "sha256": sorted(set(hash_images(images))),
+    }
 
 
 def _paths_table(found: Discovery):

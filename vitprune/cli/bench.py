@@ -50,8 +50,8 @@ def run(models, checkpoint, backend, precision, batch_size, threads, seconds, de
     from dataclasses import asdict
 
     from vitprune.export.bench import DEFAULT_BACKENDS, bench, describe_hardware
-    from vitprune.files import FORMAT_VERSION, atomic_folder, refuse_existing, write_json
-    from vitprune.report.bench import BENCH_FILES, render_bench, write_bench
+    from vitprune.files import refuse_existing
+    from vitprune.report.bench import BENCH_FILES, save_bench
 
     if output is not None:
         refuse_existing(output, overwrite=overwrite, owned=BENCH_FILES)
@@ -71,11 +71,7 @@ def run(models, checkpoint, backend, precision, batch_size, threads, seconds, de
     hardware = describe_hardware([row.backend for row in rows], device)
     answer = {"rows": [asdict(row) for row in rows], "hardware": hardware}
     if output is not None:
-        with atomic_folder(output) as folder:
-            write_json(folder / "bench.json", {"kind": "bench", "version": FORMAT_VERSION, **answer})
-            write_bench(rows, folder / "bench.csv")
-            for suffix in ("png", "svg"):
-                render_bench(rows, folder / f"bench.{suffix}", title=hardware["processor"])
+        save_bench(rows, output, hardware=hardware)
 
     def show() -> None:
         # What is the same in every row goes into the title: the table shall fit a terminal.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from jsonargparse import ArgumentParser
 
 from vitprune.cli.terminal import note, print_table, track
@@ -23,6 +25,7 @@ def run(output, seed):
         for title, columns, rows in result.tables:
             print_table(title, columns, rows)
         print(f"wrote {result.output}: " + ", ".join(result.files))
+        print(f"look at {Path(result.output) / 'report.html'} in a browser")
         print(f"try next: vitprune discover {result.model} --data {result.data} -o RUN")
 
     return result.answer, show

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -11,10 +11,26 @@ from matplotlib.figure import Figure
 
 from vitprune.errors import VitpruneError
 from vitprune.export.bench import BenchRow
-from vitprune.files import atomic_file
+from vitprune.files import FORMAT_VERSION, atomic_file, atomic_folder, write_json
 from vitprune.report.style import COLOURS, GREY, HATCHES, PAGE, new_figure, save_figure, shorten, styled
 
 BENCH_FILES = frozenset({"bench.csv", "bench.json", "bench.png", "bench.svg"})
+
+
+def save_bench(rows: Sequence[BenchRow], folder: str | Path, *, hardware: Mapping[str, str]) -> None:
+    """Write a bench folder, all or nothing: ``bench.json``, ``bench.csv``, ``bench.png`` and ``bench.svg``.
+
+    Args:
+        rows: of one bench.
+        folder: replaced if it exists.
+        hardware: what they were timed on, as ``describe_hardware`` gives it.
+    """
+    with atomic_folder(folder) as temporary:
+        content = {"rows": list(map(asdict, rows)), "hardware": dict(hardware)}
+        write_json(temporary / "bench.json", {"kind": "bench", "version": FORMAT_VERSION, **content})
+        write_bench(rows, temporary / "bench.csv")
+        for suffix in ("png", "svg"):
+            render_bench(rows, temporary / f"bench.{suffix}", title=hardware["processor"])
 
 
 def write_bench(rows: Sequence[BenchRow], path: str | Path) -> None:

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from PIL import Image
-
-from vitprune.errors import VitpruneError
 from vitprune.report.table import Table
 from vitprune.report.text import number
-from vitprune.report.thumbnails import Thumbnail, embed
-
-# Pixels: as wide as the page's column of text, at twice the density of a plain screen.
-SCREEN_WIDTH = 1400
+from vitprune.report.thumbnails import Thumbnail
 
 
 @dataclass(frozen=True)
@@ -175,48 +166,6 @@ class Section:
     card: str = ""
 
 
-def embed_svg(content: str, *, id: str, caption: str) -> Picture:
-    """Make a picture of an SVG file's text.
-
-    Raises:
-        VitpruneError: if it does not say how large it is, as matplotlib's do.
-    """
-    head = content[: content.find(">", content.find("<svg"))]
-    sizes = [re.search(rf'\b{side}="([\d.]+)(pt|px|)"', head) for side in ("width", "height")]
-    if not all(sizes):
-        raise VitpruneError(f"{id}: not an SVG picture with a width and a height")
-    width, height = (round(float(size[1]) * (4 / 3 if size[2] == "pt" else 1)) for size in sizes)
-    return Picture(id, embed(content.encode(), "image/svg+xml"), width, height, caption)
-
-
-def read_svg(path: Path, *, id: str, caption: str, made_by: str) -> Picture:
-    """Make a picture of an SVG file.
-
-    Raises:
-        VitpruneError: if it is not there.
-    """
-    if not path.is_file():
-        raise VitpruneError(f"{path.parent} has no {path.name}; run 'vitprune {made_by}' again")
-    return embed_svg(path.read_text(), id=id, caption=caption)
-
-
-def read_photos(path: Path, *, id: str, caption: str, made_by: str) -> Picture:
-    """Make a picture of a PNG file that shows photos: as JPEG, of a width for screens.
-
-    Raises:
-        VitpruneError: if it is not there.
-    """
-    if not path.is_file():
-        raise VitpruneError(f"{path.parent} has no {path.name}; run 'vitprune {made_by}' again")
-    with Image.open(path) as image:
-        scale = min(1.0, SCREEN_WIDTH / image.width)
-        size = (round(image.width * scale), round(image.height * scale))
-        small = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    small.save(stream, "JPEG", quality=85, optimize=True)
-    return Picture(id, embed(stream.getvalue(), "image/jpeg"), *size, caption)
-
-
 def grid_of(table: Table, *, id: str) -> Grid:
     """Make a grid of a table: columns of numbers are sorted by number, what is absent goes last."""
     columns = list(zip(*table.rows, strict=True)) if table.rows else [()] * len(table.columns)
@@ -224,6 +173,18 @@ def grid_of(table: Table, *, id: str) -> Grid:
     headings = tuple(Column(title, is_numeric) for title, is_numeric in zip(table.columns, numeric, strict=True))
     rows = tuple(Row(tuple(map(_cell_of, row))) for row in table.rows)
     return Grid(id, table.title, headings, rows, table.note)
+
+
+def without_empty(grid: Grid) -> Grid:
+    """Leave out the columns that show nothing in any row."""
+    kept = [
+        place for place in range(len(grid.columns)) if any(row.cells[place].text for row in grid.rows) or not grid.rows
+    ]
+    rows = tuple(replace(row, cells=tuple(row.cells[place] for place in kept)) for row in grid.rows)
+    sorted_by = None
+    if grid.sorted_by is not None and grid.sorted_by[0] in kept:
+        sorted_by = (kept.index(grid.sorted_by[0]), grid.sorted_by[1])
+    return replace(grid, columns=tuple(grid.columns[place] for place in kept), rows=rows, sorted_by=sorted_by)
 
 
 def _cell_of(value: str | float | int | None) -> Cell:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from vitprune.files import atomic_file
 from vitprune.report.artefacts import Artefact, read_artefacts
 from vitprune.report.blocks import Gallery, Picture, Section
-from vitprune.report.provenance import make_cards
+from vitprune.report.provenance import CardView, make_cards
 from vitprune.report.sections.analysis import analysis_section
 from vitprune.report.sections.bench import bench_section
 from vitprune.report.sections.curve import curve_section
@@ -23,7 +23,7 @@ from vitprune.report.sections.evaluation import evaluation_section
 from vitprune.report.sections.links import of_kind
 from vitprune.report.sections.pruned import pruned_section
 from vitprune.report.sections.run import run_section
-from vitprune.report.story import tell_story
+from vitprune.report.story import Story, tell_story
 
 # First what pruning cost and brought, then why these neurons.
 _SECTIONS = {
@@ -71,8 +71,9 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> PageReport:
         VitpruneError: if a folder is of no kind that a report shows, or damaged.
     """
     artefacts = read_artefacts(folders)
-    sections = make_sections(artefacts)
-    html = render_page(artefacts, sections)
+    story = tell_story(artefacts)
+    sections = [*([story.models] if story.models else []), *make_sections(artefacts)]
+    html = render_page(story, sections, make_cards(artefacts))
     path = Path(path)
     with atomic_file(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
@@ -94,7 +95,7 @@ def make_sections(artefacts: Sequence[Artefact]) -> list[Section]:
     return [make(artefact, artefacts) for kind, make in _SECTIONS.items() for artefact in of_kind(artefacts, kind)]
 
 
-def render_page(artefacts: Sequence[Artefact], sections: Sequence[Section]) -> str:
+def render_page(story: Story, sections: Sequence[Section], cards: Sequence[CardView]) -> str:
     """Return the page's HTML."""
     environment = Environment(
         loader=PackageLoader("vitprune.report", TEMPLATES),
@@ -105,9 +106,9 @@ def render_page(artefacts: Sequence[Artefact], sections: Sequence[Section]) -> s
     )
     own = {name: _read_own(f"report.{name}") for name in ("css", "js")}
     return environment.get_template("report.html.j2").render(
-        story=tell_story(artefacts),
+        story=story,
         sections=sections,
-        cards=make_cards(artefacts),
+        cards=cards,
         policy=_write_policy(own),
         css=Markup(own["css"]),
         js=Markup(own["js"]),

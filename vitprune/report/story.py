@@ -11,10 +11,13 @@ from vitprune.evaluation.record import Evaluation, ModelFacts, flipped
 from vitprune.export.bench import BenchRow
 from vitprune.options import BACKENDS
 from vitprune.report.artefacts import Artefact, PrunedModel
-from vitprune.report.blocks import Cell, Column, Grid, Row, Section
+from vitprune.report.blocks import Cell, Column, Grid, Picture, Row, Section, without_empty
+from vitprune.report.fronts import FrontPoint, draw_front
+from vitprune.report.pictures import embed_figure
 from vitprune.report.sections.links import of_kind
-from vitprune.report.sections.pruned import count_removed
+from vitprune.report.sections.pruned import count_removed, widths_of
 from vitprune.report.text import count, p_value, percent, plural, points, scaled, times
+from vitprune.report.widths import draw_widths
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Story:
         title: the model, and what was done to it.
         sentences: of the summary.
         tiles: numbers.
-        models: all models side by side, where there are several; else None.
+        models: all models side by side, where there are more than two; else None.
     """
 
     title: str
@@ -171,10 +174,11 @@ def _say_accuracy(evaluation: Evaluation) -> str:
         return f"Of {asked} it answers {percent(after.top1)} rightly."
     before = count_right(evaluation.against.answers)
     lost, gained = map(len, flipped(evaluation))
+    test = f"McNemar {p_value(compare(before, after).p_value)}"
+    flips = f"{plural(lost, 'image')} lost, {gained:,} gained ({test})" if lost or gained else "no answer flipped"
     return (
         f"Of {asked} it answers {percent(after.top1)} rightly where {_reference_name(evaluation)} answers "
-        f"{percent(before.top1)}: {plural(lost, 'image')} lost, {gained:,} gained (McNemar "
-        f"{p_value(compare(before, after).p_value)})."
+        f"{percent(before.top1)}: {flips}."
     )
 
 
@@ -240,47 +244,87 @@ def _speed_tile(artefact: Artefact, row: BenchRow) -> Tile:
     return Tile("Speed-up", times(row.speedup), detail, artefact.key)
 
 
-def _models_section(artefacts: Sequence[Artefact]) -> Section | None:
-    """Put every model that was evaluated or pruned in one table, where there are more than two."""
+@dataclass(frozen=True)
+class _Entry:
+    """A model of the report: where it is shown, and what is known of it."""
+
+    name: str
+    model: ModelFacts
+    link: str
+    accuracy: Accuracy | None
+    images_sha256: str | None
+    removed: float | None
+    speed: BenchRow | None
+
+
+def _list_models(artefacts: Sequence[Artefact]) -> list[_Entry]:
+    """Return every model that was evaluated or pruned, once each, the largest first."""
     pruned = {each.content.model.weights_sha256: each for each in of_kind(artefacts, "pruned")}
-    found: dict[str, tuple[ModelFacts, Artefact, Accuracy | None]] = {}
+    dense = {each.content.dense.weights_sha256 for each in pruned.values()}
+    found: dict[str, tuple[ModelFacts, Artefact, Accuracy | None, str | None]] = {}
     for artefact in of_kind(artefacts, "evaluation"):
         for judged in (artefact.content.against, artefact.content.judged):
             if judged is not None:
-                found.setdefault(judged.model.weights_sha256, (judged.model, artefact, count_right(judged.answers)))
+                measured = (count_right(judged.answers), artefact.content.images_sha256)
+                found.setdefault(judged.model.weights_sha256, (judged.model, artefact, *measured))
     for weights, artefact in pruned.items():
-        found.setdefault(weights, (artefact.content.model, artefact, None))
-    if len(found) < 3:
-        return None
-    rows = []
-    for weights, (model, artefact, accuracy) in sorted(found.items(), key=lambda pair: -pair[1][0].macs):
+        found.setdefault(weights, (artefact.content.model, artefact, None, None))
+    entries = []
+    for weights, (model, artefact, accuracy, images) in found.items():
         own = pruned.get(weights)
-        share = 0.0 if weights in {each.content.dense.weights_sha256 for each in pruned.values()} else None
+        removed = 0.0 if weights in dense else None
         if own is not None:
-            removed, dense = count_removed(own.content)
-            share = removed / dense
+            gone, whole = count_removed(own.content)
+            removed = gone / whole
         name = own.name if own is not None else Path(model.name).name
         speed = _find_speed(artefacts, name)
+        link = (own or artefact).key
+        entries.append(_Entry(name, model, link, accuracy, images, removed, None if speed is None else speed[1]))
+    return sorted(entries, key=lambda entry: -entry.model.macs)
+
+
+def _models_section(artefacts: Sequence[Artefact]) -> Section | None:
+    """Put all models side by side, where there are more than two."""
+    entries = _list_models(artefacts)
+    if len(entries) < 3:
+        return None
+    rows = []
+    for entry in entries:
+        model, accuracy, speed = entry.model, entry.accuracy, entry.speed
         rows.append(
             Row(
                 (
-                    Cell(name, name, (own or artefact).key),
+                    Cell(entry.name, entry.name, entry.link),
                     Cell("" if accuracy is None else percent(accuracy.top1), accuracy and accuracy.top1),
                     Cell(_between(accuracy), accuracy and accuracy.top1_interval[0]),
-                    Cell("" if share is None else percent(share, 0), share),
+                    Cell("" if entry.removed is None else percent(entry.removed, 0), entry.removed),
                     Cell("" if model.num_parameters is None else count(model.num_parameters), model.num_parameters),
                     Cell(scaled(model.size_bytes, "B"), model.size_bytes),
                     Cell(count(model.macs), model.macs),
-                    Cell("" if speed is None else times(speed[1].speedup), speed and speed[1].speedup),
+                    Cell("" if speed is None else times(speed.speedup), speed and speed.speedup),
                 )
             )
         )
-    columns = (
-        Column("model", numeric=False),
-        *map(Column, ("top-1", "95 % interval", "neurons removed", "parameters", "size", "MACs", "speed-up")),
-    )
-    grid = Grid("models-table", "Side by side", columns, tuple(rows), sorted_by=(6, True))
-    return Section("models", "Models", "overview", "All models of this report", (), (grid,))
+    titles = ("top-1", "95 % interval", "neurons removed", "parameters", "size", "MACs", "speed-up")
+    columns = (Column("model", numeric=False), *map(Column, titles))
+    measured = [entry for entry in entries if entry.accuracy is not None]
+    same_images = len({entry.images_sha256 for entry in measured}) == 1
+    note = "" if same_images else "Accuracies are of different images: compare them with care."
+    grid = Grid("models-table", "Side by side", columns, tuple(rows), note, sorted_by=(6, True))
+    blocks: list[Grid | Picture] = [without_empty(grid)]
+    if same_images and len(measured) > 2:
+        points_of = [
+            FrontPoint(entry.name, entry.accuracy.top1, *entry.accuracy.top1_interval, entry.model.macs)
+            for entry in measured
+        ]
+        caption = "Top-1 with 95 % intervals against multiply-accumulates; the line: the best to be had."
+        blocks.append(embed_figure(draw_front(points_of, quantity="macs"), id="models-front", caption=caption))
+    pruned = of_kind(artefacts, "pruned")
+    if len(pruned) > 1 and len({tuple(each.content.dense_widths.items()) for each in pruned}) == 1:
+        figure = draw_widths({each.name: widths_of(each.content) for each in pruned})
+        caption = "Neurons kept in the FFN of each block."
+        blocks.append(embed_figure(figure, id="models-widths", caption=caption))
+    return Section("models", "Models", "overview", "All models of this report", (), tuple(blocks))
 
 
 def _between(accuracy: Accuracy | None) -> str:

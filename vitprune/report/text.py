@@ -68,10 +68,10 @@ def duration(seconds: float) -> str:
 def p_value(value: float) -> str:
     """Write a p-value with its sign of comparison.
 
-    >>> p_value(1e-12), p_value(0.0312), p_value(1.0)
-    ('p < 0.001', 'p = 0.031', 'p = 1')
+    >>> [p_value(value).replace(SPACE, " ") for value in (1e-12, 0.0312, 1.0)]
+    ['p < 0.001', 'p = 0.031', 'p = 1']
     """
-    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+    return ("p < 0.001" if value < 0.001 else f"p = {value:.2g}").replace(" ", SPACE)
 
 
 def times(ratio: float) -> str:

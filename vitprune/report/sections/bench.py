@@ -7,7 +7,8 @@ from pathlib import Path
 
 from vitprune.export.bench import BenchRow
 from vitprune.report.artefacts import Artefact, BenchRecord
-from vitprune.report.blocks import Cell, Column, Grid, Row, Section, read_svg
+from vitprune.report.blocks import Cell, Column, Grid, Row, Section, without_empty
+from vitprune.report.pictures import read_svg
 from vitprune.report.sections.links import card_id, part_name
 from vitprune.report.text import scaled, times
 
@@ -70,4 +71,5 @@ def _bench_grid(artefact: Artefact, rows: Sequence[BenchRow]) -> Grid:
     )
     note = "p95: 95th percentile. Ceiling: what fewer multiply-accumulates allow at most (Amdahl)."
     note += f" All: {', '.join(same)}." if same else ""
-    return Grid(f"{artefact.key}-rows", "All timings", columns, tuple(Row(cells_of(row)) for row in rows), note)
+    grid = Grid(f"{artefact.key}-rows", "All timings", columns, tuple(Row(cells_of(row)) for row in rows), note)
+    return without_empty(grid)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from vitprune.evaluation.curve import CurvePoint
 from vitprune.report.artefacts import Artefact, CurveRecord
-from vitprune.report.blocks import Cell, Column, Grid, Row, Section, read_svg
+from vitprune.report.blocks import Cell, Column, Grid, Row, Section
+from vitprune.report.pictures import read_svg
 from vitprune.report.sections.links import card_id, part_name
 from vitprune.report.text import count, p_value, percent, plural, points
 

@@ -10,14 +10,16 @@ from vitprune.discovery.discover import class_paths
 from vitprune.discovery.run import Run
 from vitprune.report.artefacts import Artefact, PrunedModel
 from vitprune.report.blocks import Cell, Column, Grid, Row, Section
+from vitprune.report.pictures import embed_figure
 from vitprune.report.sections.links import card_id, of_kind, part_name
 from vitprune.report.text import percent, plural
+from vitprune.report.widths import draw_widths
 
 
 def pruned_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Section:
     """Tell which neurons stayed, and by what decision."""
     content: PrunedModel = artefact.content
-    facts, widths = content.plan.facts, content.plan.widths
+    facts = content.plan.facts
     removed, dense = count_removed(content)
     lead = [
         f"{removed:,} of {dense:,} FFN neurons ({percent(removed / dense)}) are removed"
@@ -38,13 +40,18 @@ def pruned_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Section
                 Cell(percent(width / content.dense_widths[name], 0), width / content.dense_widths[name]),
             )
         )
-        for place, (name, width) in enumerate(widths.items())
+        for place, (name, width) in enumerate(content.plan.widths.items())
     )
     columns = (Column("FFN"), Column("dense"), Column("kept"), Column("kept share"))
     grid = Grid(f"{artefact.key}-widths", "Neurons by FFN", columns, rows, sorted_by=(0, False))
+    picture = embed_figure(
+        draw_widths({artefact.name: widths_of(content)}),
+        id=f"{artefact.key}-picture",
+        caption="Neurons kept in the FFN of each block; dashed: the dense model.",
+    )
     title = f"{artefact.name}: what was removed"
     name = part_name(artefact, artefacts, "Neurons removed")
-    return Section(artefact.key, name, "pruned model", title, tuple(lead), (grid,), card_id(artefact))
+    return Section(artefact.key, name, "pruned model", title, tuple(lead), (picture, grid), card_id(artefact))
 
 
 def count_removed(pruned: PrunedModel) -> tuple[int, int]:
@@ -53,21 +60,18 @@ def count_removed(pruned: PrunedModel) -> tuple[int, int]:
     return dense - pruned.plan.num_neurons, dense
 
 
+def widths_of(pruned: PrunedModel) -> dict[str, tuple[int, int]]:
+    """Return FFN name -> neurons kept, neurons of the dense model."""
+    return {name: (width, pruned.dense_widths[name]) for name, width in pruned.plan.widths.items()}
+
+
 def describe_decision(pruned: PrunedModel) -> str:
     """Say in a sentence how neurons were chosen and what made up for the others."""
     facts = pruned.plan.facts
-    known = (
-        ("criterion", options.CRITERIA),
-        ("allocation", options.ALLOCATIONS),
-        ("compensation", options.COMPENSATIONS),
-    )
-    said = [
-        f"{what} {facts[what]} ({choices[facts[what]]})"
-        for what, choices in known
-        if facts.get(what) in choices and facts.get(what) != "none"
-    ]
-    if facts.get("compensation") == "none":
-        said.append("no compensation")
+    known = (("criterion", options.CRITERIA), ("allocation", options.ALLOCATIONS))
+    said = [f"{what} {facts[what]} ({choices[facts[what]]})" for what, choices in known if facts.get(what) in choices]
+    if "compensation" in facts:
+        said.append("no compensation" if facts["compensation"] == "none" else f"compensation {facts['compensation']}")
     return f"Decided by {', '.join(said)}." if said else "The plan does not say how it was decided."
 
 

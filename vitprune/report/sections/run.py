@@ -11,17 +11,23 @@ from vitprune.discovery.discover import class_paths, count_correct
 from vitprune.discovery.run import Run
 from vitprune.evaluation.accuracy import count_right
 from vitprune.evaluation.record import Evaluation
+from vitprune.evaluation.utilisation import measure_utilisation
 from vitprune.report.artefacts import Artefact, PrunedModel
-from vitprune.report.blocks import Cell, Column, Grid, Row, Section
+from vitprune.report.blocks import Cell, Column, Grid, Picture, Row, Section
+from vitprune.report.path_picture import MAX_CLASSES, draw_paths
+from vitprune.report.pictures import embed_figure
 from vitprune.report.sections.evaluation import accuracy_by_name
 from vitprune.report.sections.links import card_id, class_id, of_kind, part_name
 from vitprune.report.sections.pruned import same_weights
 from vitprune.report.text import plural, points
 from vitprune.report.thumbnails import Thumbnail, make_thumbnail
+from vitprune.report.utilisation import draw_utilisation
+from vitprune.report.violins import draw_violins
 
 # A thumbnail takes about 6 kB of the page.
 MOST_EXAMPLES = 100
 MOST_SHARED = 15
+MOST_PANELS = 6
 
 
 def run_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Section:
@@ -36,13 +42,68 @@ def run_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Section:
         f"joint attribution score {found.joint_scores.mean():.2f}. "
         f"The model answers {num_right:,} of these images rightly."
     ]
-    grids = [_path_grid(artefact, artefacts)]
+    blocks: list[Grid | Picture] = [_path_grid(artefact, artefacts), *_draw(artefact, artefacts)]
     shared = _shared_grid(artefact, artefacts)
     if shared.rows:
-        grids.append(shared)
+        blocks.append(shared)
     title = f"{artefact.name}: influential neuron paths"
     name = part_name(artefact, artefacts, "Paths")
-    return Section(artefact.key, name, "run", title, tuple(lead), tuple(grids), card_id(artefact))
+    return Section(artefact.key, name, "run", title, tuple(lead), tuple(blocks), card_id(artefact))
+
+
+def _draw(artefact: Artefact, artefacts: Sequence[Artefact]) -> list[Picture]:
+    run: Run = artefact.content
+    found = run.found
+    paths = class_paths(found)
+    chosen, which = _choose_classes(run, artefacts, MAX_CLASSES)
+    pictures = []
+    if len(chosen) > 1:
+        named = {_unique_name(run, index): paths[index].tolist() for index in chosen}
+        pictures.append(
+            embed_figure(
+                draw_paths(found.ffns, named),
+                id=f"{artefact.key}-paths",
+                caption=f"Paths of {which} from block to block; lines meet in neurons that classes share.",
+            )
+        )
+    chosen, which = _choose_classes(run, artefacts, MOST_PANELS)
+    pictures.append(
+        embed_figure(
+            draw_violins(found, {index: describe_class(run.images.class_names[index]) for index in chosen}),
+            id=f"{artefact.key}-violins",
+            caption=f"Neurons on the paths of the images of {which}: rows of points are neurons that images share.",
+        )
+    )
+    used = measure_utilisation(found)
+    figure = draw_utilisation(
+        [row.ffn for row in used],
+        [row.num_neurons for row in used],
+        num_used=[row.num_visited for row in used],
+        effective=[row.effective_neurons for row in used],
+    )
+    caption = f"Neurons that lie on the path of any of {plural(len(found.labels), 'image')}, by block."
+    return [*pictures, embed_figure(figure, id=f"{artefact.key}-utilisation", caption=caption)]
+
+
+def _choose_classes(run: Run, artefacts: Sequence[Artefact], most: int) -> tuple[list[int], str]:
+    """Choose the classes of a picture: all, or those whose accuracy changed most, or with the highest scores."""
+    classes = list(run.found.classes)
+    if len(classes) <= most:
+        return classes, plural(len(classes), "class", "classes")
+    changed = _changes(artefacts)
+    known = [index for index in classes if run.images.class_names[index] in changed]
+    if len(known) >= most:
+        known.sort(key=lambda index: -abs(changed[run.images.class_names[index]][1]))
+        return sorted(known[:most]), f"the {most} classes whose accuracy changed most"
+    scores = {index: run.found.joint_scores[run.found.labels == index].mean().item() for index in classes}
+    return sorted(sorted(classes, key=lambda index: -scores[index])[:most]), f"the {most} classes of the highest scores"
+
+
+def _unique_name(run: Run, index: int) -> str:
+    """Name a class in words, or by its folder where two have the same."""
+    names = [describe_class(name) for name in run.images.class_names.values()]
+    name = describe_class(run.images.class_names[index])
+    return name if names.count(name) == 1 else run.images.class_names[index]
 
 
 def _method(method: str) -> str:
