@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from matplotlib.collections import LineCollection
+from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_rgba
 from matplotlib.patches import PathPatch
 from matplotlib.text import Annotation, Text
@@ -90,11 +90,13 @@ def make_rows():
 
 
 def make_points(count, *, seed=0):
+    """The faster the model, the less accurate, give or take."""
     values = np.random.default_rng(seed)
-    return [
-        FrontPoint(f"model {place}", top1, top1 - 0.02, top1 + 0.02, value, 0.97 * value, 1.03 * value)
-        for place, (top1, value) in enumerate(values.uniform((0.4, 1), (0.9, 3), (count, 2)))
-    ]
+    points = []
+    for place, (value, luck) in enumerate(values.uniform((1, 0), (3, 0.2), (count, 2))):
+        top1 = 0.95 - 0.2 * (value - 1) - luck
+        points.append(FrontPoint(f"model {place}", top1, top1 - 0.02, top1 + 0.02, value, 0.97 * value, 1.03 * value))
+    return points
 
 
 def make_curve_points():
@@ -150,6 +152,26 @@ DRAWN = {
     "curve": lambda: curve.draw_curve(make_curve_points(), title="curve", max_drop=0.1),
     "bench": lambda: bench.draw_bench(make_bench_rows(), title="bench"),
 }
+DRAWN["deviations beyond measure"] = lambda: deviations.draw_deviations(
+    {"cls": {("jas", 0): [-0.5, 0.1], ("jas", 2): [0.3, 900.0]}}
+)
+DRAWN["joint scores of all magnitudes"] = lambda: joint_scores.draw_joint_scores(
+    {"jas": [2.0, 3.0, 2.5], "random": [4e-7, 5e-7]}
+)
+LABELS = {
+    "violins": {"block", "neuron index"},
+    "similarity": {"distance", "cosine similarity"},
+    "similarity of many": {"distance", "cosine similarity", "60 classes, one in 2 is named"},
+    "utilisation": {"block", "share of neurons (%)", "neurons (of 40)"},
+    "deviations": {"change of the probability of the true class (%)"},
+    "joint scores": {"joint attribution score of a path"},
+    "top-K mask": {"K, neurons per FFN that are never masked", "mean probability\nof the true class (%)"},
+    "front": {"speed-up over the dense model (×)", "top-1 accuracy (%)"},
+    "kept width": {"block", "neurons kept"},
+    "paths": {"block"},
+    "curve": {"FFN neurons removed (%)", "top-1 accuracy (%)"},
+    "bench": {"images per second", "speed-up over dense (×)\n95 % interval; dotted: ceiling (Amdahl)"},
+}
 EMPTY = {
     "violins": lambda: violins.draw_violins(make_found(), {}),
     "similarity": lambda: similarity.draw_similarity(np.zeros((0, 0)), np.zeros((0, 4)), names=[]),
@@ -191,10 +213,35 @@ def test_nothing_is_cut_off(figure):
     assert drawn.y1 <= whole.y1 + 0.02
 
 
-def test_axes_that_hold_data_are_named(figure):
-    pictures = any(axes.images and not axes.axison for axes in figure.axes)
-    labels = [axes.get_xlabel() for axes in figure.axes] + [axes.get_ylabel() for axes in figure.axes]
-    assert pictures or sum(map(bool, [*labels, figure.get_supylabel()])) >= 1
+def texts_of(figure):
+    """All texts but those of ticks beyond the axes, which are not drawn."""
+    hidden = set()
+    for axes in [each for main in figure.axes for each in (main, *main.child_axes)]:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+                if not low - 1e-9 <= tick.get_loc() <= high + 1e-9:
+                    hidden |= {tick.label1, tick.label2}
+    return [text for text in figure.findobj(Text) if text.get_visible() and text.get_text() and text not in hidden]
+
+
+def test_no_text_stands_on_another(figure):
+    texts = texts_of(lay_out(figure))
+    boxes = [(text.get_text(), Text.get_window_extent(text).padded(-1)) for text in texts]
+    clashes = [(one, other) for (one, a), (other, b) in combinations(boxes, 2) if a.overlaps(b)]
+    assert not clashes
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_axes_say_what_they_show_and_in_which_unit(name):
+    figure = DRAWN[name]()
+    labels = [
+        label
+        for axes in figure.axes
+        for each in (axes, *axes.child_axes)
+        for label in (each.get_xlabel(), each.get_ylabel())
+    ]
+    assert {*labels, figure.get_supylabel()} - {""} == LABELS[name]
 
 
 @pytest.mark.parametrize("name", DRAWN)
@@ -276,9 +323,7 @@ def test_violins_show_every_neuron_of_every_image_above_its_ffn():
 
 def test_violins_need_five_images():
     figure = violins.draw_violins(make_found(counts=(7, 4, 1)), {0: "a", 1: "b", 2: "c"})
-    num_bodies = [
-        sum(type(each).__name__ == "FillBetweenPolyCollection" for each in a.collections) for a in figure.axes
-    ]
+    num_bodies = [sum(isinstance(each, PolyCollection) for each in a.collections) for a in figure.axes]
     assert num_bodies == [4, 0, 0]
     assert [len(points_of(panel)[0]) for panel in figure.axes] == [7 * 8, 4 * 8, 8]
 
@@ -480,22 +525,31 @@ def test_other_intervals_are_marked_where_they_are_given():
     means = [line.get_xdata()[0] for line in axes.get_lines() if line.get_marker() == "D"]
     assert means == [3.0, 1.0, 1.0]
     assert [list(line.get_xdata()) for line in axes.get_lines() if line.get_linewidth() == 1.8] == [[2.5, 3.5]]
+    with pytest.raises(vitprune.VitpruneError, match="no interval for random"):
+        joint_scores.draw_joint_scores(SCORES, intervals={method: given[method] for method in ("jas", LONG)})
 
 
 @pytest.mark.parametrize(
-    ("scores", "scale"),
+    ("random", "scale"),
     [
-        ({"jas": [2.0, 3.0, 2.5], "random": [0.5, 0.4, 0.45]}, "linear"),
-        ({"jas": [2.0, 3.0, 2.5], "random": [5e-4, 4e-4, 4.5e-4]}, "log"),
-        ({"jas": [2.0, 3.0, 2.5], "random": [-5e-4, 4e-4, 4.5e-4]}, "symlog"),
-        ({"jas": [2.0, 3.0, 2.5], "random": [1e-4, 9e-4, 1e-6]}, "symlog"),  # the interval reaches below zero
-        ({"jas": [0.0, 0.0]}, "linear"),
+        ([0.5, 0.4, 0.45], "linear"),
+        ([5e-4, 4e-4, 4.5e-4], "log"),
+        ([-5e-4, 4e-4, 4.5e-4], "linear"),
+        ([1e-4, 9e-4, 1e-6], "linear"),  # the interval reaches below zero
+        ([0.0, 0.0], "linear"),
     ],
 )
-def test_the_scale_follows_the_spread_of_the_methods(scores, scale):
-    axes = joint_scores.draw_joint_scores(scores).axes[0]
+def test_the_scale_follows_the_spread_of_the_methods(random, scale):
+    axes = joint_scores.draw_joint_scores({"jas": [2.0, 3.0, 2.5], "random": random}).axes[0]
     assert axes.get_xscale() == scale
-    assert ("logarithmic" in axes.get_xlabel()) == (scale != "linear")
+    assert ("logarithmic" in axes.get_xlabel()) == (scale == "log")
+
+
+@pytest.mark.parametrize(("largest", "scale"), [(4.9, "linear"), (80.0, "symlog")])
+def test_a_class_that_grows_without_measure_does_not_hide_the_others(largest, scale):
+    figure = deviations.draw_deviations({"cls": {("jas", 0): [-0.5, -0.1], ("jas", 2): [0.3, 0.2, largest]}})
+    assert [panel.get_xscale() for panel in figure.axes] == ["linear", scale]
+    assert ("logarithmic beyond 100" in figure.axes[1].get_xlabel()) == (scale == "symlog")
 
 
 # Top-K masks
@@ -550,6 +604,7 @@ def test_the_line_is_the_best_accuracy_to_be_had(quantity, scale):
     points = make_points(15)
     line = fronts.draw_front(points, quantity=quantity).axes[0].get_lines()[0]
     x, y = line.get_xdata(), line.get_ydata()
+    assert len(x) > 5 or quantity != "speedup"
     for left, right, height in zip(x[:-1], x[1:], y[1:], strict=True):
         if right > left:
             middle = (left + right) / 2 / scale
@@ -570,7 +625,7 @@ def test_points_of_the_front_are_filled_and_all_are_named():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_names_of_points_do_not_overlap(seed):
-    figure = fronts.draw_front(make_points(14, seed=seed), quantity="speedup")
+    figure = fronts.draw_front(make_points(22, seed=seed), quantity="speedup")
     axes = figure.axes[0]
     lay_out(figure)
     # An annotation's window extent holds its line as well.
@@ -626,6 +681,12 @@ def test_no_two_neurons_of_an_ffn_stand_in_one_place(top_k):
             of.classes == tuple(row for row, path in enumerate(paths) if key[1] in path[key[0]])
             for key, of in nodes.items()
         )
+
+
+def test_a_shared_neuron_stands_in_the_middle_of_its_classes():
+    nodes, rows = path_picture.place_neurons([[[3]], [[5]], [[3]], [[4]], [[3]]], slot=0.2)
+    assert nodes[0, 3].height == rows[2][0]
+    assert nodes[0, 3].classes == (0, 2, 4)
 
 
 @pytest.mark.parametrize("num_ffns", [12, 24])

@@ -52,6 +52,7 @@ _HOME_OF = {
     "Accuracy": "vitprune.evaluation.accuracy",
     "evaluate": "vitprune.evaluation.accuracy",
     "compare": "vitprune.evaluation.accuracy",
+    "find_top_images": "vitprune.evaluation.top_images",
     "count_macs": "vitprune.evaluation.macs",
     "ffn_share": "vitprune.evaluation.macs",
     "export_onnx": "vitprune.export.onnx_file",

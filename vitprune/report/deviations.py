@@ -18,14 +18,16 @@ from vitprune.report.style import (
     method_colours,
     new_figure,
     order_methods,
+    plain_numbers,
     save_figure,
-    spread_scale,
     styled,
 )
 
 FACTORS = {0: "removed", 2: "doubled"}
 # Above this many classes a cloud of points would hide its box.
 MAX_POINTS = 60
+# Percent. One class that the clean model hardly knew may grow a thousandfold: its axis is logarithmic beyond 100.
+EXTREME = 500
 Deviations = Mapping[str, Mapping[tuple[str, float], Sequence[float]]]
 
 
@@ -36,7 +38,7 @@ def draw_deviations(
     """Draw boxes over classes: a row of panels per token scope, one panel for removal and one for doubling.
 
     Boxes reach from the first to the third quartile, whiskers to the last class within 1.5 times that; the line is the
-    median.
+    median. The axis is logarithmic beyond 100 % where a class changes by more than 500 %.
 
     Args:
         deviations: token scope (``cls``, ``patch``, ``all``) -> (method, factor) -> deviation of each class, ratio to
@@ -60,19 +62,22 @@ def draw_deviations(
     factors = [factor for factor in FACTORS if any(key[2] == factor for key in values)]
     scopes = [tokens for tokens in TOKENS if tokens in deviations]
     colours = method_colours(methods)
-    figure = new_figure(PAGE, 0.95 + len(scopes) * (0.4 + 0.24 * len(methods)), title=title)
+    figure = new_figure(PAGE, 1.1 + len(scopes) * (0.4 + 0.24 * len(methods)), title=title)
     panels = figure.subplots(len(scopes), len(factors), sharex="col", sharey=True, squeeze=False)
     for column, factor in enumerate(factors):
-        of_factor = {key: each for key, each in values.items() if key[2] == factor}
-        scale = spread_scale(panels[0, column], of_factor)
+        largest = max(np.abs(each).max() for key, each in values.items() if key[2] == factor)
         for row, tokens in enumerate(scopes):
             panel = panels[row, column]
-            own = {key[1]: each for key, each in of_factor.items() if key[0] == tokens}
-            _draw_boxes(panel, [own.get(method) for method in methods], [colours[method] for method in methods])
+            own = [values.get((tokens, method, factor)) for method in methods]
+            _draw_boxes(panel, own, [colours[method] for method in methods])
             panel.axvline(0, color="black", linewidth=0.8)
             panel.set_title(f"path neurons {FACTORS[factor]}, {TOKENS[tokens]}")
-        unit = "%" if scale == "linear" else "%, logarithmic away from 0"
-        panels[-1, column].set_xlabel(f"change of the {quantity} ({unit})")
+        unit = " (%)"
+        if largest > EXTREME:
+            panels[0, column].set_xscale("symlog", linthresh=100)
+            plain_numbers(panels[0, column])
+            unit = "\n(%, logarithmic beyond 100)"
+        panels[-1, column].set_xlabel(f"change of the {quantity}{unit}")
     panels[0, 0].set_yticks(range(len(methods)), methods)
     panels[0, 0].set_ylim(len(methods) - 0.4, -0.6)
     counts = sorted({len(each) for each in values.values()})

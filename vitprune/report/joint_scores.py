@@ -18,11 +18,14 @@ from vitprune.report.style import (
     method_colours,
     new_figure,
     order_methods,
+    plain_numbers,
     save_figure,
-    spread_scale,
     styled,
     write_number,
 )
+
+# Methods whose medians differ by more need a logarithmic axis.
+MAGNITUDES = 30
 
 
 @styled
@@ -32,7 +35,7 @@ def draw_joint_scores(
     """Draw the joint attribution score by method: the mean with its 95 % interval over a box of all images.
 
     Boxes reach from the first to the third quartile, whiskers from the 5th to the 95th percentile. The axis is
-    logarithmic (linear around zero) where methods differ by orders of magnitude.
+    logarithmic where all values are positive and methods differ by more than a factor of 30.
 
     Args:
         scores: method -> joint score of each image; at least one.
@@ -41,7 +44,7 @@ def draw_joint_scores(
         title: above the picture.
 
     Raises:
-        VitpruneError: if there are none, or one is not finite.
+        VitpruneError: if there are none, one is not finite, or a method has no interval.
     """
     if not scores:
         raise VitpruneError("joint scores: nothing to draw")
@@ -50,9 +53,16 @@ def draw_joint_scores(
     figure = new_figure(MIDDLE, 0.8 + 0.3 * len(values), title=title)
     axes = figure.subplots()
     intervals = {method: mean_interval(each) for method, each in values.items()} if intervals is None else intervals
+    missing = [method for method in values if method not in intervals]
+    if missing:
+        raise VitpruneError(f"joint scores: no interval for {missing[0]}")
     ends = {method: [end for end in (each.low, each.high) if end is not None] for method, each in intervals.items()}
     # An interval may reach below zero where no value does.
-    scale = spread_scale(axes, {method: np.append(each, ends[method]) for method, each in values.items()})
+    reached = [np.append(each, [intervals[method].mean, *ends[method]]) for method, each in values.items()]
+    logarithmic = _spans_magnitudes(reached)
+    if logarithmic:
+        axes.set_xscale("log")
+        plain_numbers(axes)
     texts = []
     for place, (method, each) in enumerate(values.items()):
         axes.boxplot(
@@ -75,11 +85,10 @@ def draw_joint_scores(
             interval = f" [{', '.join(map(write_number, ends[method]))}]"
         axes.plot(mean, place, "D", color="black", markersize=4, markeredgecolor="white", zorder=5)
         texts.append(write_number(mean) + interval)
-    if scale != "log":
+    if not logarithmic:
         axes.axvline(0, color="black", linewidth=0.8)
     axes.grid(axis="x")
-    unit = {"linear": "", "log": " (logarithmic)", "symlog": " (logarithmic away from 0)"}[scale]
-    axes.set_xlabel(f"joint attribution score of a path{unit}")
+    axes.set_xlabel("joint attribution score of a path" + (" (logarithmic)" if logarithmic else ""))
     axes.set_yticks(range(len(values)), values)
     axes.set_ylim(len(values) - 0.4, -0.6)
     beside = axes.secondary_yaxis("right")
@@ -94,6 +103,13 @@ def draw_joint_scores(
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return figure
+
+
+def _spans_magnitudes(groups: Sequence[np.ndarray]) -> bool:
+    if min(group.min() for group in groups) <= 0:
+        return False
+    sizes = [float(np.median(group)) for group in groups]
+    return max(sizes) > MAGNITUDES * min(sizes)
 
 
 def render_joint_scores(

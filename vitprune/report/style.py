@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----")
 # Lightness alone orders it, so that it also reads in grey.
 SEQUENTIAL = "cividis"
-RANDOM = "random"
 STYLE = {
     "font.size": 8,
     "figure.titlesize": 9,
@@ -112,18 +111,17 @@ def method_colours(methods: Sequence[str]) -> dict[str, str]:
     >>> method_colours(["activation", "jas"]) == method_colours(["jas", "activation"])
     True
     """
-    known = [*METHODS, RANDOM]
-    ordered = known + [method for method in dict.fromkeys(methods) if method not in known]
+    ordered = list(dict.fromkeys([*METHODS, *methods]))
     return {method: COLOURS[ordered.index(method) % len(COLOURS)] for method in methods}
 
 
 def order_methods(methods: Sequence[str]) -> list[str]:
-    """Put ways to find paths in the order of the command line's help, random ones and unknown ones last.
+    """Put ways to find paths in the order of the command line's help, unknown ones last.
 
     >>> order_methods(["random", "activation", "jas", "activation"])
     ['jas', 'activation', 'random']
     """
-    known = [*METHODS, RANDOM]
+    known = [*METHODS]
     return sorted(dict.fromkeys(methods), key=lambda method: known.index(method) if method in known else len(known))
 
 
@@ -164,23 +162,6 @@ def label_blocks(axes: Axes, ffns: Sequence[str], *, width: float) -> None:
     axes.set_xlabel("block")
 
 
-def spread_scale(axes: Axes, values: Mapping[str, np.ndarray]) -> str:
-    """Give the x axis a scale on which groups of very different size can all be read, and return its name.
-
-    Linear unless the groups' typical sizes (median of absolute values) lie further apart than 1 to 30; then
-    logarithmic, linear around zero where some values are not positive.
-    """
-    sizes = [float(np.median(np.abs(group))) for group in values.values()]
-    sizes = [size for size in sizes if size > 0]
-    if not sizes or max(sizes) <= 30 * min(sizes):
-        return "linear"
-    if min(group.min() for group in values.values()) > 0:
-        scale = "log"
-        axes.set_xscale("log")
-    else:
-        scale = "symlog"
-        axes.set_xscale("symlog", linthresh=10 ** math.floor(math.log10(min(sizes))))
-        axes.xaxis.get_major_locator().set_params(numticks=7)
-    # Powers would have exponents too small to read.
-    axes.xaxis.set_major_formatter(lambda value, _position: write_number(value))
-    return scale
+def plain_numbers(axes: Axes) -> None:
+    """Write the numbers of a logarithmic x axis out: as powers they would have exponents too small to read."""
+    axes.xaxis.set_major_formatter(lambda value, _position: f"{value:g}".replace("-", "−"))

@@ -58,7 +58,7 @@ def draw_utilisation(
     places = np.arange(len(ffns))
     bars = axes.bar(places, 100 * used / widths, 0.8, color=COLOURS[5], label="distinct neurons on paths")
     [line] = axes.plot(places, 100 * effective / widths, color="black", marker="o", markersize=3)
-    line.set_label("effective number (exp of the entropy)")
+    line.set_label("effective number (by entropy)")
     axes.set_ylabel("share of neurons (%)")
     axes.set_xlim(-0.6, len(ffns) - 0.4)
     axes.set_ylim(bottom=0)
