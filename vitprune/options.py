@@ -80,6 +80,16 @@ TARGETS: Mapping[str, str] = {
     "latency": "ms",
 }
 
+EXPERIMENTS: Mapping[str, str] = {
+    "scores": "joint attribution score of each method's paths",
+    "manipulation": "remove and double the neurons of each image's own path",
+    "halves": "the same with class paths found on the other half of each class's images, and with another class's",
+    "similarity": "how alike the paths of images and classes are, and how many neurons ever lie on one",
+    "top-images": "images of the run that excite the neurons at the end of the class paths most",
+    "transfer": "as manipulation, with the class paths of the run on the images of --data",
+    "topk-mask": "mask all but the top neurons of each class, on the images of --data (slow)",
+}
+
 MODES: Mapping[str, str] = {
     "remove": "smaller linear layers: a smaller, faster model",
     "mask": "same shapes, removed neurons have no effect",

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from vitprune.report.table import Table
+
 SECONDS_BETWEEN_LINES = 20
 
 
@@ -103,3 +105,19 @@ def print_table(
 
 def note(text: str) -> None:
     print(text, file=sys.stderr)
+
+
+def show_table(table: Table) -> None:
+    """Print a table whose cells are text and numbers."""
+    texts = [
+        column for place, column in enumerate(table.columns) if any(isinstance(row[place], str) for row in table.rows)
+    ]
+    print_table(table.title, table.columns, [[show_cell(cell) for cell in row] for row in table.rows], texts=texts)
+    if table.note:
+        print(table.note)
+
+
+def show_cell(cell: str | float | int | None) -> str:
+    if cell is None:
+        return ""
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)

@@ -136,9 +136,21 @@ def check_same_images(runs: Mapping[str, Discovery]) -> None:
             )
 
 
+def answer_undisturbed(
+    model: nn.Module, batches: Batches, name: str, *, folder: str | Path | None = None, track: Track = untracked
+) -> Answers:
+    """Return the undisturbed model's answers, those that ``folder`` keeps under this name where it does."""
+    answers = _read(folder, name)
+    if answers is None:
+        answers = measure_answers(model, track(batches, name))
+        _write(folder, name, answers)
+    return answers
+
+
 def manipulate(
     model: nn.Module,
     batches: Batches,
+    clean: Answers,
     paths: Mapping[str, Tensor],
     *,
     whose: str,
@@ -151,7 +163,8 @@ def manipulate(
 
     Args:
         model: timm Vision Transformer in eval mode.
-        batches: pairs of images and labels; read once for the undisturbed model and once per method.
+        batches: pairs of images and labels; read once per method.
+        clean: the undisturbed model's answers to them, from ``answer_undisturbed``.
         paths: method -> int64 [I, L, K], a path for each image; the first method is compared with the others.
         whose: whose paths these are, as in ``DeviationRow.paths``.
         factors: 0 removes the neurons, 2 doubles them.
@@ -166,7 +179,6 @@ def manipulate(
     Source:
         arXiv:2503.09046, figures of the manipulation experiment; intervals and comparison are ours.
     """
-    clean = _kept(folder, f"{_slug(whose)}-clean", lambda: measure_answers(model, track(batches, "undisturbed")))
     wanted = [(factor, scope) for factor in factors for scope in tokens]
     changed: dict[str, dict[tuple[float, str], Answers]] = {}
     for method, neurons_ILK in paths.items():
@@ -206,14 +218,6 @@ def manipulate(
 
 def _slug(text: str) -> str:
     return text.replace(" ", "-")
-
-
-def _kept(folder: str | Path | None, name: str, measure) -> Answers:
-    answers = _read(folder, name)
-    if answers is None:
-        answers = measure()
-        _write(folder, name, answers)
-    return answers
 
 
 def _read(folder: str | Path | None, name: str) -> Answers | None:

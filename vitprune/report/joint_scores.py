@@ -9,10 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from scipy.stats import t
 
 from vitprune.errors import VitpruneError
-from vitprune.evaluation.accuracy import CONFIDENCE
+from vitprune.evaluation.intervals import Interval, mean_interval
 from vitprune.report.style import (
     MIDDLE,
     check_values,
@@ -27,7 +26,9 @@ from vitprune.report.style import (
 
 
 @styled
-def draw_joint_scores(scores: Mapping[str, Sequence[float]], *, title: str = "") -> Figure:
+def draw_joint_scores(
+    scores: Mapping[str, Sequence[float]], *, intervals: Mapping[str, Interval] | None = None, title: str = ""
+) -> Figure:
     """Draw the joint attribution score by method: the mean with its 95 % interval over a box of all images.
 
     Boxes reach from the first to the third quartile, whiskers from the 5th to the 95th percentile. The axis is
@@ -35,6 +36,8 @@ def draw_joint_scores(scores: Mapping[str, Sequence[float]], *, title: str = "")
 
     Args:
         scores: method -> joint score of each image; at least one.
+        intervals: method -> mean to mark with its interval, such as over classes; None: over the images, as if they
+            were independent.
         title: above the picture.
 
     Raises:
@@ -46,9 +49,10 @@ def draw_joint_scores(scores: Mapping[str, Sequence[float]], *, title: str = "")
     colours = method_colours([*values])
     figure = new_figure(MIDDLE, 0.8 + 0.3 * len(values), title=title)
     axes = figure.subplots()
-    intervals = {method: mean_interval(each) for method, each in values.items()}
+    intervals = {method: mean_interval(each) for method, each in values.items()} if intervals is None else intervals
+    ends = {method: [end for end in (each.low, each.high) if end is not None] for method, each in intervals.items()}
     # An interval may reach below zero where no value does.
-    scale = spread_scale(axes, {method: np.append(each, intervals[method]) for method, each in values.items()})
+    scale = spread_scale(axes, {method: np.append(each, ends[method]) for method, each in values.items()})
     texts = []
     for place, (method, each) in enumerate(values.items()):
         axes.boxplot(
@@ -65,11 +69,12 @@ def draw_joint_scores(scores: Mapping[str, Sequence[float]], *, title: str = "")
             whiskerprops={"linewidth": 0.8},
             capprops={"linewidth": 0.8},
         )
-        low, high = intervals[method]
-        axes.plot([low, high], [place, place], color="black", linewidth=1.8, solid_capstyle="butt", zorder=4)
-        axes.plot(each.mean(), place, "D", color="black", markersize=4, markeredgecolor="white", zorder=5)
-        interval = f" [{write_number(low)}, {write_number(high)}]" if len(each) > 1 else ""
-        texts.append(write_number(each.mean()) + interval)
+        mean, interval = intervals[method].mean, ""
+        if ends[method]:
+            axes.plot(ends[method], [place, place], color="black", linewidth=1.8, solid_capstyle="butt", zorder=4)
+            interval = f" [{', '.join(map(write_number, ends[method]))}]"
+        axes.plot(mean, place, "D", color="black", markersize=4, markeredgecolor="white", zorder=5)
+        texts.append(write_number(mean) + interval)
     if scale != "log":
         axes.axvline(0, color="black", linewidth=0.8)
     axes.grid(axis="x")
@@ -91,19 +96,12 @@ def draw_joint_scores(scores: Mapping[str, Sequence[float]], *, title: str = "")
     return figure
 
 
-def mean_interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % t interval of the mean of independent values; the value itself where there is but one.
-
-    >>> [round(end, 3) for end in mean_interval(np.array([1.0, 2.0, 3.0]))]
-    [-0.484, 4.484]
-    """
-    mean = float(values.mean())
-    if len(values) == 1:
-        return mean, mean
-    half = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-    return mean - half, mean + half
-
-
-def render_joint_scores(scores: Mapping[str, Sequence[float]], path: str | Path, *, title: str = "") -> None:
+def render_joint_scores(
+    scores: Mapping[str, Sequence[float]],
+    path: str | Path,
+    *,
+    intervals: Mapping[str, Interval] | None = None,
+    title: str = "",
+) -> None:
     """Draw as ``draw_joint_scores`` and write it as PNG or SVG."""
-    save_figure(draw_joint_scores(scores, title=title), path)
+    save_figure(draw_joint_scores(scores, intervals=intervals, title=title), path)

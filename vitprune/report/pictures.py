@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import re
 import tempfile
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 from vitprune.errors import VitpruneError
 from vitprune.report.blocks import Picture
 from vitprune.report.style import save_figure
 from vitprune.report.thumbnails import embed
+
+# Pixels: as wide as the page's column of text, at more than the density of a plain screen.
+SCREEN_WIDTH = 1400
 
 
 def embed_svg(content: str, *, id: str, caption: str) -> Picture:
@@ -37,6 +42,23 @@ def read_svg(path: Path, *, id: str, caption: str, made_by: str) -> Picture:
     if not path.is_file():
         raise VitpruneError(f"{path.parent} has no {path.name}; run 'vitprune {made_by}' again")
     return embed_svg(path.read_text(), id=id, caption=caption)
+
+
+def read_photos(path: Path, *, id: str, caption: str, made_by: str) -> Picture:
+    """Make a picture of a PNG file that shows photos: as JPEG, of a width for screens.
+
+    Raises:
+        VitpruneError: if it is not there.
+    """
+    if not path.is_file():
+        raise VitpruneError(f"{path.parent} has no {path.name}; run 'vitprune {made_by}' again")
+    with Image.open(path) as image:
+        scale = min(1.0, SCREEN_WIDTH / image.width)
+        size = (round(image.width * scale), round(image.height * scale))
+        small = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    small.save(stream, "JPEG", quality=85, optimize=True)
+    return Picture(id, embed(stream.getvalue(), "image/jpeg"), *size, caption)
 
 
 def embed_figure(figure: Figure, *, id: str, caption: str) -> Picture:

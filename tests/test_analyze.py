@@ -1,0 +1,140 @@
+"""``vitprune analyze``: the paper's experiments on runs, from the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitprune.cli import main
+from vitprune.discovery.run import load_run
+from vitprune.options import EXPERIMENTS
+from vitprune.report.analysis import analysis_figures
+
+METHODS = ("jas", "activation", "random")
+
+
+@pytest.fixture(scope="module")
+def other_folder(tmp_path_factory, image_folder):
+    """Two other images of each class of ``image_folder``."""
+    root = tmp_path_factory.mktemp("others")
+    generator = np.random.default_rng(1)
+    for index in range(5):
+        (root / f"class{index}").mkdir()
+        for number in range(2):
+            pixels = generator.integers(0, 256, (36, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / f"class{index}" / f"other{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, saved_vit, image_folder):
+    folder = tmp_path_factory.mktemp("runs")
+    for method in METHODS:
+        arguments = ["--data", str(image_folder), "--method", method, "--tokens", "cls", "-o", str(folder / method)]
+        assert main(["discover", str(saved_vit), *arguments]) == 0
+    return [str(folder / method) for method in METHODS]
+
+
+def analyze(capsys, *arguments):
+    code = main(["analyze", *map(str, arguments), "--json"])
+    out, err = capsys.readouterr()
+    return code, json.loads(out) if code == 0 else err
+
+
+def test_every_experiment_and_its_figures(runs, other_folder, tmp_path, capsys):
+    folder = tmp_path / "analysis"
+    arguments = ("--data", other_folder, "--top-k", 1, "--mask-share", 1, "-o", folder)
+    code, answer = analyze(capsys, *runs, *arguments, "--experiments", *EXPERIMENTS)
+    assert code == 0
+    assert answer["experiments"] == list(EXPERIMENTS)
+    assert [row["method"] for row in answer["scores"]] == list(METHODS)
+    for experiment, num_paths in (("manipulation", 1), ("halves", 2), ("transfer", 1)):
+        rows = answer[experiment]
+        assert len(rows) == num_paths * 2 * len(METHODS)
+        assert {row["num_images"] for row in rows} == {10 if experiment == "transfer" else 20}
+    for method, source in zip(METHODS, runs, strict=True):
+        mean = load_run(source).found.joint_scores.view(5, 4).mean().item()
+        score = next(row for row in answer["scores"] if row["method"] == method)
+        assert score["joint_score"]["mean"] == pytest.approx(mean, rel=1e-5)
+    assert set(answer["similarity"]) == set(METHODS)
+    figures = {figure.stem for figure in analysis_figures(answer)}
+    files = {path.name for path in (folder / "figures").iterdir()}
+    assert files == {name for figure in analysis_figures(answer) for name in figure.files}
+    assert {"joint_scores", "deviations_own", "class_similarity_visits", "topk_mask", "top_images_0"} <= figures
+    stored = json.loads((folder / "analysis.json").read_text())
+    assert {key: stored[key] for key in stored if key not in ("kind", "version")} == {
+        key: answer[key] for key in answer if key != "output"
+    }
+
+
+def test_a_repeated_analysis_reads_no_image_again_and_gives_the_same_bytes(runs, tmp_path, capsys, image_folder):
+    def contents(folder):
+        files = (path for path in folder.rglob("*") if path.is_file() and path.name != "card.json")
+        return {path.relative_to(folder): path.read_bytes() for path in files}
+
+    folder = tmp_path / "analysis"
+    arguments = (*runs, "--experiments", "manipulation", "halves", "-o", folder)
+    assert analyze(capsys, *arguments)[0] == 0
+    before = contents(folder)
+    passes = {path.name: path.stat().st_mtime_ns for path in (folder / "passes").iterdir()}
+    assert len(passes) == 1 + len(METHODS) * 2 * 3
+    assert analyze(capsys, *arguments)[0] == 0
+    assert contents(folder) == before
+    assert {path.name: path.stat().st_mtime_ns for path in (folder / "passes").iterdir()} == passes
+    (folder / "passes" / "own-jas-0-cls.safetensors").unlink()
+    assert analyze(capsys, *arguments)[0] == 0
+    assert contents(folder) == before
+
+
+def test_without_an_output_it_prints(runs, capsys):
+    assert main(["analyze", runs[0], "--experiments", "scores", "similarity"]) == 0
+    out, _err = capsys.readouterr()
+    assert "joint attribution score (20 images of 5 classes)" in out
+    assert "share of path neurons" in out
+
+
+def test_the_default_leaves_out_what_cannot_be_done(saved_vit, image_folder, tmp_path, capsys):
+    run = tmp_path / "one"
+    arguments = ["--data", str(image_folder), "--images-per-class", "1", "-o", str(run)]
+    assert main(["discover", str(saved_vit), *arguments]) == 0
+    capsys.readouterr()
+    assert main(["analyze", str(run), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["experiments"] == ["scores", "manipulation", "similarity", "top-images"]
+    assert "left out halves" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--experiments", "transfer"], "pass --data DIR"),
+        (["--experiments", "saliency"], "experiments must be one of scores"),
+        (["--tokens", "dog"], "tokens must be one of cls"),
+        (["--classes", "class1"], "choose among the images of --data"),
+        (["--wordnet", "/nowhere", "--experiments", "similarity"], "/nowhere has no data.noun"),
+    ],
+)
+def test_refusals(arguments, reason, runs, capsys, tmp_path):
+    code, err = analyze(capsys, runs[0], *arguments, "-o", tmp_path / "out")
+    assert code == 2
+    assert reason in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_runs_that_cannot_be_compared_are_refused(runs, saved_vit, image_folder, other_folder, tmp_path, capsys):
+    code, err = analyze(capsys, runs[0], saved_vit)
+    assert (code, "is no run" in err) == (2, True)
+    run = tmp_path / "fewer"
+    main(["discover", str(saved_vit), "--data", str(other_folder), "-o", str(run)])
+    capsys.readouterr()
+    code, err = analyze(capsys, runs[0], run)
+    assert (code, "different images" in err) == (2, True)
+    shutil.copytree(runs[0], tmp_path / "a" / "jas")
+    code, err = analyze(capsys, runs[0], tmp_path / "a" / "jas")
+    assert (code, "differ in method or in folder name" in err) == (2, True)
+    code, err = analyze(capsys, runs[0], "--data", image_folder, "--experiments", "transfer")
+    assert (code, "were calibration images" in err) == (2, True)
