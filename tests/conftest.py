@@ -77,3 +77,11 @@ def saved_vit(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "vit"
     vitprune.save(model, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def shown_folders(saved_vit, tmp_path_factory):
+    """Folders of every kind that a report shows, by name, and the images they are of."""
+    from report_folders import make_folders
+
+    return make_folders(saved_vit, tmp_path_factory.mktemp("shown"))

@@ -195,7 +195,10 @@ def _against_name(evaluation: Evaluation) -> str:
 
 
 def _say_speed(row: BenchRow) -> str:
-    return f"It runs {times(row.speedup)} as fast ({BACKENDS.get(row.backend, row.backend)}, batch {row.batch_size})."
+    where = f"{BACKENDS.get(row.backend, row.backend)}, batch {row.batch_size}"
+    if row.speedup_low <= 1 <= row.speedup_high:
+        return f"No difference in speed was measured ({where})."
+    return f"It runs {times(row.speedup)} as fast ({where})."
 
 
 def _accuracy_tile(artefact: Artefact) -> Tile:

@@ -50,7 +50,7 @@ def _curve_grid(artefact: Artefact, dense: CurvePoint, rows: Sequence[CurvePoint
     names = ("criterion", "allocation", "compensation")
     pruned = [point for point in rows if point is not dense]
     varied = [name for name in names if len({getattr(point, name) for point in pruned}) > 1]
-    same = [str(getattr(pruned[0], name)) for name in names if name not in varied] if pruned else []
+    same = [f"{name} {getattr(pruned[0], name)}" for name in names if name not in varied] if pruned else []
 
     def cells_of(point: CurvePoint) -> tuple[Cell, ...]:
         is_dense = point is dense
@@ -76,5 +76,5 @@ def _curve_grid(artefact: Artefact, dense: CurvePoint, rows: Sequence[CurvePoint
         *map(Column, ("removed", "parameters", "MACs", "top-1", "95 % interval", "change", "at worst", "p")),
     )
     note = "At worst: 95 % bound of the change, paired with the dense model; p: McNemar. "
-    note += f"All by {', '.join(same)}." if same else ""
+    note += f"All: {', '.join(same)}." if same else ""
     return Grid(f"{artefact.key}-points", "All points", columns, tuple(Row(cells_of(point)) for point in rows), note)

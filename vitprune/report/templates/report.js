@@ -65,6 +65,7 @@
         const shown = new Set(folded ? fitting.slice(0, few) : fitting);
         for (const shot of own) shot.hidden = !shown.has(shot);
         more.hidden = shown.size === fitting.length;
+        more.dataset.left = fitting.length - shown.size;
         section.hidden = fitting.length === 0;
         found += fitting.length;
       }
@@ -109,8 +110,9 @@
   window.addEventListener("load", fadeAll);
   fadeAll();
 
-  // Paper shows what is folded on a screen.
+  // Paper shows cards unfolded, and has no edge to scroll to.
   window.addEventListener("beforeprint", () => {
+    for (const box of scrollers) box.classList.remove("cut");
     for (const details of document.querySelectorAll("details.card")) details.open = true;
   });
 })();
