@@ -22,6 +22,10 @@ BENCH = ["backends=[onnxruntime-cpu]", "batch_sizes=[1]", "seconds=0.05"]
 GIVEN = {
     "curve_deit_tiny": ["ratios=[0.25]", "criteria=[magnitude]", "compensations=[none, bias]", "step=1.0"],
     "deit_tiny_half": [*CHEAP, *BENCH],
+    "paper_jas_scores": ["images_per_class=1"],
+    "paper_manipulation": ["images_per_class=2", "quadrature=riemann:2"],
+    "paper_similarity": ["images_per_class=2", "pairs=2"],
+    "paper_topk_mask": ["images_per_class=1", "top_k=[1, 5]", "mask_share=[1.0]"],
     "specialist_10_classes": [*CHEAP, *BENCH],
 }
 

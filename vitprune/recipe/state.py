@@ -118,7 +118,7 @@ class State:
         for position, step in enumerate(self._recipe.steps):
             pending = [str(other + 1) for other in self._find_steps(position) if decisions[other].reason]
             if pending:
-                reason = f"reads what step {' and '.join(pending)} will write"
+                reason = f"reads what step{'s' if len(pending) > 1 else ''} {', '.join(pending)} will write"
                 decisions.append(Decision(None, reason, overwrite=_is_there(step)))
             else:
                 decisions.append(self.decide(position))
