@@ -16,7 +16,8 @@ from families import half_plan
 from safetensors.torch import save_file
 
 import vitprune
-from vitprune.models import build_dense, hash_weights
+from vitprune.discovery.trunk import resolve_scope
+from vitprune.models import build_dense, find_hub_weights, hash_weights
 
 NAME = "vit_tiny_patch16_224"
 
@@ -58,9 +59,9 @@ def test_mae_checkpoint_pools_the_patches(tmp_path):
     assert model.global_pool == "avg"
 
 
-def write_npz(state, path, *, depth=12, leave_out=()):
+def write_npz(state, path, *, depth=12, heads=3, leave_out=()):
     """Write a state dict in google-research's layout, the inverse of what timm reads."""
-    width, heads = state["cls_token"].shape[-1], 3
+    width = state["cls_token"].shape[-1]
     head_dim = width // heads
     arrays = {
         "cls": state["cls_token"],
@@ -93,6 +94,33 @@ def write_npz(state, path, *, depth=12, leave_out=()):
 def test_npz_checkpoint_of_google_research(vit_state, tmp_path):
     write_npz(vit_state, tmp_path / "w.npz")
     assert same(vitprune.load(NAME, checkpoint=tmp_path / "w.npz"), vit_state)
+
+
+def test_npz_checkpoint_of_384_pixels_is_used_at_224_as_the_paper_does(tmp_path):
+    """ViT-B/32 and ViT-L/32 were fine-tuned at 384 pixels; here in the small size of the same family."""
+    state = timm.create_model("vit_small_patch32_384").state_dict()
+    write_npz(state, tmp_path / "w.npz", heads=6)
+    model = vitprune.load("vit_small_patch32_224", checkpoint=tmp_path / "w.npz")
+    assert model.pos_embed.shape == (1, 1 + 7**2, 384)
+    assert torch.equal(model.pos_embed[:, 0], state["pos_embed"][:, 0])
+    assert torch.equal(model.blocks[3].mlp.fc1.weight, state["blocks.3.mlp.fc1.weight"])
+    assert vitprune.data.data_config(model)["input_size"] == [3, 224, 224]
+
+
+def test_the_mae_of_the_paper(tmp_path):
+    """Its file, by names and shapes: of zeros, which take no room."""
+    name = "vit_base_patch16_224.mae"
+    with torch.device("meta"):
+        shapes = timm.create_model(name, num_classes=1000, global_pool="avg").state_dict()
+    state = {key: torch.zeros(1).expand(value.shape) for key, value in shapes.items()}
+    assert "fc_norm.weight" in state
+    torch.save({"model": state}, tmp_path / "mae_finetuned_vit_base.pth")
+    model = vitprune.load(name, checkpoint=tmp_path / "mae_finetuned_vit_base.pth")
+    assert not any(parameter.any() for parameter in model.parameters())
+    assert (model.global_pool, model.num_classes) == ("avg", 1000)
+    assert resolve_scope(model, None) == "patch"
+    config = vitprune.data.data_config(model)
+    assert (config["mean"], config["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 @pytest.mark.parametrize(
@@ -166,6 +194,22 @@ def test_weights_that_the_hub_does_not_give(monkeypatch, tmp_path):
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "could not be fetched from the hub" in result.stderr
     assert "--checkpoint FILE" in result.stderr
+
+
+def test_weights_in_the_cache_of_the_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    name = "deit_tiny_patch16_224"
+    assert find_hub_weights(name) is None
+    cache = tmp_path / f"models--timm--{name}.fb_in1k"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs/main").write_text("abc")
+    file = cache / "snapshots/abc/model.safetensors"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"")
+    assert find_hub_weights(name) == find_hub_weights(f"{name}.fb_in1k") == file
+    assert find_hub_weights(f"hf-hub:timm/{name}.fb_in1k@abc") == file
+    for unknown in (f"{name}.none", "none", "hf-hub:a/b/c", "hf-hub:", f"hf-hub:timm/{name}.fb_in1k@other"):
+        assert find_hub_weights(unknown) is None
 
 
 def test_an_absent_device_is_refused():

@@ -16,9 +16,11 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models import is_model, load_state_dict, model_entrypoint
+from timm.models import get_arch_pretrained_cfgs, is_model, load_state_dict, model_entrypoint
 from timm.models._hub import save_config_for_hf, save_for_hf
 from torch import Tensor, nn
 
@@ -28,6 +30,7 @@ from vitprune.feed_forward import find_feed_forwards
 from vitprune.files import atomic_folder, read_kind
 
 WEIGHTS_FILE, CONFIG_FILE, PLAN_FILE = "model.safetensors", "config.json", "plan.safetensors"
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in timm's order
 FOLDER_FILES = frozenset({WEIGHTS_FILE, CONFIG_FILE, PLAN_FILE})
 
 
@@ -119,6 +122,29 @@ def _fetch(name: str) -> nn.Module:
         ) from error
     finally:
         hub_logging.set_verbosity(verbosity)
+
+
+def find_hub_weights(name: str) -> Path | None:
+    """Return the file in the hub's cache that ``load`` would read for a timm name or ``hf-hub:OWNER/NAME``.
+
+    None where there is no such name, its weights were not fetched yet, or they do not come from the hub.
+    """
+    files: tuple[str, ...] = _HUB_FILES
+    if name.startswith("hf-hub:"):
+        location = name.removeprefix("hf-hub:")
+    else:
+        known = is_model(name.partition(".")[0]) and ("." not in name or name in get_arch_pretrained_cfgs(name))
+        cfg = timm.get_pretrained_cfg(name) if known else None
+        location = cfg.hf_hub_id if cfg is not None else None
+        files = (cfg.hf_hub_filename,) if location and cfg.hf_hub_filename else files
+    if not location:
+        return None
+    repository, _, revision = location.partition("@")
+    try:
+        found = [try_to_load_from_cache(repository, file, revision=revision or None) for file in files]
+    except HFValidationError:  # 'load' tells what is wrong with the name
+        return None
+    return next((Path(path) for path in found if isinstance(path, str)), None)
 
 
 def _load_checkpoint(name: str, path: Path) -> nn.Module:

@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,9 @@ from vitprune.cli import (
     report,
     run,
 )
-from vitprune.cli.terminal import note
 from vitprune.errors import VitpruneError
 from vitprune.processes import count_processes
-from vitprune.recipe import explain_mistake, option_names, read_recipe
+from vitprune.recipe.options import command_line, explain_mistake, option_names
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
 # Each has SUMMARY, add_arguments(parser), and run(**options), which returns the answer for --json and a function
@@ -84,6 +83,9 @@ def _parse(parser: ArgumentParser, commands: dict[str, ArgumentParser], argv: Se
     if not argv:
         parser.print_help()
         raise SystemExit(EXIT_MISTAKE)
+    if argv[0] == "run":
+        # argparse gives all KEY=VALUE to the first place where some may stand: flags go behind them.
+        argv[1:] = sorted(argv[1:], key=lambda word: word.startswith("-"))
     try:
         return parser.parse_args(argv)
     except UnicodeDecodeError as error:
@@ -99,7 +101,10 @@ def _run_command(command: str, given: dict[str, Any]) -> None:
     if command != "discover" and count_processes() > 1:
         raise VitpruneError(f"'{command}' runs on one process; only 'discover' shares its images with others")
     if command == "run":
-        answer = _run_recipe(**given, as_json=as_json)
+        _parser, commands = build_parser()
+        del commands["run"]
+        summaries = {name: COMMANDS[name].SUMMARY for name in commands}
+        answer = run.run_recipe(**given, as_json=as_json, commands=commands, summaries=summaries, execute=execute)
     else:
         outcome = execute(command, given)
         if outcome is None:
@@ -132,41 +137,9 @@ def execute(command: str, given: dict[str, Any]) -> tuple[dict[str, Any], Callab
         remedy = "a smaller model" if command == "discover" else "a smaller --batch-size"
         raise VitpruneError(f"out of memory on the device; try {remedy}, or --device cpu") from error
     if outcome is not None and output is not None and output.is_dir():
-        typed = write_command(command, given)
+        typed = shlex.join(command_line(_build_command(command), command, given))
         write_card(make_card(typed, given, seconds=time.perf_counter() - started), output)
     return outcome
-
-
-def write_command(command: str, given: Mapping[str, Any]) -> str:
-    """Return a command as one would type it: what it is about, then every option that differs from its default."""
-    subjects, options = [], []
-    for action in _build_command(command)._actions:
-        value = given.get(action.dest)
-        if value == action.default or value is None:
-            continue
-        values = [] if action.nargs == 0 else value if isinstance(value, list) else [value]
-        if action.option_strings:
-            options += [action.option_strings[-1], *map(str, values)]
-        else:
-            subjects += map(str, values)
-    return shlex.join(["vitprune", command, *subjects, *options])
-
-
-def _run_recipe(recipe: str, dry_run: bool, as_json: bool) -> dict[str, Any]:
-    _parser, commands = build_parser()
-    steps = read_recipe(recipe, {name: parser for name, parser in commands.items() if name != "run"})
-    answers = []
-    for position, (command, options_given) in enumerate(steps, 1):
-        given = options_given.as_dict()
-        shown = " ".join(f"{key}={value}" for key, value in given.items() if value not in (None, False))
-        note(f"{position}/{len(steps)} {command} {shown}")
-        if dry_run:
-            continue
-        answer, show = execute(command, given)
-        answers.append(answer)
-        if not as_json:
-            show()
-    return {"recipe": recipe, "steps": [command for command, _given in steps], "answers": answers}
 
 
 def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:

@@ -1,0 +1,1 @@
+"""Recipes: whole experiments as data, a YAML list of commands with their options."""
