@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from safetensors import safe_open
 from warm_vitprune import CLIENT, Program
 
 import vitprune
+from vitprune import options
 from vitprune.cli.commands import COMMANDS, build_parser
 from vitprune.discovery.discover import plan_search
 from vitprune.discovery.shards import Shards, find_shards
@@ -34,8 +36,9 @@ FIRST = "quickstart.md"
 EXECUTED = {"bash", "console", "python", "yaml", "json"}
 # What the site's own extension or Sphinx makes of a block; none of these shows code.
 DIRECTIVES = {"{toctree}", "{image}", "{command-list}", "{command-options}", "{choices}", "{keys}"}
-# tench, English springer, church, parachute
+# tench, English springer, church, parachute; and what a user's own folders may be called
 CLASSES = ("n01440764", "n02102040", "n03028079", "n03888257")
+OWN_CLASSES = ("fish", "dog", "cat", "bird")
 SECONDS_PER_BLOCK = 600
 
 
@@ -110,8 +113,9 @@ def prepared(tmp_path_factory):
     """The files that pages take for granted, each a real photo or real weights, few enough to be quick."""
     folder = tmp_path_factory.mktemp("prepared")
     for split, count in (("train", 2), ("val", 1)):
-        for name in CLASSES:
+        for name, own_name in zip(CLASSES, OWN_CLASSES, strict=True):
             link_images(shared(f"data/imagenette/{split}/{name}"), folder / "imagenette" / split / name, count)
+            link_images(shared(f"data/imagenette/{split}/{name}"), folder / "photos" / split / own_name, count)
     for name, source, count in (("calibration", "imagenet-train-1000", 12), ("val", "nips17-1000", 10)):
         classes = sorted(path for path in shared(f"data/{source}").iterdir() if path.is_dir())
         for path in classes[:: len(classes) // count][:count]:
@@ -278,6 +282,8 @@ def test_the_reference_names_everything_public():
     documented = re.findall(r"^\.\. auto(?:function|class|exception):: (\w+)$", text, re.M)
     assert sorted(set(documented) & set(vitprune.__all__)) == vitprune.__all__
     assert len(set(documented)) == len(documented)
+    choices = {name for name, value in vars(options).items() if name.isupper() and isinstance(value, Mapping)}
+    assert choices == set(re.findall(r"^\.\. choices:: (\w+)$", text, re.M))
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
