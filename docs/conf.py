@@ -13,7 +13,11 @@ exclude_patterns = ["_build"]
 nitpicky = True
 # The libraries' own pages are elsewhere, and building needs no network.
 nitpick_ignore_regex = [("py:.*", r"(torch|collections|pathlib|typing|numpy|onnxruntime)\..*")]
-nitpick_ignore = [("py:class", "vitprune.pruning.blocks.BlockCall")]  # handed on, not for callers to make
+# Handed on, not for callers to make.
+nitpick_ignore = [
+    ("py:class", "vitprune.pruning.blocks.BlockCall"),
+    ("py:class", "vitprune.pruning.schedule.Schedule"),
+]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 

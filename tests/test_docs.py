@@ -248,6 +248,8 @@ def read_keys(path: Path, part: str | None) -> set[str]:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as stream:
             return set(stream.keys()) if part == "tensors" else set(json.loads(stream.metadata()["vitprune"]))
+    if path.suffix == ".jsonl":
+        return set(json.loads(path.read_text().splitlines()[0]))
     content = json.loads(path.read_text())
     for step in part.split("/") if part else ():
         content = content[int(step) if isinstance(content, list) else step]
