@@ -7,6 +7,7 @@ from pathlib import Path
 from conftest import run_demo
 
 import vitprune
+from vitprune.demo import DEMO_FILES
 
 DETERMINISTIC = ("dense_top1", "pruned_top1", "curve", "mean_joint_score", "num_parameters")
 
