@@ -23,18 +23,7 @@ def test_the_demo_trains_once_and_repeats_its_numbers(demo):
 
 
 def test_the_demo_leaves_everything_behind(demo):
-    names = {
-        "bench",
-        "card.json",
-        "curve.png",
-        "demo.json",
-        "evaluation",
-        "pruned",
-        "pruned.onnx",
-        "report.html",
-        "run",
-    }
-    assert {path.name for path in demo.folder.iterdir()} == names
+    assert {path.name for path in demo.folder.iterdir()} == DEMO_FILES | {"card.json"}
     run = vitprune.load_run(demo.folder / "run")
     assert Path(run.model).is_dir()
     assert [sum(run.found.labels == digit) for digit in range(10)] == [20] * 10
