@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from vitprune.cli import main
-from vitprune.report.style import new_figure, save_figure
 
 CLASSES = ("<img src=x onerror=document.title='broken'>", "<script>document.title='broken'", 'a & "b"', "d'e", "plain")
 NUM_PER_CLASS = 6
@@ -25,28 +23,10 @@ def make_images(root: Path, *, seed: int) -> Path:
     return root
 
 
-def make_analysis(folder: Path) -> Path:
-    """Stand in for what the command writes: a table and a figure."""
-    folder.mkdir()
-    figure = new_figure(3, 2)
-    figure.subplots().plot([1, 3, 2])
-    save_figure(figure, folder / "deviation.svg")
-    table = {
-        "title": "Deviation",
-        "columns": ["method", "mean"],
-        "rows": [["jas", 0.25], ["random", None]],
-        "note": "n",
-    }
-    figures = [{"stem": "deviation", "caption": "Deviation by <method>"}]
-    content = {"kind": "analysis", "version": 1, "tables": [table], "figures": figures}
-    (folder / "analysis.json").write_text(json.dumps(content))
-    return folder
-
-
 def make_folders(saved_vit: Path, root: Path) -> dict[str, Path]:
     """Run every command that writes a folder for reports."""
     train, val = make_images(root / "train", seed=0), make_images(root / "val", seed=1)
-    made = {name: root / name for name in ("run", "pruned", "evaluation", "curve", "bench", "alone")}
+    made = {name: root / name for name in ("run", "pruned", "evaluation", "curve", "bench", "alone", "analysis")}
     ways = ["--criteria", "magnitude", "variance", "--compensations", "none", "--step", "1"]
     commands = (
         ["discover", saved_vit, "--data", train, "-o", made["run"]],
@@ -55,7 +35,8 @@ def make_folders(saved_vit: Path, root: Path) -> dict[str, Path]:
         ["evaluate", saved_vit, "--data", val, "-o", made["alone"]],
         ["curve", made["run"], "--eval-data", val, "--ratios", "0.25", "0.5", *ways, "-o", made["curve"]],
         ["bench", made["pruned"], "--batch-size", "1", "2", "--seconds", "0.05", "-o", made["bench"]],
+        ["analyze", made["run"], "--experiments", "scores", "similarity", "top-images", "-o", made["analysis"]],
     )
     for command in commands:
         assert main([str(word) for word in command]) == 0
-    return {**made, "analysis": make_analysis(root / "analysis"), "train": train, "val": val}
+    return {**made, "train": train, "val": val}

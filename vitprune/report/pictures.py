@@ -12,11 +12,12 @@ from PIL import Image
 
 from vitprune.errors import VitpruneError
 from vitprune.report.blocks import Picture
-from vitprune.report.style import save_figure
+from vitprune.report.style import DOTS_PER_INCH, save_figure
 from vitprune.report.thumbnails import embed
 
 # Pixels: as wide as the page's column of text, at more than the density of a plain screen.
 SCREEN_WIDTH = 1400
+CSS_PIXELS_PER_INCH = 96
 
 
 def embed_svg(content: str, *, id: str, caption: str) -> Picture:
@@ -29,7 +30,7 @@ def embed_svg(content: str, *, id: str, caption: str) -> Picture:
     sizes = [re.search(rf'\b{side}="([\d.]+)(pt|px|)"', head) for side in ("width", "height")]
     if not all(sizes):
         raise VitpruneError(f"{id}: not an SVG picture with a width and a height")
-    width, height = (round(float(size[1]) * (4 / 3 if size[2] == "pt" else 1)) for size in sizes)
+    width, height = (round(float(size[1]) * (CSS_PIXELS_PER_INCH / 72 if size[2] == "pt" else 1)) for size in sizes)
     return Picture(id, embed(content.encode(), "image/svg+xml"), width, height, caption)
 
 
@@ -53,12 +54,14 @@ def read_photos(path: Path, *, id: str, caption: str, made_by: str) -> Picture:
     if not path.is_file():
         raise VitpruneError(f"{path.parent} has no {path.name}; run 'vitprune {made_by}' again")
     with Image.open(path) as image:
-        scale = min(1.0, SCREEN_WIDTH / image.width)
+        scale, printed = min(1.0, SCREEN_WIDTH / image.width), image.size
         size = (round(image.width * scale), round(image.height * scale))
         small = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     small.save(stream, "JPEG", quality=85, optimize=True)
-    return Picture(id, embed(stream.getvalue(), "image/jpeg"), *size, caption)
+    # As large as it is printed, whatever its pixels.
+    shown = tuple(round(side * CSS_PIXELS_PER_INCH / DOTS_PER_INCH) for side in printed)
+    return Picture(id, embed(stream.getvalue(), "image/jpeg"), *shown, caption)
 
 
 def embed_figure(figure: Figure, *, id: str, caption: str) -> Picture:

@@ -202,8 +202,15 @@ def _describe_bench(bench: BenchRecord) -> list[Fact]:
 
 
 def _describe_analysis(content: Mapping[str, Any]) -> list[Fact]:
-    plain = {key: value for key, value in content.items() if isinstance(value, str | int | float)}
-    return [Fact(key.replace("_", " "), str(value)) for key, value in plain.items() if key not in ("kind", "version")]
+    facts = [
+        Fact("model", content["architecture"]),
+        Fact("model: SHA-256 of the weights", content["weights_sha256"], code=True),
+        Fact("experiments", ", ".join(content["experiments"])),
+    ]
+    for run in content["runs"]:
+        how = f"{run['method']}, tokens {run['tokens']}, quadrature {run['quadrature']}, top {run['top_k']}"
+        facts.append(Fact("run", f"{run['source']}: {how}; {plural(run['num_images'], 'image')}"))
+    return facts
 
 
 _DESCRIBE = {
