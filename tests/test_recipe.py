@@ -277,6 +277,8 @@ def test_an_output_that_was_edited_or_removed_is_made_again(place, capsys):
 def test_other_options_replace_what_depends_on_them(place, capsys):
     answer(capsys)
     made = files(place / "out")
+    flags_first = run("run", "--dry-run", "r.yaml", "--json", "ratio=0.25", capsys=capsys)
+    assert flags_first["keys"]["ratio"] == 0.25
     assert reasons(capsys, "ratio=0.25") == ["", "other ratio", "", "reads what step 2 will write"]
     changed = answer(capsys, "ratio=0.25")
     assert changed["cached"] == [True, False, True, False]
