@@ -35,7 +35,7 @@ PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 FIRST = "quickstart.md"
 EXECUTED = {"bash", "console", "python", "yaml", "json"}
 # What the site's own extension or Sphinx makes of a block; none of these shows code.
-DIRECTIVES = {"{toctree}", "{image}", "{command-list}", "{command-options}", "{choices}", "{keys}"}
+DIRECTIVES = {"{toctree}", "{image}", "{command-list}", "{command-options}", "{choices}", "{recipe}", "{keys}"}
 # tench, English springer, church, parachute; and what a user's own folders may be called
 CLASSES = ("n01440764", "n02102040", "n03028079", "n03888257")
 OWN_CLASSES = ("fish", "dog", "cat", "bird")
@@ -62,8 +62,8 @@ def blocks_of(path: Path) -> list[Block]:
 
 
 @pytest.fixture(scope="module")
-def address(request, tmp_path_factory):
-    """The socket of a process that runs commands as a user without a network would, with DeiT-Tiny in the cache."""
+def environment(request, tmp_path_factory):
+    """The environment of a user without a network, whose cache holds DeiT-Tiny and the demo's model."""
     weights = shared("weights/deit_tiny_patch16_224.safetensors")
     cache = request.getfixturevalue("demo").cache  # which takes a minute, so it comes after the reason to skip
     hub = tmp_path_factory.mktemp("hub")
@@ -72,8 +72,13 @@ def address(request, tmp_path_factory):
     (repository / "refs" / "main").write_text("local")
     (repository / "snapshots" / "local").mkdir(parents=True)
     (repository / "snapshots" / "local" / "model.safetensors").symlink_to(weights)
-    environment = {**os.environ, "HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    environment |= {"XDG_CACHE_HOME": str(cache), "HOME": str(cache)}
+    offline = {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **offline, "XDG_CACHE_HOME": str(cache), "HOME": str(cache)}
+
+
+@pytest.fixture(scope="module")
+def address(environment):
+    """The socket of a process that runs commands."""
     with tempfile.TemporaryDirectory() as folder:  # a socket's name must be short
         address = f"{folder}/socket"
         command = [sys.executable, Path(__file__).with_name("warm_vitprune.py"), address]
@@ -84,19 +89,18 @@ def address(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def shell(address, tmp_path_factory):
+def shell(address, environment, tmp_path_factory):
     """Run a text in bash, where ``vitprune`` and ``python`` are found."""
     programs = tmp_path_factory.mktemp("bin")
     (programs / "vitprune").write_text(CLIENT.format(python=sys.executable, address=address))
     (programs / "vitprune").chmod(0o755)
     path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
 
     def run(text: str, folder: Path) -> tuple[int, str]:
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", text],
             cwd=folder,
-            env=environment,
+            env={**environment, "PATH": path},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -266,6 +270,11 @@ def test_every_command_has_a_page_with_its_options():
     for name in COMMANDS:
         blocks = blocks_of(DOCS / "commands" / f"{name}.md")
         assert [block.arguments for block in blocks if block.language == "{command-options}"] == [(name,)]
+
+
+def test_every_recipe_is_on_its_page():
+    shown = [block.arguments[0] for block in blocks_of(DOCS / "recipes.md") if block.language == "{recipe}"]
+    assert sorted(shown) == sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 
 
 def test_the_readme_shows_the_quick_start_and_commands_that_exist():

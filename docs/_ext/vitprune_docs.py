@@ -3,6 +3,7 @@
 - ``command-options`` shows every option of a command, read from its parser.
 - ``command-list`` shows what every command is for.
 - ``choices`` shows what can be chosen, read from a mapping of ``vitprune.options``.
+- ``recipe`` shows the header and the keys of a recipe of the repository.
 - ``keys`` shows what a file holds; the tests compare its keys with the file that a page's commands write.
 - Formulas become MathML, which browsers draw without scripts, fonts or network.
 - In docstrings, ``arXiv:2503.09046`` and literals that name something public become links.
@@ -13,6 +14,8 @@ from __future__ import annotations
 import re
 from argparse import Action
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from textwrap import dedent, indent
 
 from docutils import nodes
 from latex2mathml.converter import convert
@@ -23,6 +26,7 @@ import vitprune
 from vitprune import options
 from vitprune.cli.commands import COMMANDS, build_parser
 
+ROOT = Path(__file__).resolve().parents[2]
 _LINKED = {
     **{name: f"vitprune.{name}" for name in vitprune.__all__},
     **{name: f"vitprune.options.{name}" for name in vars(options) if name.isupper()},
@@ -45,10 +49,7 @@ class CommandOptions(SphinxDirective):
         needed.sort(key=lambda action: bool(action.option_strings))
         usage = " ".join(["vitprune", name, *map(_as_typed, needed), "[options]"])
         block = nodes.literal_block(usage, usage, language="text")
-        items = [_describe(action) for action in actions]
-        for item in items:
-            item.line = self.lineno  # Sphinx counts from it
-        return [block, nodes.definition_list("", *items, classes=["options"])]
+        return [block, _definitions(map(_describe, actions), self.lineno)]
 
 
 class CommandList(SphinxDirective):
@@ -77,6 +78,37 @@ class Keys(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines))
 
 
+class Recipe(SphinxDirective):
+    """The header and the keys of a recipe of the repository."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        path = ROOT / "recipes" / f"{self.arguments[0]}.yaml"
+        self.env.note_dependency(str(path))
+        header, _, rest = path.read_text(encoding="utf-8").partition("\nkeys:\n")
+        keys = re.findall(r"^  (\w+): (.*?)  # (.*)$", rest.partition("\noutput:")[0], re.M)
+        items = [_item(name, f"default {default}", meaning) for name, default, meaning in keys]
+        return [*self.parse_text_to_nodes(_as_markdown(header)), _definitions(items, self.lineno)]
+
+
+def _as_markdown(header: str) -> str:
+    """Return a recipe's header as a paragraph and a list of what stands before a colon at the beginning of a line.
+
+    Lines that are indented beyond the others keep their shape.
+    """
+    text = re.sub(r"^# ?", "", header.partition("#\n")[2], flags=re.M)
+    summary, *parts = re.split(r"^(\w+): +", text, flags=re.M)
+    lines = [summary]
+    for name, part in zip(parts[::2], parts[1::2], strict=True):
+        if name == "Command":
+            part = f"`{' '.join(part.split())}`"
+        part = re.sub(r"^ {10}", "", part, flags=re.M)
+        part = re.sub(r"(?:^ .*(?:\n|$))+", lambda kept: f"```text\n{dedent(kept[0])}```\n", part, flags=re.M)
+        lines.append("- " + indent(f"*{name}*: {part}", "  ").strip())
+    return re.sub(r"'(\w+)'", r"`\1`", "\n".join(lines))
+
+
 class Choices(SphinxDirective):
     """A table of what a mapping of ``vitprune.options`` offers."""
 
@@ -90,12 +122,22 @@ class Choices(SphinxDirective):
 
 def _describe(action: Action) -> nodes.definition_list_item:
     names = " ".join([", ".join(action.option_strings), _value(action)]).strip()
-    term = nodes.term("", "", nodes.literal(text=names))
-    defaults = [nodes.classifier(text=_default(action))] if _default(action) else []
-    parts = re.split(r"((?<!\S)--\w[\w-]*)", action.help)
+    return _item(names, _default(action), action.help)
+
+
+def _item(name: str, default: str, meaning: str) -> nodes.definition_list_item:
+    parts = re.split(r"((?<!\S)--\w[\w-]*)", meaning)
     texts = [nodes.literal(text=part) if part.startswith("--") else nodes.Text(part) for part in parts if part]
-    definition = nodes.definition("", nodes.paragraph("", "", *texts))
-    return nodes.definition_list_item("", term, *defaults, definition)
+    term = nodes.term("", "", nodes.literal(text=name))
+    defaults = [nodes.classifier(text=default)] if default else []
+    return nodes.definition_list_item("", term, *defaults, nodes.definition("", nodes.paragraph("", "", *texts)))
+
+
+def _definitions(items: Iterable[nodes.definition_list_item], line: int) -> nodes.definition_list:
+    found = nodes.definition_list("", *items, classes=["options"])
+    for item in found:
+        item.line = line  # Sphinx counts from it
+    return found
 
 
 def _as_typed(action: Action) -> str:
@@ -161,6 +203,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """Register all of this."""
     app.add_directive("command-options", CommandOptions)
     app.add_directive("command-list", CommandList)
+    app.add_directive("recipe", Recipe)
     app.add_directive("choices", Choices)
     app.add_directive("keys", Keys)
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
