@@ -34,7 +34,7 @@ def make_folders(saved_vit: Path, root: Path) -> dict[str, Path]:
         ["evaluate", made["pruned"], "--against", saved_vit, "--data", val, "-o", made["evaluation"]],
         ["evaluate", saved_vit, "--data", val, "-o", made["alone"]],
         ["curve", made["run"], "--eval-data", val, "--ratios", "0.25", "0.5", *ways, "-o", made["curve"]],
-        ["bench", made["pruned"], "--batch-size", "1", "2", "--seconds", "0.05", "-o", made["bench"]],
+        ["bench", made["pruned"], "--backend", "onnxruntime-cpu", "--seconds", "0.05", "-o", made["bench"]],
         ["analyze", made["run"], "--experiments", "scores", "similarity", "top-images", "-o", made["analysis"]],
     )
     for command in commands:
