@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -85,3 +90,27 @@ def shown_folders(saved_vit, tmp_path_factory):
     from report_folders import make_folders
 
     return make_folders(saved_vit, tmp_path_factory.mktemp("shown"))
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One run of ``vitprune demo``: its cache, its folder, what it printed and what it logged."""
+
+    cache: Path
+    folder: Path
+    answer: dict[str, Any]
+    log: str
+
+
+def run_demo(folder: Path, cache: Path) -> Demo:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "HOME": str(cache)}
+    command = [sys.executable, "-m", "vitprune", "demo", "-o", str(folder), "--json"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return Demo(cache, folder, json.loads(result.stdout), result.stderr)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """The demo as a newcomer runs it, whose trained model others find in its cache."""
+    folder = tmp_path_factory.mktemp("demo")
+    return run_demo(folder / "demo", folder / "cache")

@@ -82,9 +82,9 @@ def reasons(capsys, *given):
 
 
 def files(folder):
-    """Return name -> bytes of what a recipe made."""
+    """Return name -> bytes of what a recipe made, but for cards, which tell when."""
     found = sorted(path for path in folder.rglob("*") if path.is_file() and ".recipe" not in path.parts)
-    return {path.relative_to(folder): path.read_bytes() for path in found}
+    return {path.relative_to(folder): path.read_bytes() for path in found if path.name != "card.json"}
 
 
 # What a recipe says.
@@ -277,6 +277,8 @@ def test_an_output_that_was_edited_or_removed_is_made_again(place, capsys):
 def test_other_options_replace_what_depends_on_them(place, capsys):
     answer(capsys)
     made = files(place / "out")
+    flags_first = run("run", "--dry-run", "r.yaml", "--json", "ratio=0.25", capsys=capsys)
+    assert flags_first["keys"]["ratio"] == 0.25
     assert reasons(capsys, "ratio=0.25") == ["", "other ratio", "", "reads what step 2 will write"]
     changed = answer(capsys, "ratio=0.25")
     assert changed["cached"] == [True, False, True, False]
@@ -311,7 +313,7 @@ def test_what_a_recipe_did_not_write_it_does_not_replace(place, capsys):
 def test_a_step_that_failed_owns_nothing(place, capsys):
     (place / "data/class0/bad.png").write_text("no image")
     content = yaml.safe_load((place / "r.yaml").read_text())
-    content["steps"][0]["discover"] |= {"strict": True, "images_per_class": 9}
+    content["steps"][0]["discover"] |= {"strict": True, "images_per_class": 9, "shard_size": 99}
     del content["keys"]["images"]
     write(place / "r.yaml", content["steps"], content["keys"], "${out}")
     assert main(["run", "r.yaml"]) == 2
@@ -420,6 +422,24 @@ def test_a_recipe_killed_again_and_again_ends_with_the_same_bytes(place, capsys)
     assert reasons(capsys) == [""] * 4
 
 
+def test_what_an_interrupted_search_left_gives_way_to_other_options(place, capsys, monkeypatch):
+    from vitprune.discovery import shards
+
+    def interrupt(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        stop, write_shard = iter([False, False]), shards.write_shard
+        patched.setattr(
+            shards, "write_shard", lambda *a, **k: (interrupt if next(stop, True) else write_shard)(*a, **k)
+        )
+        assert main(["run", "r.yaml"]) == 130
+    assert len(list((place / "out/run.shards").glob("shard-*"))) == 2
+    assert reasons(capsys)[0] == "was interrupted"
+    assert answer(capsys, "images=1")["answers"][0]["num_images"] == 5
+    assert not (place / "out/run.shards").exists()
+
+
 def test_a_second_program_on_the_same_output_is_refused(place, capsys):
     from vitprune.files import held
 
@@ -464,6 +484,17 @@ def test_a_change_within_the_resolution_of_times_is_seen(tmp_path):
         os.utime(tmp_path / "x", ns=(1, 1))
         seen.add(contents.hash(tmp_path / "x"))
     assert len(seen) == 50
+
+
+def test_reading_much_shows_progress(tmp_path, monkeypatch):
+    shown = []
+    contents = Contents(None, track=lambda items, what: shown.append((list(items), what)) or items)
+    (tmp_path / "x").write_text("12")
+    first = contents.hash(tmp_path)
+    assert shown == []
+    monkeypatch.setattr("vitprune.recipe.contents._SHOWN_BYTES", 1)
+    assert contents.hash(tmp_path) == first
+    assert shown == [([str(tmp_path / "x")], "hash files")]
 
 
 def test_weights_beside_a_file_count(tmp_path):

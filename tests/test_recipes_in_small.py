@@ -96,3 +96,14 @@ def test_a_header_says_what_a_reader_needs(path):
     keys = re.search(r"^keys:\n((?:  .*\n)+)", text, re.MULTILINE).group(1)
     for line in keys.splitlines():
         assert re.fullmatch(rf"  {KEY_NAME}: .+  # \S.+", line), line
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("paper_")])
+def test_the_models_of_the_paper_are_named_as_timm_knows_them(name):
+    lines = re.findall(r"^#.* model=(vit\S+)(?: checkpoint=(\S+))?", SHIPPED[name].read_text(), re.MULTILINE)
+    assert [model.split("_patch")[0] for model, _file in lines] == ["vit_base"] * 4 + ["vit_large"] * 2 + ["vit_base"]
+    for model, file in lines:
+        cfg = timm.get_pretrained_cfg(model, allow_unregistered=False)
+        assert file or (cfg.num_classes == 1000 and cfg.hf_hub_id)
+        assert cfg.mean == ((0.485, 0.456, 0.406) if model.endswith(".mae") else (0.5, 0.5, 0.5))
+        assert cfg.input_size == ((3, 384, 384) if "_384" in model else (3, 224, 224))

@@ -52,7 +52,8 @@ class CurvePoint:
         macs: multiply-accumulates of one image.
         size_bytes: of the weights, as stored.
         top1: accuracy on the evaluation images, in [0, 1].
-        top1_low, top1_high: its 95 % Wilson interval.
+        top1_low: lower end of its 95 % Wilson interval.
+        top1_high: upper end.
         drop: top-1 of the dense model minus this one's.
         drop_bound: 95 % upper bound of the drop, paired.
         p_value: of the paired comparison with the dense model (McNemar).

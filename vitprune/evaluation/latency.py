@@ -41,7 +41,8 @@ class Speedup:
 
     Attributes:
         ratio: geometric mean over the rounds.
-        low, high: its 95 % confidence interval.
+        low: lower end of its 95 % confidence interval.
+        high: upper end.
     """
 
     ratio: float

@@ -54,7 +54,8 @@ class BenchRow:
         images_per_second: from the median.
         speedup: how many times faster than the first model in the first precision, at the same backend, batch size and
             number of threads; geometric mean over rounds.
-        speedup_low, speedup_high: its 95 % confidence interval.
+        speedup_low: lower end of its 95 % confidence interval.
+        speedup_high: upper end.
         speedup_ceiling: what fewer multiply-accumulates allow at most, as this backend computes them (Amdahl).
         ceiling_share: speed-up over ceiling; None at another precision than the first, which changes the ceiling.
         peak_bytes: most memory held by a process that runs nothing else (on a GPU: of its memory, by torch); None where

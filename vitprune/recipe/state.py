@@ -59,7 +59,7 @@ class Decision:
         basis: of the step; None where it is known only once an earlier step has run.
         reason: why it has to run; empty where it has not.
         answer: what it answered when it ran, where it has not to run again.
-        overwrite: whether an earlier output is there, and gives way.
+        overwrite: whether what an earlier time left of its output gives way.
     """
 
     basis: Basis | None
@@ -110,7 +110,7 @@ class State:
         self._fingerprints[position] = basis.fingerprint
         record = self._records.get(self._name(step))
         reason = self._find_reason(position, record, basis)
-        return Decision(basis, reason, None if reason else record["answer"], overwrite=_is_there(step))
+        return Decision(basis, reason, None if reason else record["answer"], overwrite=record is not None)
 
     def foresee(self) -> list[Decision]:
         """Decide on all steps, as far as can be told before any of them runs."""
@@ -119,7 +119,7 @@ class State:
             pending = [str(other + 1) for other in self._find_steps(position) if decisions[other].reason]
             if pending:
                 reason = f"reads what step{'s' if len(pending) > 1 else ''} {', '.join(pending)} will write"
-                decisions.append(Decision(None, reason, overwrite=_is_there(step)))
+                decisions.append(Decision(None, reason, overwrite=self._name(step) in self._records))
             else:
                 decisions.append(self.decide(position))
         return decisions
@@ -136,7 +136,7 @@ class State:
         step = self._recipe.steps[position]
         if self._before is not None:
             self._records[self._name(step)] = self._before
-        elif not _is_there(step):
+        elif not _is_there(step) and not os.path.lexists(f"{step.output}.shards"):  # those of 'discover'
             del self._records[self._name(step)]
         self._save()
 
