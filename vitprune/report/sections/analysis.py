@@ -47,12 +47,14 @@ def tell(content: Mapping[str, Any]) -> tuple[str, ...]:
         rows = [row for row in content.get(experiment, ()) if row["method"] == method and row["factor"] in FACTORS]
         for whose, tokens in dict.fromkeys((row["paths"], row["tokens"]) for row in rows):
             changes = [
-                f"{FACTORS[row['factor']]}, its neurons change the probability of the true class by {_change(row)}"
+                f"{_change(row)} when {FACTORS[row['factor']]}"
                 for row in rows
                 if (row["paths"], row["tokens"]) == (whose, tokens)
             ]
-            what = WHOSE[whose]
-            told.append(f"{what[0].upper()}{what[1:]} ({method}, tokens {tokens}): {'; '.join(changes)}.")
+            told.append(
+                f"Neurons of {WHOSE[whose]} ({method}, tokens {tokens}): the probability of the true class changes by "
+                f"{', by '.join(changes)}."
+            )
     if "similarity" in content and "images" in content["similarity"][method]:
         images = content["similarity"][method]["images"]
         told.append(
