@@ -11,6 +11,7 @@ from vitprune.cli import main
 
 CLASSES = ("<img src=x onerror=document.title='broken'>", "<script>document.title='broken'", 'a & "b"', "d'e", "plain")
 NUM_PER_CLASS = 6
+EXPERIMENTS = ("scores", "manipulation", "similarity", "top-images")
 
 
 def make_images(root: Path, *, seed: int) -> Path:
@@ -34,8 +35,9 @@ def make_folders(saved_vit: Path, root: Path) -> dict[str, Path]:
         ["evaluate", made["pruned"], "--against", saved_vit, "--data", val, "-o", made["evaluation"]],
         ["evaluate", saved_vit, "--data", val, "-o", made["alone"]],
         ["curve", made["run"], "--eval-data", val, "--ratios", "0.25", "0.5", *ways, "-o", made["curve"]],
-        ["bench", made["pruned"], "--batch-size", "1", "2", "--seconds", "0.05", "-o", made["bench"]],
-        ["analyze", made["run"], "--experiments", "scores", "similarity", "top-images", "-o", made["analysis"]],
+        ["bench", made["pruned"], "--backend", "onnxruntime-cpu", "--seconds", "0.05", "-o", made["bench"]],
+        ["discover", saved_vit, "--data", train, "--method", "activation", "-o", root / "activation"],
+        ["analyze", made["run"], root / "activation", "--experiments", *EXPERIMENTS, "-o", made["analysis"]],
     )
     for command in commands:
         assert main([str(word) for word in command]) == 0

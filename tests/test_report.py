@@ -128,6 +128,19 @@ def test_a_folder_without_a_card_is_said_to_have_none(folders, tmp_path):
     assert "not recorded: a program wrote this folder" in (tmp_path / "r.html").read_text()
 
 
+def test_an_analysis_is_shown_of_the_first_run_whatever_the_order_in_the_file(page, folders):
+    """Names in the file are sorted, so that activation stands before jas, which alone has similarities of classes."""
+    content = json.loads((folders["analysis"] / "analysis.json").read_text())
+    assert [*content["similarity"]] == ["activation", "jas"] == sorted(run["method"] for run in content["runs"])
+    stems = {path.stem for path in (folders["analysis"] / "figures").iterdir()}
+    shown = {found.removeprefix("analysis-1-") for found in page.values("id", "figure") if found.startswith("analysis")}
+    assert "class_similarity_visits" in shown
+    # What the run's own part shows is not shown twice.
+    assert shown == stems - {"utilisation", "violins", "class_paths"}
+    shares = content["similarity"]["jas"]["images"]
+    assert f"share {percent(shares['intra'])} of their path neurons" in " ".join(page.text)
+
+
 def test_figures_have_a_size_and_say_what_they_show(page):
     figures = [found for tag, found in page.elements if tag == "img" and found["src"].startswith("data:image/svg")]
     assert len(figures) >= 7

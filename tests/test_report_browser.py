@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 
 import pytest
@@ -160,14 +161,14 @@ def test_a_class_leads_to_its_images_and_no_others(visit):
     link = page.locator("#evaluation-1-classes tbody td:nth-child(5) a").first
     wanted, name = int(link.inner_text()), link.locator("xpath=ancestor::tr/th").inner_text()
     link.click()
-    page.wait_for_function(
-        f"document.querySelector('#evaluation-1-flipped output').textContent.startsWith('{wanted} of')"
-    )
+    output = page.locator("#evaluation-1-flipped output")
+    playwright.expect(output).to_have_text(re.compile(rf"^{wanted} of \d+$"))
     shown = page.locator("#evaluation-1-flipped .shot:visible")
     assert shown.count() == wanted
     assert {shot.get_attribute("data-class") for shot in shown.all()} == {name}
     page.get_by_role("button", name="Clear").click()
-    page.wait_for_function(f"document.querySelectorAll('#evaluation-1-flipped .shot:not([hidden])').length > {wanted}")
+    playwright.expect(output).to_have_text(re.compile(r"^\d+ images$"))
+    assert shown.count() > wanted
 
 
 def test_images_are_filtered_by_what_is_typed(visit):
@@ -185,7 +186,7 @@ def test_images_are_filtered_by_what_is_typed(visit):
 def test_an_address_with_a_fragment_opens_there(visit):
     page = visit(PHONE, fragment="#run-1-card")
     assert page.locator("#run-1-card").get_attribute("open") is not None
-    page.wait_for_function("Math.abs(document.querySelector('#run-1-card').getBoundingClientRect().top) < innerHeight")
+    playwright.expect(page.locator("#run-1-card > summary")).to_be_in_viewport()
 
 
 def test_names_of_classes_do_not_run(visit):

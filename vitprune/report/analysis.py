@@ -133,8 +133,13 @@ def _deviations_table(experiment: str, rows) -> Table:
     )
 
 
+def similarity_by_run(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return what similarity gave of each run's method, in the order of the runs: a file may have it in another."""
+    return {run["method"]: content["similarity"][run["method"]] for run in content["runs"]}
+
+
 def _similarity_tables(content: Mapping[str, Any]) -> list[Table]:
-    similarity = content["similarity"]
+    similarity = similarity_by_run(content)
     tables = []
     with_images = {method: each["images"] for method, each in similarity.items() if "images" in each}
     if with_images:
@@ -262,7 +267,7 @@ def analysis_figures(content: Mapping[str, Any]) -> tuple[AnalysisFigure, ...]:
                     )
                 )
     if "similarity" in content:
-        first = next(iter(content["similarity"].values()))
+        first = content["similarity"][method]
         for of, what in (("visits", "neurons visited"), ("scores", "mean scores")):
             if of in first:
                 figures.append(

@@ -172,7 +172,12 @@ def grid_of(table: Table, *, id: str) -> Grid:
     numeric = [all(value is None or isinstance(value, int | float) for value in column) for column in columns]
     headings = tuple(Column(title, is_numeric) for title, is_numeric in zip(table.columns, numeric, strict=True))
     rows = tuple(Row(tuple(map(_cell_of, row))) for row in table.rows)
-    return Grid(id, table.title, headings, rows, table.note)
+    return Grid(id, _sentence(table.title), headings, rows, _sentence(table.note))
+
+
+def _sentence(text: str) -> str:
+    """Begin as sentences do; in a terminal titles need not."""
+    return text[:1].upper() + text[1:]
 
 
 def without_empty(grid: Grid) -> Grid:

@@ -11,6 +11,7 @@ from vitprune.report.blocks import Section, grid_of
 from vitprune.report.deviations import FACTORS
 from vitprune.report.pictures import read_photos, read_svg
 from vitprune.report.sections.links import card_id, of_kind, part_name
+from vitprune.report.text import SPACE, percent, points
 
 # Figures of a run alone: where it is on the page too, its own part shows them.
 OF_A_RUN = frozenset({"utilisation", "violins", "class_paths"})
@@ -40,32 +41,30 @@ def analysis_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Secti
 
 def tell(content: Mapping[str, Any]) -> tuple[str, ...]:
     """Say in sentences what the first run's paths showed."""
-    sentences = []
     method = content["runs"][0]["method"]
-    for experiment in ("manipulation", "halves", "transfer"):
-        for row in content.get(experiment, ()):
-            if row["method"] == method and row["factor"] in FACTORS:
-                deviation = row["probability_deviation"]
-                interval = (
-                    ""
-                    if deviation["low"] is None
-                    else f" ({_percent(deviation['low'])} to {_percent(deviation['high'])})"
-                )
-                sentences.append(
-                    f"{WHOSE[row['paths']]}, {FACTORS[row['factor']]} ({row['tokens']}): probability of the true class "
-                    f"{_percent(deviation['mean'])}{interval}"
-                )
     told = []
-    if sentences:
-        told.append(f"What neurons of the {method} paths do: " + "; ".join(sentences) + ".")
-    images = next(iter(content.get("similarity", {}).values()), {}).get("images")
-    if images is not None:
+    for experiment in ("manipulation", "halves", "transfer"):
+        rows = [row for row in content.get(experiment, ()) if row["method"] == method and row["factor"] in FACTORS]
+        for whose, tokens in dict.fromkeys((row["paths"], row["tokens"]) for row in rows):
+            changes = [
+                f"{_change(row)} when {FACTORS[row['factor']]}"
+                for row in rows
+                if (row["paths"], row["tokens"]) == (whose, tokens)
+            ]
+            told.append(
+                f"Neurons of {WHOSE[whose]} ({method}, tokens {tokens}): the probability of the true class changes by "
+                f"{', by '.join(changes)}."
+            )
+    if "similarity" in content and "images" in content["similarity"][method]:
+        images = content["similarity"][method]["images"]
         told.append(
-            f"Two images of one class share {100 * images['intra']:.1f} % of their path neurons, two of different "
-            f"classes {100 * images['inter']:.1f} %."
+            f"Two images of one class share {percent(images['intra'])} of their path neurons, two of different classes "
+            f"{percent(images['inter'])} ({method})."
         )
     return tuple(told)
 
 
-def _percent(ratio: float) -> str:
-    return f"{100 * ratio:+.1f} %"
+def _change(row: Mapping[str, Any]) -> str:
+    deviation = row["probability_deviation"]
+    interval = "" if deviation["low"] is None else f" ({points(deviation['low'])} to {points(deviation['high'])})"
+    return f"{points(deviation['mean'])}{SPACE}%{interval}"
