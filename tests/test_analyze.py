@@ -112,6 +112,7 @@ def test_the_default_leaves_out_what_cannot_be_done(saved_vit, image_folder, tmp
     ("arguments", "reason"),
     [
         (["--experiments", "transfer"], "pass --data DIR"),
+        (["--top-k", "3"], "--top-k: for the experiment topk-mask"),
         (["--experiments", "saliency"], "experiments must be one of scores"),
         (["--tokens", "dog"], "tokens must be one of cls"),
         (["--classes", "class1"], "choose among the images of --data"),

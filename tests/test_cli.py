@@ -213,8 +213,8 @@ def test_a_target_is_met(target, saved_vit, image_folder, tmp_path, capsys):
 
 def test_top_k_masking_from_the_command_line(run_folder, image_folder, tmp_path, capsys):
     other = other_images(image_folder, tmp_path / "other")
-    answer = run("analyze", run_folder, "--data", other, "--top-k", 3, "--mask-share", 0, 1, "--json", capsys=capsys)
-    rows = answer["rows"]
+    chosen = ["--experiments", "topk-mask", "--tokens", "cls", "all", "--top-k", 3, "--mask-share", 0, 1]
+    rows = run("analyze", run_folder, "--data", other, *chosen, "--json", capsys=capsys)["topk_mask"]
     assert len(rows) == 1 + 2 * 2 * 2
     unmasked = [row["probability"] for row in rows if row["mask_share"] == 0]
     assert unmasked == pytest.approx([rows[0]["probability"]] * 5)

@@ -27,6 +27,7 @@ from vitprune.errors import VitpruneError
 SUMMARY = "repeat the paper's experiments on the paths of runs: scores, manipulation, similarity, top-K"
 
 NEED_DATA = ("transfer", "topk-mask")
+TOP_KS, MASK_SHARES = (1, 5, 10, 20, 50), (0.1, 0.3, 0.5, 1.0)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -53,10 +54,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         help=f"where: {listed(options.TOKENS)}; default: the run's, and for topk-mask all as well",
     )
     parser.add_argument(
-        "--top-k", type=int, nargs="+", default=[1, 5, 10, 20, 50], help="topk-mask: neurons per FFN never masked"
+        "--top-k", type=int, nargs="+", help=f"topk-mask: neurons per FFN never masked ({_listed_numbers(TOP_KS)})"
     )
     parser.add_argument(
-        "--mask-share", type=float, nargs="+", default=[0.1, 0.3, 0.5, 1.0], help="topk-mask: shares of the others"
+        "--mask-share",
+        type=float,
+        nargs="+",
+        help=f"topk-mask: shares of the others to mask ({_listed_numbers(MASK_SHARES)})",
     )
     parser.add_argument("--depth", type=int, help="topk-mask: in the first so many FFNs only")
     parser.add_argument("--pairs", type=int, default=50, help="similarity: most and least similar classes to name")
@@ -68,6 +72,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_device(parser)
     parser.add_argument("-o", "--output", type=str, help="folder to write; a killed analysis goes on there")
     parser.add_argument("--overwrite", action="store_true", help="replace an output of other runs or images")
+
+
+def _listed_numbers(numbers: Iterable[float]) -> str:
+    return " ".join(f"{number:g}" for number in numbers)
 
 
 def run(
@@ -85,6 +93,10 @@ def run(
     opened, network = _open_runs(runs, device)
     first = next(iter(opened.values()))
     chosen = _choose_experiments(experiments, first.found, with_data=data is not None)
+    unused = {"--top-k": top_k, "--mask-share": mask_share, "--depth": depth}
+    unused = [name for name, value in unused.items() if value is not None]
+    if unused and "topk-mask" not in chosen:
+        raise VitpruneError(f"{', '.join(unused)}: for the experiment topk-mask; add --experiments topk-mask")
     own = images_of(runs[0], first, network, None, None, None, None, seed)
     reading = {"batch_size": batch_size, "workers": workers, "transform": first.transform}
     batches = make_batches(own, network, strict=True, **reading)
@@ -109,8 +121,8 @@ def run(
         class_names=class_names,
         factors=factors,
         tokens=tokens,
-        top_ks=top_k,
-        mask_shares=mask_share,
+        top_ks=TOP_KS if top_k is None else top_k,
+        mask_shares=MASK_SHARES if mask_share is None else mask_share,
         depth=depth,
         num_pairs=pairs,
         wordnet=_find_wordnet(wordnet, first.images.class_names.values()) if "similarity" in chosen else None,
