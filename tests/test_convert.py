@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-import re
-import shlex
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +16,6 @@ from torchvision import datasets, transforms
 
 import vitprune
 from vitprune.cli import main
-from vitprune.cli.commands import build_parser
 from vitprune.data import ImageBatches, ImageSet, data_config, find_images
 from vitprune.discovery.adopt import (
     IMAGES_BEFORE_REFUSAL,
@@ -633,11 +629,3 @@ def test_mistakes_on_the_command_line_are_one_line(theirs, run_folders, saved_vi
         run("convert", run_folders / "jas", "-o", tmp_path / "out" / "p", "--json", capsys=capsys)["num_images"] == 20
     )
     assert "p.args.json exists" in refusal(run_folders / "activation", "-o", tmp_path / "out" / "p")
-
-
-def test_the_commands_of_the_page_exist():
-    page = Path(__file__).resolve().parents[1] / "docs" / "convert.md"
-    commands = re.findall(r"^    vitprune (.*)$", page.read_text(), re.M)
-    assert len(commands) == 4
-    for command in commands:
-        build_parser()[0].parse_args(shlex.split(command))

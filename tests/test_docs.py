@@ -120,7 +120,7 @@ def prepared(tmp_path_factory):
         for name, own_name in zip(CLASSES, OWN_CLASSES, strict=True):
             link_images(shared(f"data/imagenette/{split}/{name}"), folder / "imagenette" / split / name, count)
             link_images(shared(f"data/imagenette/{split}/{name}"), folder / "photos" / split / own_name, count)
-    for name, source, count in (("calibration", "imagenet-train-1000", 12), ("val", "nips17-1000", 10)):
+    for name, source, count in (("calibration", "imagenet-train-1000", 8), ("val", "nips17-1000", 8)):
         classes = sorted(path for path in shared(f"data/{source}").iterdir() if path.is_dir())
         for path in classes[:: len(classes) // count][:count]:
             link_images(path, folder / name / path.name, 1)

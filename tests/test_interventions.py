@@ -15,7 +15,7 @@ from vitprune.errors import VitpruneError
 from vitprune.evaluation.held_out import assign_paths, halves_paths, paths_of, split_halves
 from vitprune.evaluation.intervals import mean_interval
 from vitprune.evaluation.interventions import Answers, deviate, measure_answers, measure_interventions
-from vitprune.evaluation.manipulation import compare_joint_scores, manipulate
+from vitprune.evaluation.manipulation import answer_undisturbed, compare_joint_scores, manipulate
 from vitprune.feed_forward import find_feed_forwards
 
 LABELS = torch.tensor([1, 3, 1, 3, 1, 3])
@@ -80,12 +80,19 @@ def test_a_factor_of_one_changes_nothing(tiny_vit, images, found):
 
 def test_batches_and_passes_do_not_matter(tiny_vit, images, found, tmp_path):
     paths = {"jas": found.neurons, "other": found.neurons.flip(0)}
-    whole = manipulate(tiny_vit, batches_of(images, 6), paths, whose="own", tokens=("cls", "all"))
-    manipulate(tiny_vit, batches_of(images, 2), paths, whose="own", factors=(2.0,), tokens=("all",), folder=tmp_path)
-    resumed = manipulate(tiny_vit, batches_of(images, 2), paths, whose="own", tokens=("cls", "all"), folder=tmp_path)
+    clean = answer_undisturbed(tiny_vit, batches_of(images, 4), "undisturbed", folder=tmp_path)
+
+    def rows(size, folder, **given):
+        batches = None if size is None else batches_of(images, size)
+        return manipulate(tiny_vit, batches, clean, paths, whose="own", folder=folder, **given)
+
+    whole = rows(6, None, tokens=("cls", "all"))
+    rows(2, tmp_path, factors=(2.0,), tokens=("all",))
+    resumed = rows(2, tmp_path, tokens=("cls", "all"))
     assert [row.by_class for row in whole] == [pytest.approx(row.by_class, rel=1e-6) for row in resumed]
-    again = manipulate(tiny_vit, None, paths, whose="own", tokens=("cls", "all"), folder=tmp_path)
-    assert again == resumed
+    assert rows(None, tmp_path, tokens=("cls", "all")) == resumed
+    kept = answer_undisturbed(tiny_vit, None, "undisturbed", folder=tmp_path)
+    assert torch.equal(kept.probability, clean.probability)
 
 
 def test_paths_of_other_images_are_refused(tiny_vit, images, found):

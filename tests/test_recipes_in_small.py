@@ -89,6 +89,7 @@ def test_every_recipe_is_run_here():
 @pytest.mark.parametrize("path", SHIPPED.values(), ids=SHIPPED)
 def test_a_header_says_what_a_reader_needs(path):
     text = path.read_text()
+    assert max(map(len, text.splitlines())) <= 120
     header = text[: text.index("keys:")]
     for title in ("Shows", "Images", "Model", "Expects", "Time", "Command"):
         assert re.search(rf"^# {title}:  +\S", header, re.MULTILINE), title

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -206,31 +205,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(exported, odd_images, tmp_path):
         assert len(done.stderr.splitlines()) == 1, done.stderr
         assert done.stderr.startswith("error: ")
         assert message in done.stderr
-
-
-def test_the_page_works_from_its_first_command_to_its_last_block(saved_vit, image_folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(DOCS)
-    for folder in ("calibration", "val"):
-        (tmp_path / folder).symlink_to(image_folder)
-    (tmp_path / "serve.py").write_text((DOCS / "serve.py").read_text())
-    for number, name in enumerate(("cat.jpg", "dog.png", "bird.jpg")):
-        Image.new("RGB", (40 + number, 36), (60 * number, 90, 120)).save(name)
-    # The page's model is a download: a small one takes its place.
-    commands = re.findall(
-        r"^    ((?:vitprune|python) .*)$", PAGE.replace("deit_tiny_patch16_224", str(saved_vit)), re.M
-    )
-    assert [command.split()[0] for command in commands] == ["vitprune", "vitprune", "python"]
-    for command in commands:
-        program, *arguments = shlex.split(command)
-        prefix = [sys.executable, "-m", "vitprune"] if program == "vitprune" else [sys.executable]
-        done = subprocess.run([*prefix, *arguments], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-    assert [line for line in done.stdout.splitlines() if not line.startswith(" ")] == ["cat.jpg", "dog.png"]
-    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(compile(block, "serving.md", "exec"), {})
 
 
 def test_the_page_lists_every_key_of_the_metadata(exported):

@@ -83,7 +83,7 @@ def _interval(content: Mapping[str, Any] | None, *, scale: float = 1) -> tuple[f
         return None, None
     if content["low"] is None:
         return content["mean"] * scale, None
-    return content["mean"] * scale, f"{content['low'] * scale:.4g} .. {content['high'] * scale:.4g}"
+    return content["mean"] * scale, f"{content['low'] * scale:.3g} .. {content['high'] * scale:.3g}"
 
 
 def _scores_table(rows) -> Table:
