@@ -15,6 +15,8 @@ from vitprune.report.text import SPACE, percent, points
 
 # Figures of a run alone: where it is on the page too, its own part shows them.
 OF_A_RUN = frozenset({"utilisation", "violins", "class_paths"})
+# In a sentence, where nothing stands before it.
+PATHS_OF = {**WHOSE, "other class": "another class's path, the control"}
 
 
 def analysis_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Section:
@@ -52,7 +54,7 @@ def tell(content: Mapping[str, Any]) -> tuple[str, ...]:
                 if (row["paths"], row["tokens"]) == (whose, tokens)
             ]
             told.append(
-                f"Neurons of {WHOSE[whose]} ({method}, tokens {tokens}): the probability of the true class changes by "
+                f"Neurons of {PATHS_OF[whose]} ({method}, tokens {tokens}): the probability of the true class changes by "
                 f"{', by '.join(changes)}."
             )
     if "similarity" in content and "images" in content["similarity"][method]:
