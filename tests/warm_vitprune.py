@@ -54,7 +54,7 @@ class Program:
 
 
 def serve(address: str) -> None:
-    """Import what the commands import, then fork for every request until this process is ended."""
+    """Import what the commands import, then fork for every request, as long as the parent lives."""
     import onnxruntime  # noqa: F401
     import onnxscript  # noqa: F401
     import torch_pruning  # noqa: F401
@@ -69,8 +69,14 @@ def serve(address: str) -> None:
         listener.bind(address)
         listener.listen()
         print("ready", flush=True)
-        while True:
-            connection, _ = listener.accept()
+        parent = os.getppid()
+        listener.settimeout(10)
+        while os.getppid() == parent:  # whoever started this is still there
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                continue
+            connection.settimeout(None)
             if os.fork() == 0:
                 listener.close()
                 _answer(connection)

@@ -74,7 +74,8 @@ class Keys(SphinxDirective):
         lines = [f"| {what} | |", "|---|---|"]
         for line in self.content:
             key, _, meaning = line.partition(": ")
-            lines.append(f"| `{key.removesuffix('?')}` | {meaning} |")
+            optional = " (may be absent)" if key.endswith("?") else ""
+            lines.append(f"| `{key.removesuffix('?')}`{optional} | {meaning} |")
         return self.parse_text_to_nodes("\n".join(lines))
 
 
