@@ -54,8 +54,8 @@ def tell(content: Mapping[str, Any]) -> tuple[str, ...]:
                 if (row["paths"], row["tokens"]) == (whose, tokens)
             ]
             told.append(
-                f"Neurons of {PATHS_OF[whose]} ({method}, tokens {tokens}): the probability of the true class changes by "
-                f"{', by '.join(changes)}."
+                f"Neurons of {PATHS_OF[whose]} ({method}, tokens {tokens}): the probability of the true class changes "
+                f"by {', by '.join(changes)}."
             )
     if "similarity" in content and "images" in content["similarity"][method]:
         images = content["similarity"][method]["images"]
