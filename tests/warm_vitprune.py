@@ -84,24 +84,28 @@ def serve(address: str) -> None:
 
 
 def _answer(connection: socket.socket) -> None:
-    """Run one command or program in this fork, and end it."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    message, streams, *_ = socket.recv_fds(connection, 2**16, 3)
-    for stream, number in zip(streams, range(3), strict=True):
-        os.dup2(stream, number)
-        os.close(stream)
-    request = json.loads(message)
-    os.chdir(request["folder"])
-    if request["argv"] is None:
-        _run_blocks(connection)
-        status = 0
-    else:
+    """Run one command or program in this fork, and end it, whatever happens."""
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        message, streams, *_ = socket.recv_fds(connection, 2**16, 3)
+        for stream, number in zip(streams, range(3), strict=True):
+            os.dup2(stream, number)
+            os.close(stream)
+        request = json.loads(message)
+        os.chdir(request["folder"])
+        if request["argv"] is None:
+            _run_blocks(connection)
+            return
         status = _run_command(request["argv"])
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(BrokenPipeError):
-            stream.flush()
-    connection.sendall(str(status).encode())
-    os._exit(0)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(BrokenPipeError):
+                stream.flush()
+        connection.sendall(str(status).encode())
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        # The usual way out waits for threads that the fork does not have.
+        os._exit(0)
 
 
 def _run_command(argv: list[str]) -> int:
