@@ -15,6 +15,7 @@ from vitprune.report.page import write_report
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install '.[test]')")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SHOWN = ("pruned", "evaluation", "run", "curve", "bench", "alone", "analysis")
+PATIENCE_MS = 120_000  # of a machine that does other things at the same time
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 
@@ -43,6 +44,7 @@ def visit(browser, address):
 
     def open_page(viewport, fragment="", **settings):
         context = browser.new_context(viewport=viewport, **settings)
+        context.set_default_timeout(PATIENCE_MS)
         page = context.new_page()
         heard = []
         page.on("console", lambda message: heard.append(f"{message.type}: {message.text}"))
