@@ -18,7 +18,7 @@ import torch
 import vitprune
 from vitprune.data import hash_images
 from vitprune.files import open_resumable
-from vitprune.models import hash_weights
+from vitprune.models.identity import hash_weights
 
 RESULTS = Path(__file__).resolve().parent / "results"
 STARTED = time.perf_counter()

@@ -23,13 +23,13 @@ from common import RESULTS, describe_machine, log
 from jsonargparse import auto_cli
 
 import vitprune
-from vitprune.evaluation.latency import measure_latency, paired_speedup
-from vitprune.export.bench import describe_hardware, random_batch
-from vitprune.export.ffn_latency import measure_ffn_latency
 from vitprune.export.onnx_file import export_onnx, quiet
 from vitprune.export.profile import count_graph_macs, make_session_runner
 from vitprune.export.runtime import open_session
 from vitprune.processes import peak_memory_bytes
+from vitprune.speed.bench import describe_hardware, random_batch
+from vitprune.speed.ffn_latency import measure_ffn_latency
+from vitprune.timing import measure_latency, paired_speedup
 
 BATCHES = (1, 8)
 ENTRIES = {

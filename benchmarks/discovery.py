@@ -30,7 +30,7 @@ from torch.utils.flop_counter import flop_registry
 
 import vitprune
 from vitprune.discovery.discover import plan_search, set_pace
-from vitprune.discovery.trunk import plain_attention
+from vitprune.models.trunk import plain_attention
 from vitprune.options import DEFAULT_QUADRATURE
 from vitprune.processes import peak_memory_bytes
 

@@ -15,7 +15,8 @@ from typing import get_type_hints
 from jsonargparse import auto_cli
 
 from vitprune.evaluation.curve import CurvePoint
-from vitprune.report.curve import render_curve
+from vitprune.figures.curve_figure import draw_curve
+from vitprune.figures.style import save_figure
 
 
 def main(
@@ -52,7 +53,7 @@ def main(
             and (compensations is None or point.compensation in compensations)
         )
     ]
-    render_curve(shown, picture, title=f"{model}, {dense[0].num_images} photos, no retraining")
+    save_figure(draw_curve(shown, title=f"{model}, {dense[0].num_images} photos, no retraining"), picture)
 
 
 def read_points(path: str | Path) -> list[CurvePoint]:

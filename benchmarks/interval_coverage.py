@@ -20,8 +20,8 @@ from jsonargparse import auto_cli
 from scipy.stats import DegenerateDataWarning, bootstrap
 
 import vitprune
-from vitprune.evaluation.image_similarity import measure_path_similarity
-from vitprune.evaluation.similarity import count_common
+from vitprune.analysis.image_similarity import measure_path_similarity
+from vitprune.analysis.similarity import count_common
 
 NUM_FFNS, NUM_NEURONS, PER_CLASS = 6, 60, 12
 BETA = (2, 3)  # of the probability to follow the class

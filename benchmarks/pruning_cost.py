@@ -18,7 +18,7 @@ from common import RESULTS, describe_machine, log, track
 from jsonargparse import auto_cli
 
 import vitprune
-from vitprune.evaluation.macs import count_macs, count_parameters
+from vitprune.models.macs import count_macs, count_parameters
 from vitprune.options import DEFAULT_COMPENSATION, DEFAULT_RATIO, DEFAULT_STEP
 from vitprune.processes import peak_memory_bytes
 

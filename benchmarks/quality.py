@@ -19,10 +19,12 @@ from common import RESULTS, describe_machine, open_points, read_batches, refuse_
 from jsonargparse import auto_cli
 
 import vitprune
-from vitprune.discovery.criteria import integrated_gradients
-from vitprune.evaluation.curve import Curve, measure_curve
+from vitprune.calibration.criteria import integrated_gradients
+from vitprune.evaluation.curve import Curve, CurvePoint, measure_curve
+from vitprune.figures.curve_figure import draw_curve
+from vitprune.figures.style import save_figure
+from vitprune.files import write_table
 from vitprune.options import CRITERIA
-from vitprune.report.curve import render_curve, write_table
 
 EIGHT = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
 SLOW = ("integrated-gradients", "jas")
@@ -95,12 +97,12 @@ def main(
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    write_table(points, RESULTS / f"{name}.csv")
+    write_table(RESULTS / f"{name}.csv", points, CurvePoint)
     # One line shows what sequential compensation brings; lines without compensation only where there are few criteria.
     hidden = {("sequential", 1.0), *((("none", 1.0),) if len(criteria) > 3 else ())}
     shown = [point for point in points if point.criterion == "dense" or (point.compensation, point.step) not in hidden]
     title = f"{model}, {points[0].num_images} photos, no retraining"
-    render_curve(shown, RESULTS / f"{name}.png", title=title)
+    save_figure(draw_curve(shown, title=title), RESULTS / f"{name}.png")
     for point in points:
         line = f"{point.criterion:21}{point.allocation:9}{point.compensation:13}{point.step:5.2f}"
         print(f"{line}{point.pruning_ratio:6.2f} {point.top1:.3f} {point.drop:+.3f} p {point.p_value:.2g}")

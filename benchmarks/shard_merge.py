@@ -23,7 +23,7 @@ from vitprune.discovery.discover import Part, Search
 from vitprune.discovery.objective import DEFAULT_OBJECTIVE
 from vitprune.discovery.quadrature import parse_quadrature
 from vitprune.discovery.shards import Shards, read_shards, write_shard
-from vitprune.feed_forward import FeedForward
+from vitprune.models.units import FeedForward
 from vitprune.processes import peak_memory_bytes
 
 NUM_FFNS, NUM_NEURONS, PER_SHARD, PER_CLASS = 12, 3072, 256, 1281

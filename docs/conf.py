@@ -15,7 +15,7 @@ nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(torch|collections|pathlib|typing|numpy|onnxruntime)\..*")]
 # Handed on, not for callers to make.
 nitpick_ignore = [
-    ("py:class", "vitprune.pruning.blocks.BlockCall"),
+    ("py:class", "vitprune.models.block_calls.BlockCall"),
     ("py:class", "vitprune.pruning.schedule.Schedule"),
 ]
 myst_enable_extensions = ["colon_fence", "dollarmath"]

@@ -11,7 +11,7 @@ import torch
 
 import vitprune
 from vitprune.data import data_config
-from vitprune.discovery.trunk import check_trunk
+from vitprune.models.trunk import check_trunk
 from vitprune.pruning.plan import plan_from_widths
 
 # model name -> arguments of create_model

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vitprune.analysis.analysis_views import analysis_figures
 from vitprune.cli import main
 from vitprune.discovery.run import load_run
 from vitprune.options import EXPERIMENTS
-from vitprune.report.analysis import analysis_figures
 
 METHODS = ("jas", "activation", "random")
 

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 import vitprune
 from vitprune import options
 from vitprune.cli import main
-from vitprune.evaluation.macs import count_parameters
 from vitprune.files import CARD_FILE
+from vitprune.models.macs import count_parameters
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -354,7 +354,7 @@ def test_ctrl_c_exits_130_and_leaves_nothing(saved_vit, image_folder, tmp_path):
 
 
 def test_a_bug_keeps_its_traceback(saved_vit, monkeypatch):
-    monkeypatch.setattr("vitprune.models._load_folder", lambda folder: 1 / 0)
+    monkeypatch.setattr("vitprune.models.load.load_folder", lambda folder: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["evaluate", str(saved_vit), "--data", "."])
 

@@ -10,8 +10,8 @@ import torch
 from families import half_plan
 
 import vitprune
-from vitprune.discovery.statistics import MOMENTS, Statistics, measure_statistics
-from vitprune.feed_forward import find_feed_forwards, hook_hidden
+from vitprune.calibration.statistics import MOMENTS, Statistics, measure_statistics
+from vitprune.models.units import find_feed_forwards, hook_hidden
 from vitprune.pruning.compensate import compensate, reconstruct
 
 LABELS = torch.zeros(3, dtype=torch.long)

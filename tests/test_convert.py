@@ -15,9 +15,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torchvision import datasets, transforms
 
 import vitprune
+from vitprune.analysis.similarity import compare_scores, compare_visits
+from vitprune.analysis.topk_mask import measure_topk_mask
+from vitprune.analysis.utilisation import measure_utilisation
 from vitprune.cli import main
 from vitprune.data import ImageBatches, ImageSet, data_config, find_images
-from vitprune.discovery.adopt import (
+from vitprune.discovery.discover import class_paths, count_visits, discover, only_classes
+from vitprune.discovery.run import Run, load_run, save_run
+from vitprune.errors import VitpruneError
+from vitprune.interop.adopt import (
     IMAGES_BEFORE_REFUSAL,
     LEAST_AGREEMENT,
     adopt,
@@ -25,15 +31,9 @@ from vitprune.discovery.adopt import (
     authors_transform,
     describe_search,
 )
-from vitprune.discovery.authors import folder_order, read_authors, write_authors
-from vitprune.discovery.discover import class_paths, count_visits, discover, only_classes
-from vitprune.discovery.run import Run, load_run, save_run
-from vitprune.discovery.trunk import record_clean
-from vitprune.errors import VitpruneError
-from vitprune.evaluation.similarity import compare_scores, compare_visits
-from vitprune.evaluation.topk_mask import measure_topk_mask
-from vitprune.evaluation.utilisation import measure_utilisation
-from vitprune.feed_forward import find_feed_forwards
+from vitprune.interop.authors import folder_order, read_authors, write_authors
+from vitprune.models.trunk import record_clean
+from vitprune.models.units import find_feed_forwards
 
 # What argparse stores of the arguments of their path search.
 ARGS = {

@@ -11,7 +11,7 @@ from timm.layers import SwiGLUPacked
 from torch.nn.functional import cross_entropy
 
 import vitprune
-from vitprune.discovery.criteria import REGISTRY, integrated_gradients, jas, magnitude, random, score_neurons
+from vitprune.calibration.criteria import REGISTRY, integrated_gradients, jas, magnitude, random, score_neurons
 from vitprune.options import CRITERIA
 
 LABELS = torch.tensor([0, 3, 1])

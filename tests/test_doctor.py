@@ -9,10 +9,12 @@ from conftest import TINY, make_vit
 from test_fuse import export_plainly
 
 import vitprune
-from vitprune.evaluation.latency import Latency
-from vitprune.export.alignment import FfnShape, _fastest, find_round_to, measure_multiples, round_up
-from vitprune.export.bench import random_batch
-from vitprune.export.doctor import (
+from vitprune.export.graph import read_graph
+from vitprune.export.onnx_file import quiet
+from vitprune.export.profile import NodeRun, count_graph_macs, count_node_macs, profile
+from vitprune.speed.alignment import FfnShape, _fastest, find_round_to, measure_multiples, round_up
+from vitprune.speed.bench import random_batch
+from vitprune.speed.doctor import (
     COSTS,
     FINE,
     KNOW,
@@ -24,9 +26,7 @@ from vitprune.export.doctor import (
     _make_variants,
     diagnose,
 )
-from vitprune.export.graph import read_graph
-from vitprune.export.onnx_file import quiet
-from vitprune.export.profile import NodeRun, count_graph_macs, count_node_macs, profile
+from vitprune.timing import Latency
 
 CPU = "CPUExecutionProvider"
 

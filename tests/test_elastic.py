@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import vitprune
 from vitprune import VitpruneError
-from vitprune.models import hash_weights
+from vitprune.models.identity import hash_weights
 from vitprune.pruning.elastic import plan_elastic
 
 IMAGES = torch.randn(24, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(5))

@@ -22,8 +22,8 @@ from vitprune.discovery.engine import score_paths, search_paths
 from vitprune.discovery.objective import Objective
 from vitprune.discovery.quadrature import parse_quadrature
 from vitprune.discovery.tangents import LeanTangents
-from vitprune.discovery.trunk import check_trunk
-from vitprune.feed_forward import find_feed_forwards
+from vitprune.models.trunk import check_trunk
+from vitprune.models.units import find_feed_forwards
 
 GAUSS = parse_quadrature("gauss-legendre:3")
 ADAPTIVE = parse_quadrature("adaptive")

@@ -18,7 +18,10 @@ from timm.layers import SwiGLUPacked
 import vitprune
 from vitprune.export import onnx_file
 from vitprune.export.runtime import open_onnx
-from vitprune.report.bench import render_bench, write_bench
+from vitprune.figures.bench_figure import draw_bench
+from vitprune.figures.style import save_figure
+from vitprune.files import write_table
+from vitprune.speed.bench import BenchRow
 
 
 @pytest.fixture(scope="module")
@@ -232,11 +235,11 @@ def test_bench_times_files_as_they_are(exported, tmp_path):
 def test_bench_draws_its_rows_and_writes_them(tmp_path):
     models = {name: make_vit(**TINY, seed=seed).float() for seed, name in enumerate(("dense", "pruned"))}
     rows = vitprune.bench(models, backends=["torch-eager"], batch_sizes=[1], seconds=0.05)
-    write_bench(rows, tmp_path / "bench.csv")
+    write_table(tmp_path / "bench.csv", rows, BenchRow)
     with (tmp_path / "bench.csv").open() as stream:
         assert [row["model"] for row in csv.DictReader(stream)] == ["dense", "pruned"]
     for suffix in ("png", "svg"):
-        render_bench(rows, tmp_path / f"bench.{suffix}", title="here")
+        save_figure(draw_bench(rows, title="here"), tmp_path / f"bench.{suffix}")
         assert (tmp_path / f"bench.{suffix}").stat().st_size > 5000
 
 

@@ -18,26 +18,50 @@ from scipy.spatial.distance import squareform
 from scipy.stats import t as student
 
 import vitprune
+from vitprune.analysis.topk_mask import CLEAN, ONE_PLAN, ORACLE, TopKRow
 from vitprune.evaluation.curve import CurvePoint
-from vitprune.evaluation.intervals import Interval
-from vitprune.evaluation.topk_mask import CLEAN, ONE_PLAN, ORACLE, TopKRow
-from vitprune.export.bench import BenchRow
-from vitprune.report import (
-    bench,
-    curve,
-    deviations,
-    fronts,
-    joint_scores,
-    path_picture,
-    similarity,
-    style,
-    top_images,
-    topk_mask,
-    utilisation,
-    violins,
-    widths,
+from vitprune.figures import (
+    bench_figure as bench,
 )
-from vitprune.report.fronts import FrontPoint
+from vitprune.figures import (
+    curve_figure as curve,
+)
+from vitprune.figures import (
+    deviations_figure as deviations,
+)
+from vitprune.figures import (
+    fronts_figure as fronts,
+)
+from vitprune.figures import (
+    joint_scores_figure as joint_scores,
+)
+from vitprune.figures import (
+    path_figure as path_picture,
+)
+from vitprune.figures import (
+    similarity_figure as similarity,
+)
+from vitprune.figures import (
+    style,
+)
+from vitprune.figures import (
+    top_images_figure as top_images,
+)
+from vitprune.figures import (
+    topk_mask_figure as topk_mask,
+)
+from vitprune.figures import (
+    utilisation_figure as utilisation,
+)
+from vitprune.figures import (
+    violins_figure as violins,
+)
+from vitprune.figures import (
+    widths_figure as widths,
+)
+from vitprune.figures.fronts_figure import FrontPoint
+from vitprune.intervals import Interval
+from vitprune.speed.bench import BenchRow
 
 GENERATOR = np.random.default_rng(0)
 FFNS = tuple(f"blocks.{index}.mlp" for index in range(4))
@@ -276,29 +300,29 @@ def test_other_formats_are_refused(name, tmp_path):
 
 def test_drawing_leaves_the_users_settings(tmp_path):
     before = dict(matplotlib.rcParams)
-    widths.render_widths(PLANS, tmp_path / "a.svg")
+    style.save_figure(widths.draw_widths(PLANS), tmp_path / "a.svg")
     assert dict(matplotlib.rcParams) == before
 
 
 @pytest.mark.parametrize(
-    ("render", "value", "given"),
+    ("draw", "value", "given"),
     [
-        (violins.render_violins, make_found(), {"classes": {0: "a"}}),
-        (similarity.render_similarity, make_similarity(2)[0], {"linkage": make_similarity(2)[1], "names": ["a", "b"]}),
-        (utilisation.render_utilisation, FFNS, {"num_neurons": [9] * 4, "num_used": [1] * 4, "effective": [1] * 4}),
-        (deviations.render_deviations, DEVIATIONS, {"quantity": "accuracy"}),
-        (joint_scores.render_joint_scores, SCORES, {}),
-        (topk_mask.render_topk_mask, make_rows(), {}),
-        (fronts.render_front, make_points(2), {"quantity": "median_ms"}),
-        (widths.render_widths, PLANS, {}),
-        (path_picture.render_paths, FFNS, {"paths": PATHS}),
-        (top_images.render_top_images, IMAGES, {"quantity": "score"}),
-        (curve.render_curve, make_curve_points(), {}),
-        (bench.render_bench, make_bench_rows(), {}),
+        (violins.draw_violins, make_found(), {"classes": {0: "a"}}),
+        (similarity.draw_similarity, make_similarity(2)[0], {"linkage": make_similarity(2)[1], "names": ["a", "b"]}),
+        (utilisation.draw_utilisation, FFNS, {"num_neurons": [9] * 4, "num_used": [1] * 4, "effective": [1] * 4}),
+        (deviations.draw_deviations, DEVIATIONS, {"quantity": "accuracy"}),
+        (joint_scores.draw_joint_scores, SCORES, {}),
+        (topk_mask.draw_topk_mask, make_rows(), {}),
+        (fronts.draw_front, make_points(2), {"quantity": "median_ms"}),
+        (widths.draw_widths, PLANS, {}),
+        (path_picture.draw_paths, FFNS, {"paths": PATHS}),
+        (top_images.draw_top_images, IMAGES, {"quantity": "score"}),
+        (curve.draw_curve, make_curve_points(), {}),
+        (bench.draw_bench, make_bench_rows(), {}),
     ],
 )
-def test_every_picture_can_be_written(render, value, given, tmp_path):
-    render(value, tmp_path / "a.svg", title="here it is", **given)
+def test_every_picture_can_be_written(draw, value, given, tmp_path):
+    style.save_figure(draw(value, title="here it is", **given), tmp_path / "a.svg")
     assert "<!-- here it is -->" in (tmp_path / "a.svg").read_text()
 
 

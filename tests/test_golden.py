@@ -10,11 +10,11 @@ from conftest import shared
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
+from vitprune.analysis.interventions import measure_intervention
 from vitprune.discovery.baselines import activation_paths, influence_pattern_paths
 from vitprune.discovery.engine import score_paths, search_paths
 from vitprune.discovery.quadrature import parse_quadrature
-from vitprune.evaluation.interventions import measure_intervention
-from vitprune.feed_forward import find_feed_forwards
+from vitprune.models.units import find_feed_forwards
 
 RIEMANN = parse_quadrature("riemann:20")
 

@@ -13,9 +13,9 @@ from scipy.spatial.distance import squareform
 from scipy.stats import spearmanr
 
 import vitprune
-from vitprune.evaluation.hierarchy import cluster_classes, compare_with_wordnet, correlate_distances
-from vitprune.evaluation.similarity import ClassSimilarity
-from vitprune.evaluation.wordnet import find_nouns, measure_wordnet_distances, read_hypernyms
+from vitprune.analysis.hierarchy import cluster_classes, compare_with_wordnet, correlate_distances
+from vitprune.analysis.similarity import ClassSimilarity
+from vitprune.analysis.wordnet import find_nouns, measure_wordnet_distances, read_hypernyms
 
 # A dog has two hypernyms; Rex is an instance.
 HYPERNYMS = {

@@ -10,13 +10,13 @@ from conftest import make_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vitprune.analysis.held_out import assign_paths, halves_paths, paths_of, split_halves
+from vitprune.analysis.interventions import Answers, deviate, measure_answers, measure_interventions
+from vitprune.analysis.manipulation import answer_undisturbed, compare_joint_scores, manipulate
 from vitprune.discovery.discover import Discovery, class_paths, discover
 from vitprune.errors import VitpruneError
-from vitprune.evaluation.held_out import assign_paths, halves_paths, paths_of, split_halves
-from vitprune.evaluation.intervals import mean_interval
-from vitprune.evaluation.interventions import Answers, deviate, measure_answers, measure_interventions
-from vitprune.evaluation.manipulation import answer_undisturbed, compare_joint_scores, manipulate
-from vitprune.feed_forward import find_feed_forwards
+from vitprune.intervals import mean_interval
+from vitprune.models.units import find_feed_forwards
 
 LABELS = torch.tensor([1, 3, 1, 3, 1, 3])
 

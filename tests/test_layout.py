@@ -13,16 +13,17 @@ PACKAGE = Path(__file__).resolve().parents[1] / "vitprune"
 
 # Lower rows import nothing from higher ones.
 LAYERS = (
-    ("progress", "errors"),
-    ("options", "processes"),
-    ("files",),
-    ("feed_forward", "card"),
-    ("elastic",),
-    ("models", "data"),
+    ("errors", "progress", "table"),
+    ("options", "processes", "intervals"),
+    ("files", "timing"),
+    ("card", "data"),
+    ("models",),
     ("discovery",),
-    ("pruning",),
-    ("evaluation",),
+    ("figures", "calibration"),
+    ("pruning", "interop"),
     ("export",),
+    ("evaluation", "speed"),
+    ("analysis",),
     ("report",),
     ("demo", "recipe"),
     ("cli",),
@@ -30,17 +31,23 @@ LAYERS = (
 )
 HEIGHT = {name: height for height, row in enumerate(LAYERS) for name in row}
 ONLY_IN = {
-    "onnx": {"export"},
-    "onnx_ir": {"export"},
-    "onnxruntime": {"export"},
+    "onnx": {"export", "speed"},
+    "onnx_ir": {"export", "speed"},
+    "onnxruntime": {"export", "speed"},
     "torch_pruning": {"pruning"},
-    "timm": {"feed_forward", "models", "data", "discovery", "demo"},
-    "matplotlib": {"report"},
+    "timm": {"models", "data", "interop", "demo"},
+    "matplotlib": {"figures", "report", "analysis"},
     "jinja2": {"report"},
     "rich": {"cli"},
     "jsonargparse": {"cli", "recipe"},
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def test_no_two_files_have_one_name():
+    """A name leads to one file; the file of a command may be called as the verb that it serves."""
+    names = [path.stem for path in MODULES if part_of(path) != "cli" and path.stem != "__init__"]
+    assert not {name for name in names if names.count(name) > 1}
 
 
 def imports_of(path):

@@ -15,9 +15,9 @@ from sklearn.metrics import top_k_accuracy_score
 
 import vitprune
 from vitprune.evaluation.accuracy import compare, evaluate
-from vitprune.evaluation.latency import Latency, measure_latency, paired_speedup
-from vitprune.evaluation.macs import count_macs, ffn_share
-from vitprune.export.ffn_latency import ffn_shapes, measure_ffn_latency
+from vitprune.models.macs import count_macs, ffn_share
+from vitprune.speed.ffn_latency import ffn_shapes, measure_ffn_latency
+from vitprune.timing import Latency, measure_latency, paired_speedup
 
 
 def test_accuracy_agrees_with_scikit_learn():

@@ -16,8 +16,10 @@ from families import half_plan
 from safetensors.torch import save_file
 
 import vitprune
-from vitprune.discovery.trunk import resolve_scope
-from vitprune.models import build_dense, find_hub_weights, hash_weights
+from vitprune.models.identity import hash_weights
+from vitprune.models.saved_folder import build_dense
+from vitprune.models.sources import find_hub_weights
+from vitprune.models.trunk import resolve_scope
 
 NAME = "vit_tiny_patch16_224"
 

@@ -23,8 +23,8 @@ from vitprune.cli import main
 from vitprune.cli.commands import COMMANDS, build_parser
 from vitprune.errors import VitpruneError
 from vitprune.progress import untracked
+from vitprune.recipe.command_options import KINDS, command_line, describe_options
 from vitprune.recipe.contents import Contents, is_there
-from vitprune.recipe.options import KINDS, command_line, describe_options
 from vitprune.recipe.read import read_recipe
 
 PARSER, PARSERS = build_parser()

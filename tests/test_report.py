@@ -16,11 +16,11 @@ from report_folders import CLASSES, NUM_PER_CLASS
 import vitprune
 from vitprune.cli import main
 from vitprune.report.artefacts import KINDS
-from vitprune.report.blocks import Cell, Column, Grid, Row, grid_of, without_empty
 from vitprune.report.page import write_report
-from vitprune.report.sections import evaluation as evaluation_module
-from vitprune.report.table import Table
+from vitprune.report.page_blocks import Cell, Column, Grid, Row, grid_of, without_empty
+from vitprune.report.sections import evaluation_section as evaluation_module
 from vitprune.report.text import percent
+from vitprune.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = ("pruned", "evaluation", "run", "curve", "bench", "alone", "analysis")

@@ -11,7 +11,7 @@ from conftest import make_vit
 from timm.layers import SwiGLU, SwiGLUPacked
 
 import vitprune
-from vitprune.evaluation.macs import count_macs, count_parameters
+from vitprune.models.macs import count_macs, count_parameters
 from vitprune.pruning.schedule import Schedule, list_stops, plan_in_steps
 from vitprune.pruning.target import target_latency, target_macs, target_neurons, target_parameters
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import vitprune
-from vitprune.discovery import second_order
-from vitprune.discovery.second_order import eliminate, obs
-from vitprune.discovery.statistics import GRADIENTS, MOMENTS, draw_directions, measure_statistics
-from vitprune.feed_forward import find_feed_forwards
+from vitprune.calibration import second_order
+from vitprune.calibration.second_order import eliminate, obs
+from vitprune.calibration.statistics import GRADIENTS, MOMENTS, draw_directions, measure_statistics
+from vitprune.models.units import find_feed_forwards
 
 IMAGES = torch.randn(12, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 BATCHES = [(IMAGES[:5], torch.zeros(5)), (IMAGES[5:], torch.zeros(7))]

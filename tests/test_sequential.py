@@ -14,8 +14,8 @@ from families import half_plan
 from timm.layers import SwiGLU
 
 import vitprune
+from vitprune.models.block_calls import study_blocks
 from vitprune.pruning import sequential
-from vitprune.pruning.blocks import study_blocks
 from vitprune.pruning.sequential import compensate_sequentially, weigh_tokens
 
 IMAGES = torch.randn(12, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(5))

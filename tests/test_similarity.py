@@ -16,12 +16,12 @@ from scipy.stats import t as student
 from sklearn.metrics.pairwise import cosine_similarity
 
 import vitprune
+from vitprune.analysis.image_similarity import PathSimilarity, measure_path_similarity, share_with_class
+from vitprune.analysis.mistakes import Mean, compare_mistakes
+from vitprune.analysis.similarity import ClassSimilarity, compare_scores, compare_visits, plain, rank_pairs
+from vitprune.analysis.utilisation import measure_utilisation
 from vitprune.discovery.discover import count_visits, only_classes
-from vitprune.evaluation.image_similarity import PathSimilarity, measure_path_similarity, share_with_class
-from vitprune.evaluation.intervals import Interval
-from vitprune.evaluation.mistakes import Mean, compare_mistakes
-from vitprune.evaluation.similarity import ClassSimilarity, compare_scores, compare_visits, plain, rank_pairs
-from vitprune.evaluation.utilisation import measure_utilisation
+from vitprune.intervals import Interval
 
 
 def run_of(neurons, labels, *, predictions=None, joint_scores=None, scores=None, width=4):

@@ -8,9 +8,9 @@ import torch
 from conftest import make_vit
 
 import vitprune
-from vitprune.discovery.trunk import scope_slice
-from vitprune.evaluation.top_images import find_top_images
-from vitprune.feed_forward import hook_hidden
+from vitprune.analysis.top_images import find_top_images
+from vitprune.models.trunk import scope_slice
+from vitprune.models.units import hook_hidden
 
 IMAGES = torch.randn(17, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 NEURONS = {"blocks.2.mlp": [40, 3], "blocks.0.mlp": [7]}

@@ -7,7 +7,7 @@ import torch
 from conftest import make_vit
 
 import vitprune
-from vitprune.evaluation.topk_mask import CLEAN, ONE_PLAN, ORACLE, measure_topk_mask
+from vitprune.analysis.topk_mask import CLEAN, ONE_PLAN, ORACLE, measure_topk_mask
 
 LABELS = torch.tensor([2, 4, 4])
 

@@ -24,18 +24,22 @@ from vitprune.discovery.discover import Discovery, class_paths, discover
 from vitprune.discovery.run import Run, save_run
 from vitprune.evaluation.accuracy import collect_answers, compare, count_right
 from vitprune.evaluation.curve import Curve, measure_curve
-from vitprune.evaluation.macs import count_parameters
-from vitprune.evaluation.record import Evaluation, Judged, describe_network, name_classes, save_evaluation
-from vitprune.export.bench import BenchRow, bench, describe_hardware
+from vitprune.evaluation.model_facts import describe_network
+from vitprune.evaluation.record import Evaluation, Judged, name_classes, save_evaluation
 from vitprune.export.onnx_file import export_onnx
+from vitprune.figures.curve_figure import draw_curve
+from vitprune.figures.style import save_figure
 from vitprune.files import FORMAT_VERSION, atomic_folder, refuse_existing, write_json
-from vitprune.models import hash_weights, load, save
+from vitprune.models.identity import hash_weights
+from vitprune.models.load import load
+from vitprune.models.macs import count_parameters
+from vitprune.models.saved_folder import save
 from vitprune.progress import Track
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.prune import prune
-from vitprune.report.bench import save_bench
-from vitprune.report.curve import render_curve
 from vitprune.report.page import write_report
+from vitprune.speed.bench import BenchRow, bench, describe_hardware
+from vitprune.speed.bench_folder import BenchRecord, save_bench
 
 RATIOS = (0.5, 0.75, 0.9)
 NUM_TEST_IMAGES = 500
@@ -134,8 +138,8 @@ def run_demo(output: str | Path, *, seed: int, track: Track, note: Callable[[str
             seconds=1.0,
             track=track,
         )
-        save_bench(rows, folder / "bench", hardware=describe_hardware())
-        render_curve(points, folder / "curve.png", title="ViT on scanned digits, 500 test images")
+        save_bench(BenchRecord(tuple(rows), describe_hardware()), folder / "bench")
+        save_figure(draw_curve(points, title="ViT on scanned digits, 500 test images"), folder / "curve.png")
         answer = {
             "dense_top1": dense.top1,
             "pruned_top1": after.top1,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,14 @@ def read_json(path: str | Path, *, kind: str) -> dict[str, Any]:
         raise VitpruneError(f"{path}: not a JSON file ({error})") from error
     _check_kind(path, content, kind)
     return content
+
+
+def write_table(path: str | Path, rows: Iterable[Any], row_type: type) -> None:
+    """Write dataclass values to a CSV file, one row each in the order given; a column per field."""
+    with atomic_file(path) as temporary, temporary.open("w", newline="") as stream:
+        table = csv.DictWriter(stream, [field.name for field in fields(row_type)], lineterminator="\n")
+        table.writeheader()
+        table.writerows(map(asdict, rows))
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Any], *, kind: str, facts: Mapping[str, Any]) -> None:

@@ -114,6 +114,10 @@ BACKENDS: Mapping[str, str] = {
     "onnxruntime-openvino": "its OpenVINO provider",
 }
 
+# What rows of a curve and of top-K masking are of.
+DENSE = "dense"
+ORACLE, ONE_PLAN, CLEAN = "oracle class", "one plan for all", "clean"
+
 DEFAULT_QUADRATURE, DEFAULT_FIXED_QUADRATURE = "adaptive", "gauss-legendre:8"
 DEFAULT_RATIO = 0.5
 DEFAULT_CRITERION = "obs"

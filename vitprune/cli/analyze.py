@@ -82,10 +82,10 @@ def run(
     runs, experiments, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, factors, tokens,
     top_k, mask_share, depth, pairs, wordnet, device, output, overwrite,
 ):  # fmt: skip
-    from vitprune.evaluation.analysis import run_experiments
+    from vitprune.analysis.analysis_views import ANALYSIS_FILES, analysis_tables, render_analysis
+    from vitprune.analysis.experiments import run_experiments
     from vitprune.files import FORMAT_VERSION, open_resumable, write_json, write_tensors
-    from vitprune.models import architecture
-    from vitprune.report.analysis import ANALYSIS_FILES, analysis_tables, render_analysis
+    from vitprune.models.identity import architecture
 
     for scope in tokens or ():
         options.check_choice("tokens", scope, options.TOKENS)
@@ -184,7 +184,7 @@ def _choose_experiments(experiments: Sequence[str] | None, found: Any, *, with_d
 
 def _find_wordnet(wordnet: str | None, names: Iterable[str]) -> str | None:
     """Return the folder of WordNet: the one asked for, or where classes are named by it, one that is installed."""
-    from vitprune.evaluation.wordnet import find_nouns, is_wnid
+    from vitprune.analysis.wordnet import find_nouns, is_wnid
 
     if wordnet is not None:
         find_nouns(wordnet)
@@ -241,7 +241,7 @@ def _describe_analysis(runs: Sequence[str], network, own, others, transform, see
     from vitprune.data import data_config, hash_images
     from vitprune.discovery.run import PATHS_FILE, SCORES_FILE
     from vitprune.files import hash_file
-    from vitprune.models import architecture, hash_weights
+    from vitprune.models.identity import architecture, hash_weights
 
     return {
         "vitprune": __version__,

@@ -49,9 +49,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(models, checkpoint, backend, precision, batch_size, threads, seconds, device, output, overwrite):
     from dataclasses import asdict
 
-    from vitprune.export.bench import DEFAULT_BACKENDS, bench, describe_hardware
     from vitprune.files import refuse_existing
-    from vitprune.report.bench import BENCH_FILES, save_bench
+    from vitprune.speed.bench import DEFAULT_BACKENDS, bench, describe_hardware
+    from vitprune.speed.bench_folder import BENCH_FILES, BenchRecord, save_bench
 
     if output is not None:
         refuse_existing(output, overwrite=overwrite, owned=BENCH_FILES)
@@ -71,7 +71,7 @@ def run(models, checkpoint, backend, precision, batch_size, threads, seconds, de
     hardware = describe_hardware([row.backend for row in rows], device)
     answer = {"rows": [asdict(row) for row in rows], "hardware": hardware}
     if output is not None:
-        save_bench(rows, output, hardware=hardware)
+        save_bench(BenchRecord(tuple(rows), hardware), output)
 
     def show() -> None:
         # What is the same in every row goes into the title: the table shall fit a terminal.
@@ -115,7 +115,7 @@ def run(models, checkpoint, backend, precision, batch_size, threads, seconds, de
 
 def _models_to_bench(models: Sequence[str], checkpoint: str | None) -> dict[str, Any]:
     """Load what is to be timed by name; ONNX files stay paths."""
-    from vitprune.models import build_dense
+    from vitprune.models.saved_folder import build_dense
 
     folders = [name for name in models if Path(name).is_dir()]
     files = [name for name in models if Path(name).suffix == ".onnx"]

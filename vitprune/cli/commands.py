@@ -33,7 +33,7 @@ from vitprune.cli import (
 )
 from vitprune.errors import VitpruneError
 from vitprune.processes import count_processes
-from vitprune.recipe.options import command_line, explain_mistake, option_names
+from vitprune.recipe.command_options import command_line, explain_mistake, option_names
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
 # Each has SUMMARY, add_arguments(parser), and run(**options), which returns the answer for --json and a function

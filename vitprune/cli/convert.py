@@ -83,11 +83,11 @@ def _read(
     overwrite,
 ):  # fmt: skip
     from vitprune.data import data_config, digest_images, hash_images
-    from vitprune.discovery.adopt import LEAST_AGREEMENT, adopt, assign_images, authors_transform, describe_search
-    from vitprune.discovery.authors import read_authors
     from vitprune.discovery.run import RUN_FILES, Run, save_run
     from vitprune.files import refuse_existing
-    from vitprune.models import hash_weights
+    from vitprune.interop.adopt import LEAST_AGREEMENT, adopt, assign_images, authors_transform, describe_search
+    from vitprune.interop.authors import read_authors
+    from vitprune.models.identity import hash_weights
 
     refuse_existing(output, overwrite=overwrite, owned=RUN_FILES)
     paths = read_authors(source, method=method)
@@ -174,9 +174,9 @@ def _require(args, model: str | None, data: str | None) -> None:
 
 
 def _write(sources, output, overwrite):
-    from vitprune.discovery.authors import ARGS_SUFFIX, write_authors
     from vitprune.discovery.run import load_run
     from vitprune.files import refuse_existing
+    from vitprune.interop.authors import ARGS_SUFFIX, write_authors
 
     prefix = str(output).removesuffix(ARGS_SUFFIX)
     refuse_existing(prefix + ARGS_SUFFIX, overwrite=overwrite)

@@ -66,12 +66,9 @@ def run(
     source, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, eval_data,
     eval_images_per_class, ratios, criteria, allocations, compensations, step, max_drop, device, output, overwrite,
 ):  # fmt: skip
-    from dataclasses import asdict
-
     from vitprune.evaluation.curve import Curve, find_largest_ratio, measure_curve, parse_ratios
-    from vitprune.files import FORMAT_VERSION, open_resumable, write_json
-    from vitprune.models import architecture
-    from vitprune.report.curve import render_curve, write_table
+    from vitprune.evaluation.curve_folder import CURVE_FILES, POINTS_FOLDER, CurveRecord, save_curve
+    from vitprune.files import open_resumable
 
     several = {"criteria": criteria, "allocations": allocations, "compensations": compensations}
     if max_drop is not None:
@@ -95,9 +92,8 @@ def run(
         make_batches(each, network, batch_size=batch_size, workers=workers, strict=strict) for each in (images, others)
     )
     request = {**_describe_run(source, run, network, images, others), "step": step, "seed": seed}
-    owned = frozenset({"points", "curve.json", "curve.csv", "curve.png", "curve.svg"})
-    folder = open_resumable(output, request, owned=owned, overwrite=overwrite)
-    curve = Curve(**several, step=step, seed=seed, folder=folder / "points")
+    folder = open_resumable(output, request, owned=CURVE_FILES, overwrite=overwrite)
+    curve = Curve(**several, step=step, seed=seed, folder=folder / POINTS_FOLDER)
     calibrated = set(compensations) != {"none"}
     for each, what in ((images, "calibration"), (others, "evaluation"))[0 if calibrated else 1 :]:
         warn_of_few_classes(network, each, what)
@@ -110,15 +106,10 @@ def run(
             network, calibration, evaluation, curve, max_drop=max_drop, found=found, track=track
         )
     skipped = [name for batches in (calibration, evaluation) for name in report_skipped(batches)]
-    rows = [asdict(point) for point in points]
+    record = CurveRecord(tuple(points), max_drop, largest, str(others.root), others.files, skipped, request)
+    save_curve(record, folder)
+    rows = [vars(point) for point in points]
     answer = {"output": output, "points": rows, "max_drop": max_drop, "largest_ratio": largest, "skipped": skipped}
-    evaluated = {"evaluation_data": str(others.root), "evaluation_files": others.files}
-    write_json(folder / "curve.json", {"kind": "curve", "version": FORMAT_VERSION, **answer, **evaluated})
-    write_table(points, folder / "curve.csv")
-    # Not the name of a run's folder: the picture travels without it.
-    title = f"{architecture(network)}, {points[0].num_images} images, no retraining"
-    for suffix in ("png", "svg"):
-        render_curve(points, folder / f"curve.{suffix}", title=title, max_drop=max_drop)
 
     def show() -> None:
         dense, *pruned = points
@@ -160,7 +151,7 @@ def _describe_run(source: str, run, network, images, others) -> dict[str, Any]:
     from vitprune.data import data_config, hash_images
     from vitprune.discovery.run import RUN_FILES
     from vitprune.files import hash_file
-    from vitprune.models import architecture, hash_weights
+    from vitprune.models.identity import architecture, hash_weights
 
     return {
         "vitprune": __version__,

@@ -230,7 +230,7 @@ def _describe_search(network, search, images, batch_size: int, shard_size: int) 
 
     from vitprune import __version__
     from vitprune.data import data_config
-    from vitprune.models import architecture, hash_weights
+    from vitprune.models.identity import architecture, hash_weights
 
     listed = json.dumps([images.files, images.labels])
     return {

@@ -29,7 +29,7 @@ def run(model, checkpoint, backend, batch_size, threads, seconds):
     import tempfile
     from dataclasses import asdict
 
-    from vitprune.export.doctor import VERDICTS, diagnose
+    from vitprune.speed.doctor import VERDICTS, diagnose
 
     for name, value in (("batch_size", batch_size), ("threads", threads)):
         if value is not None and value < 1:
@@ -40,8 +40,8 @@ def run(model, checkpoint, backend, batch_size, threads, seconds):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(model)
         if path.suffix != ".onnx":
-            from vitprune.export.bench import random_batch
             from vitprune.export.onnx_file import export_onnx
+            from vitprune.speed.bench import random_batch
 
             network = load_model(model, checkpoint)
             path = Path(folder) / "model.onnx"

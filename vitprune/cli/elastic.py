@@ -66,7 +66,7 @@ def run(
 
     from vitprune.evaluation.curve import parse_ratios
     from vitprune.files import refuse_existing
-    from vitprune.models import save_elastic
+    from vitprune.models.elastic_file import save_elastic
     from vitprune.pruning.elastic import make_elastic
 
     if Path(output).suffix != ".safetensors":

@@ -100,12 +100,13 @@ def _same_images(others, images, against: str):
 
 def _judge(network, images, model: str, checkpoint: str | None, ratio: float | None, reading: dict[str, Any]):
     from vitprune.evaluation.accuracy import collect_answers
-    from vitprune.evaluation.record import Judged, describe_network, name_classes
+    from vitprune.evaluation.model_facts import describe_network
+    from vitprune.evaluation.record import Judged, name_classes
 
     batches = make_batches(images, network, **reading)
     answers = collect_answers(network, Tracked(batches, f"evaluate {Path(model).name}"))
     if Path(model).suffix == ".onnx":
-        from vitprune.export.describe import describe_file
+        from vitprune.evaluation.model_facts import describe_file
 
         facts = describe_file(model, network)
     else:

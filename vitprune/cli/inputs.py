@@ -18,7 +18,7 @@ def pick_device(device: str | None, processes: Any = None) -> str:
 
 
 def load_model(model: str, checkpoint: str | None, device: str = "cpu", ratio: float | None = None):
-    from vitprune.models import load
+    from vitprune.models.load import load
 
     refuse_run(model)
     return load(model, checkpoint=checkpoint, device=device, ratio=ratio)
@@ -41,7 +41,7 @@ def open_model(model: str, checkpoint: str | None, device: str | None, ratio: fl
 def open_source(source: str, checkpoint: str | None, device: str | None):
     """Open what 'prune' and 'curve' start from: a run (with its model) or a model."""
     from vitprune.discovery.run import is_run, load_run
-    from vitprune.models import hash_weights
+    from vitprune.models.identity import hash_weights
 
     if not is_run(source):
         return None, load_model(source, checkpoint, pick_device(device))
@@ -57,7 +57,7 @@ def open_source(source: str, checkpoint: str | None, device: str | None):
 
 
 def plan_of(model: str, ratio: float | None = None):
-    from vitprune.models import PLAN_FILE
+    from vitprune.models.saved_folder import PLAN_FILE
     from vitprune.pruning.elastic import read_elastic_plan
     from vitprune.pruning.plan import read_plan
 

@@ -92,9 +92,10 @@ def run(
 ):  # fmt: skip
     import time
 
-    from vitprune.evaluation.macs import amdahl_ceiling, count_macs, count_parameters, ffn_share
     from vitprune.files import refuse_existing
-    from vitprune.models import FOLDER_FILES, hash_weights, save
+    from vitprune.models.identity import hash_weights
+    from vitprune.models.macs import amdahl_ceiling, count_macs, count_parameters, ffn_share
+    from vitprune.models.saved_folder import FOLDER_FILES, save
     from vitprune.pruning.plan import Plan, read_plan
     from vitprune.pruning.prune import apply_plan, prune
     from vitprune.pruning.schedule import needs_steps
@@ -246,7 +247,7 @@ def _keep_classes(network, images, found, wanted: Sequence[str], *, data_given: 
     """Reduce a model's classifier, its calibration images and its discovery to some classes."""
     from vitprune.data import find_class
     from vitprune.discovery.discover import only_classes
-    from vitprune.models import keep_classes
+    from vitprune.models.classifier import keep_classes
 
     if images is None:
         raise VitpruneError("--keep-classes needs images of these classes; pass --data DIR")
@@ -284,8 +285,8 @@ def _parse_round_to(round_to: str | None) -> int | str | None:
 
 
 def _find_round_to(network, target, ratio: float | None, backend: str, batch_size: int | None) -> int:
-    from vitprune.export.alignment import find_round_to
-    from vitprune.export.ffn_latency import ffn_shapes
+    from vitprune.speed.alignment import find_round_to
+    from vitprune.speed.ffn_latency import ffn_shapes
 
     share = target.share if target is not None else options.DEFAULT_RATIO if ratio is None else ratio
     largest = max(ffn_shapes(network).values(), key=lambda shape: shape.num_neurons)
@@ -298,7 +299,7 @@ def _find_round_to(network, target, ratio: float | None, backend: str, batch_siz
 
 def _make_target(network, backend: str | None, batch_size: int | None, **targets: float):
     """Build the target that was asked for; None where the ratio decides."""
-    from vitprune.evaluation.macs import count_macs
+    from vitprune.models.macs import count_macs
     from vitprune.pruning.target import target_latency, target_macs, target_parameters
 
     if not targets:
@@ -308,7 +309,7 @@ def _make_target(network, backend: str | None, batch_size: int | None, **targets
         return target_parameters(network, limit)
     if name == "target_macs":
         return target_macs(network, limit, total=count_macs(network))
-    from vitprune.export.ffn_latency import measure_ffn_latency
+    from vitprune.speed.ffn_latency import measure_ffn_latency
 
     device = str(next(network.parameters()).device)
     total, tables = measure_ffn_latency(
@@ -319,7 +320,7 @@ def _make_target(network, backend: str | None, batch_size: int | None, **targets
 
 def _measure_latency(network, pruned, asked: dict, backend: str, batch_size: int | None) -> dict[str, Any]:
     """Time the pruned model beside the dense one, which tells a prediction's error from a change of the machine."""
-    from vitprune.export.bench import bench
+    from vitprune.speed.bench import bench
 
     device = "cpu" if backend.startswith("onnxruntime") else str(next(network.parameters()).device)
     rows = bench(

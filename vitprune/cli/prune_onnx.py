@@ -15,7 +15,7 @@ def prune_onnx(
 ):  # fmt: skip
     from vitprune.export.onnx_prune import prune_onnx
     from vitprune.export.runtime import open_onnx, open_session, read_facts
-    from vitprune.models import load
+    from vitprune.models.load import load
     from vitprune.pruning.plan import Plan
 
     if Path(output).suffix != ".onnx":

@@ -13,8 +13,8 @@ from jsonargparse import ArgumentParser
 from vitprune.cli.terminal import note, track
 from vitprune.errors import VitpruneError
 from vitprune.files import held, refuse_existing
+from vitprune.recipe.command_options import command_line
 from vitprune.recipe.contents import Contents
-from vitprune.recipe.options import command_line
 from vitprune.recipe.read import Recipe, Step, read_recipe
 from vitprune.recipe.schema import recipe_schema
 from vitprune.recipe.state import HASHES_FILE, LOCK_FILE, Decision, State, state_file

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from vitprune.report.table import Table
+from vitprune.table import Table
 
 SECONDS_BETWEEN_LINES = 20
 

@@ -15,8 +15,8 @@ from vitprune.discovery.best import best_neurons
 from vitprune.discovery.engine import CHUNK_ROWS, PathBatch, score_alone, score_paths
 from vitprune.discovery.objective import DEFAULT_OBJECTIVE, Objective
 from vitprune.discovery.quadrature import Quadrature
-from vitprune.discovery.trunk import record_clean, scope_slice
-from vitprune.feed_forward import FeedForward, capture
+from vitprune.models.trunk import record_clean, scope_slice
+from vitprune.models.units import FeedForward, capture
 
 INFLUENCE_STEPS = 20
 

@@ -21,9 +21,9 @@ from vitprune.discovery.engine import PathBatch, first_rule, search_paths
 from vitprune.discovery.memory import count_rows
 from vitprune.discovery.objective import Objective, make_objective
 from vitprune.discovery.quadrature import Quadrature, parse_fixed_quadrature, parse_quadrature
-from vitprune.discovery.trunk import check_trunk, resolve_scope, scope_slice
 from vitprune.errors import VitpruneError
-from vitprune.feed_forward import FeedForward, find_feed_forwards, frozen
+from vitprune.models.trunk import check_trunk, resolve_scope, scope_slice
+from vitprune.models.units import FeedForward, find_feed_forwards, frozen
 from vitprune.options import DEFAULT_FIXED_QUADRATURE, DEFAULT_QUADRATURE, METHODS, PRECISIONS, check_choice
 
 # On a CPU, more rows (images x nodes) than these in the prefix and in the suffix only leave its caches.
@@ -52,7 +52,7 @@ class Discovery:
         completeness_errors: float32 [I] for ``jas-complete``, else None.
         classes: the class indices present, ascending; rows of ``class_scores``.
         class_scores: FFN name -> float32 [C, H]; mean score of every neuron over the images of a class. [0, H] where
-            they are not known: paths of another program (``vitprune.discovery.authors``) come without them.
+            they are not known: paths of another program (``vitprune.interop.authors``) come without them.
         method: key of ``METHODS``.
         tokens: ``cls``, ``patch`` or ``all``.
         quadrature: as in ``parse_quadrature``.

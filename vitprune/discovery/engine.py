@@ -34,7 +34,7 @@ from vitprune.discovery.objective import DEFAULT_OBJECTIVE, Objective
 from vitprune.discovery.precision import products_in
 from vitprune.discovery.quadrature import Quadrature
 from vitprune.discovery.tangents import LeanTangents
-from vitprune.discovery.trunk import (
+from vitprune.models.trunk import (
     CleanPass,
     attend,
     attend_first,
@@ -45,7 +45,7 @@ from vitprune.discovery.trunk import (
     scale_branch,
     scope_slice,
 )
-from vitprune.feed_forward import FeedForward
+from vitprune.models.units import FeedForward
 
 # Rows that run through the suffix at once: enough to fill a CPU's matrix units, few enough to stay near its caches.
 CHUNK_ROWS = 32

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vitprune.discovery.trunk import plain_attention
 from vitprune.errors import VitpruneError
+from vitprune.models.trunk import plain_attention
 
 GIB = 2**30
 CPU_BUDGET_GIB = 2.0

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from vitprune.data import Batches, on_device
 from vitprune.errors import VitpruneError
-from vitprune.models import has_classifier
-
-CONFIDENCE = 0.95
+from vitprune.intervals import CONFIDENCE
+from vitprune.models.classifier import has_classifier
 
 
 @dataclass(frozen=True)

@@ -10,30 +10,30 @@ from typing import Any
 
 from torch import nn
 
+from vitprune.calibration.criteria import REGISTRY, Scores, check_needs
+from vitprune.calibration.statistics import MOMENTS, Statistics, measure_statistics
 from vitprune.data import Batches
-from vitprune.discovery.criteria import REGISTRY, Scores, check_needs
 from vitprune.discovery.discover import Discovery
-from vitprune.discovery.statistics import MOMENTS, Statistics, measure_statistics
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.accuracy import Accuracy, compare, drop_bound, evaluate
-from vitprune.evaluation.macs import count_macs, count_parameters
-from vitprune.feed_forward import find_feed_forwards
 from vitprune.files import read_json, write_json
+from vitprune.models.block_calls import BlockCall, study_blocks
+from vitprune.models.macs import count_macs, count_parameters
+from vitprune.models.units import find_feed_forwards
 from vitprune.options import (
     ALLOCATIONS,
     COMPENSATIONS,
     CRITERIA,
     DEFAULT_STEP,
+    DENSE,
     check_choice,
 )
 from vitprune.progress import Track, untracked
-from vitprune.pruning.blocks import BlockCall, study_blocks
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.prune import SEQUENTIAL, apply_plan, needed_statistics
 from vitprune.pruning.schedule import Schedule, Stage, advance, bridge_of, finish, first_stage, list_stops, needs_steps
 from vitprune.pruning.target import Target, target_neurons
 
-DENSE = "dense"
 SEARCH_GRID, SEARCH_PRECISION = 0.1, 0.01
 Evaluated = Callable[[nn.Module], Accuracy]
 

@@ -9,47 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from vitprune.data import ImageSet, class_names, data_config
+from vitprune.data import ImageSet, class_names
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.accuracy import Accuracy, Answers, compare, count_right, drop_bound
-from vitprune.evaluation.macs import count_macs, count_parameters
+from vitprune.evaluation.model_facts import ModelFacts
 from vitprune.files import FORMAT_VERSION, atomic_file, atomic_folder, read_json, write_json
-from vitprune.models import architecture, hash_weights
 
 EVALUATION_FILE, ANSWERS_FILE = "evaluation.json", "images.jsonl"
 EVALUATION_FILES = frozenset({EVALUATION_FILE, ANSWERS_FILE})
 _OF_ONE = ("label", "prediction", "probability", "among_five")
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """Which model answered.
-
-    Attributes:
-        name: timm name, or absolute path of a folder or file.
-        checkpoint: absolute path of the weights, or None where the hub, the folder or the file has them.
-        ratio: of an elastic file, the share of FFN neurons that was to be gone; else None.
-        architecture: timm name, as far as it is known.
-        weights_sha256: ``hash_weights`` of a torch model; of an ONNX file, the hash of the file.
-        transform: that its images went through, as timm describes it.
-        num_classes: length of the logits.
-        num_parameters: None for an ONNX file.
-        macs: multiply-accumulates of one image, as this model computes them.
-        size_bytes: of the weights as stored; of an ONNX file, of the file.
-    """
-
-    name: str
-    checkpoint: str | None
-    ratio: float | None
-    architecture: str
-    weights_sha256: str
-    transform: Mapping[str, Any]
-    num_classes: int
-    num_parameters: int | None
-    macs: int
-    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -87,31 +56,6 @@ class Evaluation:
     skipped: tuple[str, ...]
     judged: Judged
     against: Judged | None = None
-
-
-def describe_network(
-    network: nn.Module, name: str, *, checkpoint: str | None = None, ratio: float | None = None
-) -> ModelFacts:
-    """Say which torch model it is.
-
-    Args:
-        network: in eval mode.
-        name: what it was loaded by; the path of a folder or file is made absolute.
-        checkpoint: file of its weights.
-        ratio: that it was loaded at.
-    """
-    return ModelFacts(
-        name=str(Path(name).resolve()) if Path(name).exists() else name,
-        checkpoint=None if checkpoint is None else str(Path(checkpoint).resolve()),
-        ratio=ratio,
-        architecture=architecture(network),
-        weights_sha256=hash_weights(network),
-        transform=data_config(network),
-        num_classes=network.num_classes,
-        num_parameters=count_parameters(network),
-        macs=count_macs(network),
-        size_bytes=sum(value.numel() * value.element_size() for value in network.state_dict().values()),
-    )
 
 
 def name_classes(network: Any, images: ImageSet, answers: Answers) -> dict[int, str]:

@@ -13,8 +13,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from vitprune.calibration.statistics import MomentSums, Statistics
 from vitprune.data import Batches
-from vitprune.discovery.statistics import MomentSums, Statistics
 from vitprune.errors import VitpruneError
 from vitprune.export.graph_ffns import GraphFfn
 from vitprune.export.onnx_file import write_graph

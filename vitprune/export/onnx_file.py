@@ -23,17 +23,17 @@ from torch import Tensor, nn
 
 from vitprune.data import Batches, class_names, data_config
 from vitprune.errors import VitpruneError
-from vitprune.evaluation.latency import Speedup, measure_latency, paired_speedup
 from vitprune.export.fuse import fuse_attention, skip_unread_tokens
 from vitprune.export.graph import forget_shapes
 from vitprune.export.profile import make_session_runner
 from vitprune.export.quantize import quantize
 from vitprune.export.runtime import METADATA_KEY, OnnxModel, open_onnx, open_session
-from vitprune.feed_forward import find_feed_forwards
 from vitprune.files import FORMAT_VERSION, atomic_siblings
-from vitprune.models import architecture
+from vitprune.models.identity import architecture
+from vitprune.models.units import find_feed_forwards
 from vitprune.options import OPERATORS, PRECISIONS_ONNX, check_choice
 from vitprune.pruning.plan import Plan
+from vitprune.timing import Speedup, measure_latency, paired_speedup
 
 # Tolerances for float32 kernels that sum in another order.
 PARITY_RTOL, PARITY_ATOL = 1e-3, 1e-4

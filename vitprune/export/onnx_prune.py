@@ -34,8 +34,8 @@ from vitprune.export.graph_ffns import (
 from vitprune.export.graph_statistics import measure_graph_statistics, open_runner
 from vitprune.export.onnx_file import PARITY_ATOL, PARITY_RTOL, describe_plan, save_graph
 from vitprune.export.runtime import METADATA_KEY
-from vitprune.feed_forward import FeedForward, find_feed_forwards
 from vitprune.files import atomic_siblings
+from vitprune.models.units import FeedForward, find_feed_forwards
 from vitprune.options import COMPENSATIONS, DEFAULT_RIDGE, check_choice
 from vitprune.progress import Track, untracked
 from vitprune.pruning.compensate import check_ridge, stand_in

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from vitprune.discovery.statistics import Statistics
+from vitprune.calibration.statistics import Statistics
 from vitprune.errors import VitpruneError
 from vitprune.options import COMPENSATIONS, DEFAULT_RIDGE, check_choice
 from vitprune.pruning.plan import Plan, fit_plan

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitprune.data import Batches, on_device
 from vitprune.errors import VitpruneError
-from vitprune.models import has_classifier
+from vitprune.models.classifier import has_classifier
 from vitprune.progress import Track, untracked
 from vitprune.pruning.apply import remove_neurons
 from vitprune.pruning.plan import Plan, fit_plan

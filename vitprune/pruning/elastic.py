@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitprune.calibration.criteria import REGISTRY, check_needs
+from vitprune.calibration.statistics import MOMENTS, Statistics
 from vitprune.data import Batches
-from vitprune.discovery.criteria import REGISTRY, check_needs
 from vitprune.discovery.discover import Discovery
-from vitprune.discovery.statistics import MOMENTS, Statistics
-from vitprune.elastic import Elastic, Ranking, Stop, read_ranking, take_neurons
 from vitprune.errors import VitpruneError
-from vitprune.feed_forward import FeedForward, find_feed_forwards
-from vitprune.models import architecture, hash_weights
+from vitprune.models.block_calls import study_blocks
+from vitprune.models.elastic_file import Elastic, Ranking, Stop, read_ranking, take_neurons
+from vitprune.models.identity import architecture, hash_weights
+from vitprune.models.units import FeedForward, find_feed_forwards
 from vitprune.options import (
     COMPENSATIONS,
     DEFAULT_ALLOCATION,
@@ -29,7 +30,6 @@ from vitprune.options import (
 )
 from vitprune.progress import Track, untracked
 from vitprune.pruning.allocate import allocate, compare_across
-from vitprune.pruning.blocks import study_blocks
 from vitprune.pruning.compensate import check_ridge
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.prune import SEQUENTIAL, apply_plan, needed_statistics

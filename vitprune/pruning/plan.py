@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.errors import VitpruneError
-from vitprune.feed_forward import FeedForward, find_feed_forwards
 from vitprune.files import read_tensors, write_tensors
-from vitprune.models import PLAN_FILE, architecture
+from vitprune.models.identity import architecture
+from vitprune.models.saved_folder import PLAN_FILE
+from vitprune.models.units import FeedForward, find_feed_forwards
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitprune.calibration.criteria import REGISTRY, check_needs
+from vitprune.calibration.statistics import GRADIENTS, MOMENTS, Statistics, measure_statistics
 from vitprune.data import Batches
-from vitprune.discovery.criteria import REGISTRY, check_needs
 from vitprune.discovery.discover import Discovery
-from vitprune.discovery.statistics import GRADIENTS, MOMENTS, Statistics, measure_statistics
 from vitprune.errors import VitpruneError
-from vitprune.feed_forward import find_feed_forwards
-from vitprune.models import architecture, has_classifier, hash_weights
+from vitprune.models.block_calls import BlockCall, study_blocks
+from vitprune.models.classifier import has_classifier
+from vitprune.models.identity import architecture, hash_weights
+from vitprune.models.units import find_feed_forwards
 from vitprune.options import (
     COMPENSATIONS,
     DEFAULT_ALLOCATION,
@@ -30,7 +32,6 @@ from vitprune.options import (
 from vitprune.progress import Track, untracked
 from vitprune.pruning.allocate import allocate
 from vitprune.pruning.apply import mask_neurons, remove_neurons
-from vitprune.pruning.blocks import BlockCall, study_blocks
 from vitprune.pruning.compensate import check_ridge, compensate
 from vitprune.pruning.distill import distill
 from vitprune.pruning.plan import Plan, fit_plan, plan_from_widths

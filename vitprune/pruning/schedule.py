@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vitprune.calibration.criteria import REGISTRY, Scores, check_needs, score_neurons
+from vitprune.calibration.statistics import MOMENTS, Statistics, measure_statistics
 from vitprune.data import Batches
-from vitprune.discovery.criteria import REGISTRY, Scores, check_needs, score_neurons
 from vitprune.discovery.discover import Discovery
-from vitprune.discovery.statistics import MOMENTS, Statistics, measure_statistics
 from vitprune.errors import VitpruneError
-from vitprune.feed_forward import find_feed_forwards
+from vitprune.models.units import find_feed_forwards
 from vitprune.options import DEFAULT_FLOOR, DEFAULT_RIDGE, DEFAULT_STEP
 from vitprune.progress import Track, untracked
 from vitprune.pruning.allocate import allocate

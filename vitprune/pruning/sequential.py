@@ -28,12 +28,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vitprune.calibration.statistics import Statistics, at_least_float32
 from vitprune.data import Batches
-from vitprune.discovery.statistics import Statistics, at_least_float32
-from vitprune.feed_forward import hook_hidden
+from vitprune.models.block_calls import BlockCall, read_states_before, run_until_stopped, stopping_before, study_blocks
+from vitprune.models.units import hook_hidden
 from vitprune.options import DEFAULT_RIDGE
 from vitprune.progress import Track, untracked
-from vitprune.pruning.blocks import BlockCall, read_states_before, run_until_stopped, stopping_before, study_blocks
 from vitprune.pruning.compensate import reconstruct, regress, write_down_proj
 from vitprune.pruning.plan import Plan, fit_plan
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitprune.data import data_config
 from vitprune.errors import VitpruneError
-from vitprune.feed_forward import FeedForward, find_feed_forwards, hook_hidden
+from vitprune.models.units import FeedForward, find_feed_forwards, hook_hidden
 from vitprune.options import TARGETS
 
 

@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from vitprune.errors import VitpruneError
-from vitprune.recipe.options import (
+from vitprune.recipe.command_options import (
     KINDS,
     check_value,
     describe_options,

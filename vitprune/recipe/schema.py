@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from vitprune.recipe.options import Option, describe_options
+from vitprune.recipe.command_options import Option, describe_options
 from vitprune.recipe.read import KEY_NAME
 
 _KEY = {"$ref": "#/definitions/key"}

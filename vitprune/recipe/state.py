@@ -229,7 +229,7 @@ class State:
         return self._contents.hash(output, leave_out=others)
 
     def _hash_weights(self, name: str) -> str | None:
-        from vitprune.models import find_hub_weights
+        from vitprune.models.sources import find_hub_weights
 
         path = find_hub_weights(name)
         return None if path is None else self._contents.hash_once(path)

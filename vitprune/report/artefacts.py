@@ -11,15 +11,17 @@ from typing import Any
 from vitprune.card import Card, read_card
 from vitprune.discovery.run import RUN_FILE, load_run
 from vitprune.errors import VitpruneError
-from vitprune.evaluation.curve import CurvePoint
-from vitprune.evaluation.record import EVALUATION_FILE, ModelFacts, describe_network, load_evaluation
-from vitprune.export.bench import BenchRow
-from vitprune.feed_forward import find_feed_forwards
-from vitprune.files import REQUEST_FILE, read_json
-from vitprune.models import PLAN_FILE, build_dense, load
+from vitprune.evaluation.curve_folder import CURVE_FILE, load_curve
+from vitprune.evaluation.model_facts import ModelFacts, describe_network
+from vitprune.evaluation.record import EVALUATION_FILE, load_evaluation
+from vitprune.files import read_json
+from vitprune.models.load import load
+from vitprune.models.saved_folder import PLAN_FILE, build_dense
+from vitprune.models.units import find_feed_forwards
 from vitprune.pruning.plan import Plan, read_plan
+from vitprune.speed.bench_folder import BENCH_FILE, load_bench
 
-CURVE_FILE, BENCH_FILE, ANALYSIS_FILE = "curve.json", "bench.json", "analysis.json"
+ANALYSIS_FILE = "analysis.json"
 
 
 @dataclass(frozen=True)
@@ -40,38 +42,6 @@ class PrunedModel:
     dense: ModelFacts
     dense_widths: Mapping[str, int]
     label_names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class CurveRecord:
-    """A curve folder.
-
-    Attributes:
-        points: the dense model's first.
-        max_drop: budget of top-1 that the largest ratio was looked for with, or None.
-        largest_ratio: what was found, or None.
-        data: folder of the evaluation images.
-        request: everything that the points depend on.
-    """
-
-    points: tuple[CurvePoint, ...]
-    max_drop: float | None
-    largest_ratio: float | None
-    data: str
-    request: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class BenchRecord:
-    """A bench folder.
-
-    Attributes:
-        rows: as they were timed.
-        hardware: processor and versions.
-    """
-
-    rows: tuple[BenchRow, ...]
-    hardware: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -123,22 +93,6 @@ def _read_pruned(folder: Path) -> PrunedModel:
     )
 
 
-def _read_curve(folder: Path) -> CurveRecord:
-    content = read_json(folder / CURVE_FILE, kind="curve")
-    return CurveRecord(
-        points=tuple(CurvePoint(**point) for point in content["points"]),
-        max_drop=content["max_drop"],
-        largest_ratio=content["largest_ratio"],
-        data=content["evaluation_data"],
-        request=read_json(folder / REQUEST_FILE, kind="request")["request"],
-    )
-
-
-def _read_bench(folder: Path) -> BenchRecord:
-    content = read_json(folder / BENCH_FILE, kind="bench")
-    return BenchRecord(tuple(BenchRow(**row) for row in content["rows"]), content["hardware"])
-
-
 def _read_analysis(folder: Path) -> Mapping[str, Any]:
     return read_json(folder / ANALYSIS_FILE, kind="analysis")
 
@@ -147,8 +101,8 @@ KINDS: Mapping[str, Kind] = {
     "run": Kind(RUN_FILE, "discover", load_run),
     "pruned": Kind(PLAN_FILE, "prune", _read_pruned),
     "evaluation": Kind(EVALUATION_FILE, "evaluate -o", load_evaluation),
-    "curve": Kind(CURVE_FILE, "curve", _read_curve),
-    "bench": Kind(BENCH_FILE, "bench -o", _read_bench),
+    "curve": Kind(CURVE_FILE, "curve", load_curve),
+    "bench": Kind(BENCH_FILE, "bench -o", load_bench),
     "analysis": Kind(ANALYSIS_FILE, "analyze", _read_analysis),
 }
 

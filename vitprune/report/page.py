@@ -14,15 +14,15 @@ from markupsafe import Markup
 
 from vitprune.files import atomic_file
 from vitprune.report.artefacts import Artefact, read_artefacts
-from vitprune.report.blocks import Gallery, Picture, Section
+from vitprune.report.page_blocks import Gallery, Picture, Section
 from vitprune.report.provenance import CardView, make_cards
-from vitprune.report.sections.analysis import analysis_section
-from vitprune.report.sections.bench import bench_section
-from vitprune.report.sections.curve import curve_section
-from vitprune.report.sections.evaluation import evaluation_section
+from vitprune.report.sections.analysis_section import analysis_section
+from vitprune.report.sections.bench_section import bench_section
+from vitprune.report.sections.curve_section import curve_section
+from vitprune.report.sections.evaluation_section import evaluation_section
 from vitprune.report.sections.links import of_kind
-from vitprune.report.sections.pruned import pruned_section
-from vitprune.report.sections.run import run_section
+from vitprune.report.sections.pruned_section import pruned_section
+from vitprune.report.sections.run_section import run_section
 from vitprune.report.story import Story, tell_story
 
 # First what pruning cost and brought, then why these neurons.

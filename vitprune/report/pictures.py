@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vitprune.errors import VitpruneError
-from vitprune.report.blocks import Picture
-from vitprune.report.style import DOTS_PER_INCH, save_figure
+from vitprune.figures.style import DOTS_PER_INCH, save_figure
+from vitprune.report.page_blocks import Picture
 from vitprune.report.thumbnails import embed
 
 # Pixels: as wide as the page's column of text, at more than the density of a plain screen.

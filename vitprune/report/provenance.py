@@ -10,10 +10,13 @@ from typing import Any
 from vitprune.card import Card
 from vitprune.data import digest_images
 from vitprune.discovery.run import Run
-from vitprune.evaluation.record import Evaluation, ModelFacts
-from vitprune.report.artefacts import KINDS, Artefact, BenchRecord, CurveRecord, PrunedModel
+from vitprune.evaluation.curve_folder import CurveRecord
+from vitprune.evaluation.model_facts import ModelFacts
+from vitprune.evaluation.record import Evaluation
+from vitprune.report.artefacts import KINDS, Artefact, PrunedModel
 from vitprune.report.sections.links import card_id
 from vitprune.report.text import count, duration, plural, scaled
+from vitprune.speed.bench_folder import BenchRecord
 
 UNKNOWN = "not recorded"
 

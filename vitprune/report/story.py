@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitprune.evaluation.accuracy import Accuracy, compare, count_right
-from vitprune.evaluation.record import Evaluation, ModelFacts, flipped
-from vitprune.export.bench import BenchRow
+from vitprune.evaluation.model_facts import ModelFacts
+from vitprune.evaluation.record import Evaluation, flipped
+from vitprune.figures.fronts_figure import FrontPoint, draw_front
+from vitprune.figures.widths_figure import draw_widths
 from vitprune.options import BACKENDS
 from vitprune.report.artefacts import Artefact, PrunedModel
-from vitprune.report.blocks import Cell, Column, Grid, Picture, Row, Section, without_empty
-from vitprune.report.fronts import FrontPoint, draw_front
+from vitprune.report.page_blocks import Cell, Column, Grid, Picture, Row, Section, without_empty
 from vitprune.report.pictures import embed_figure
 from vitprune.report.sections.links import of_kind
-from vitprune.report.sections.pruned import count_removed, widths_of
+from vitprune.report.sections.pruned_section import count_removed, widths_of
 from vitprune.report.text import count, p_value, percent, plural, points, scaled, times
-from vitprune.report.widths import draw_widths
+from vitprune.speed.bench import BenchRow
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What neuron paths mean: the paper's experiments and what they show."""

@@ -1,0 +1,234 @@
+"""The paper's experiments on the paths of one or several methods, each a function of its name in ``EXPERIMENTS``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vitprune.analysis.held_out import assign_paths, halves_paths, paths_of, split_halves
+from vitprune.analysis.hierarchy import cluster_classes, compare_with_wordnet
+from vitprune.analysis.image_similarity import measure_path_similarity
+from vitprune.analysis.interventions import Answers
+from vitprune.analysis.manipulation import (
+    CLASS,
+    OTHER_CLASS,
+    OTHER_HALF,
+    OWN,
+    answer_undisturbed,
+    compare_joint_scores,
+    manipulate,
+)
+from vitprune.analysis.mistakes import compare_mistakes
+from vitprune.analysis.similarity import compare_scores, compare_visits, plain, rank_pairs
+from vitprune.analysis.top_images import find_top_images
+from vitprune.analysis.topk_mask import measure_topk_mask
+from vitprune.analysis.utilisation import measure_utilisation
+from vitprune.analysis.wordnet import is_wnid
+from vitprune.data import Batches
+from vitprune.discovery.discover import Discovery, class_paths, count_correct, has_class_scores
+from vitprune.errors import VitpruneError
+from vitprune.options import EXPERIMENTS, check_choice
+from vitprune.progress import Track, untracked
+
+# One row of a picture; a picture per neuron.
+NUM_TOP_IMAGES, MOST_TOP_NEURONS = 6, 10
+
+
+def run_experiments(
+    experiments: Sequence[str],
+    model: nn.Module,
+    runs: Mapping[str, Discovery],
+    batches: Batches,
+    other_batches: Batches | None = None,
+    *,
+    class_names: Mapping[int, str],
+    factors: Sequence[float] = (0.0, 2.0),
+    tokens: Sequence[str] | None = None,
+    top_ks: Sequence[int] = (1, 5, 10, 20, 50),
+    mask_shares: Sequence[float] = (0.1, 0.3, 0.5, 1.0),
+    depth: int | None = None,
+    num_pairs: int = 50,
+    wordnet: str | Path | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    track: Track = untracked,
+) -> dict[str, Any]:
+    """Make experiments on paths.
+
+    Args:
+        experiments: keys of ``options.EXPERIMENTS``.
+        model: timm Vision Transformer in eval mode.
+        runs: method -> paths, all of the same images; the first is compared with the others, and ``top-images`` and
+            ``topk-mask`` are about it alone.
+        batches: the images of the runs with their labels, in their order; any number of passes.
+        other_batches: other images and labels, for ``transfer`` and ``topk-mask``.
+        class_names: class index -> folder name; where all are WordNet ids and ``wordnet`` is given, the similarity of
+            classes is compared with their distance there.
+        factors: 0 removes path neurons, 2 doubles them.
+        tokens: where to intervene, each ``cls``, ``patch`` or ``all``; None: where the first run's paths were found,
+            and for ``topk-mask`` everywhere as well.
+        top_ks: for ``topk-mask``, as in ``measure_topk_mask``.
+        mask_shares: likewise.
+        depth: likewise.
+        num_pairs: for ``similarity``: most and least similar classes to name.
+        wordnet: folder with WordNet 3.0's ``data.noun``.
+        seed: of the halves and of the permutation test.
+        folder: keeps the answers of finished passes, as in ``manipulate``.
+        track: wraps (items, description), for progress.
+
+    Returns:
+        Name of the experiment, with ``_`` for ``-`` -> its results as JSON values: for ``scores`` a list of
+        ``MethodScore``, for ``manipulation``, ``halves`` and ``transfer`` lists of ``DeviationRow``, for
+        ``topk_mask`` a list of ``TopKRow``, for ``similarity`` and ``top_images`` objects.
+
+    Raises:
+        VitpruneError: if an experiment is unknown or needs what is not given.
+
+    Source:
+        arXiv:2503.09046; ``halves`` and ``transfer`` are ours: the paper finds and tests paths on the same images.
+    """
+    for name in experiments:
+        check_choice("experiments", name, EXPERIMENTS)
+        if name in ("transfer", "topk-mask") and other_batches is None:
+            raise VitpruneError(f"{name} tests on images other than the run's, which are missing")
+    first = next(iter(runs.values()))
+    scopes = (first.tokens,) if tokens is None else tuple(tokens)
+    scaling = {"factors": factors, "tokens": scopes, "folder": folder, "track": track}
+    keeping = {"folder": folder, "track": track}
+
+    @cache
+    def clean() -> Answers:
+        return answer_undisturbed(model, batches, "undisturbed", **keeping)
+
+    def manipulation() -> list[Any]:
+        own = {method: found.neurons for method, found in runs.items()}
+        return manipulate(model, batches, clean(), own, whose=OWN, **scaling)
+
+    def halves() -> list[Any]:
+        halved = {method: halves_paths(found, seed=seed) for method, found in runs.items()}
+        rows = manipulate(model, batches, clean(), halved, whose=OTHER_HALF, **scaling)
+        if len(first.classes) > 1:
+            shifted = {method: _paths_of_another_class(found, seed) for method, found in runs.items()}
+            rows += manipulate(model, batches, clean(), shifted, whose=OTHER_CLASS, **scaling)
+        return rows
+
+    def transfer() -> list[Any]:
+        answers = answer_undisturbed(model, other_batches, "undisturbed, other images", **keeping)
+        assigned = {method: assign_paths(class_paths(found), answers.label.tolist()) for method, found in runs.items()}
+        return manipulate(model, other_batches, answers, assigned, whose=CLASS, **scaling)
+
+    def topk_mask() -> list[Any]:
+        scopes_masked = tuple(dict.fromkeys((first.tokens, "all"))) if tokens is None else scopes
+        return measure_topk_mask(
+            model,
+            other_batches,
+            first,
+            top_ks=top_ks,
+            mask_shares=mask_shares,
+            tokens=scopes_masked,
+            depth=depth,
+            track=track,
+        )
+
+    make: Mapping[str, Callable[[], Any]] = {
+        "scores": lambda: compare_joint_scores(runs),
+        "manipulation": manipulation,
+        "halves": halves,
+        "similarity": lambda: {
+            method: {
+                **describe_paths(found),
+                **(
+                    describe_classes(found, class_names, num_pairs=num_pairs, wordnet=wordnet, seed=seed)
+                    if found is first
+                    else {}
+                ),
+            }
+            for method, found in runs.items()
+        },
+        "top-images": lambda: _top_images(model, batches, first, track),
+        "transfer": transfer,
+        "topk-mask": topk_mask,
+    }
+    return {name.replace("-", "_"): plain(make[name]()) for name in experiments}
+
+
+def _paths_of_another_class(found: Discovery, seed: int):
+    """Give each image what the next class has on the same half as the paths that ``halves_paths`` gives."""
+    second = split_halves(found.labels, seed=seed)
+    tested = halves_paths(found, seed=seed).clone()
+    for half in (False, True):
+        donors, members = second != half, second == half
+        tested[members] = assign_paths(paths_of(found, donors), found.labels[members].tolist(), shift=1)
+    return tested
+
+
+def describe_paths(found: Discovery) -> dict[str, Any]:
+    """Measure how alike the paths of images are, and how many neurons they use.
+
+    Returns:
+        ``utilisation``, ``mistakes``, and where two classes have two images, ``images`` (``PathSimilarity``).
+    """
+    described: dict[str, Any] = {"utilisation": measure_utilisation(found), "mistakes": compare_mistakes(found)}
+    if sum(count >= 2 for count in count_correct(found)[1].tolist()) >= 2:
+        described["images"] = measure_path_similarity(found)
+    return described
+
+
+def describe_classes(
+    found: Discovery,
+    class_names: Mapping[int, str],
+    *,
+    num_pairs: int = 50,
+    wordnet: str | Path | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure how alike the paths of classes are. Arguments as in ``run_experiments``.
+
+    Returns:
+        ``visits`` and, where the run has them, ``scores``, each with ``cosines`` [C, C], the most and the least similar
+        classes, ``linkage``, ``leaf_order`` and ``wordnet``; nothing for a single class.
+
+    Raises:
+        VitpruneError: if ``wordnet`` is given and cannot be read, or a class name is no WordNet id.
+    """
+    if len(found.classes) < 2:
+        return {}
+    names = [class_names[index] for index in found.classes]
+    foreign = [name for name in names if not is_wnid(name)]
+    if wordnet is not None and foreign:
+        raise VitpruneError(f"wordnet compares WordNet ids, and class {foreign[0]} is none; leave it out")
+    described = {}
+    for compare in (compare_visits, *([compare_scores] if has_class_scores(found) else [])):
+        similarity = compare(found)
+        most, least = rank_pairs(similarity, num_pairs)
+        clustering = cluster_classes(similarity)
+        described[similarity.of] = {
+            "cosines": similarity.cosines,
+            "most_similar": most,
+            "least_similar": least,
+            "linkage": clustering.linkage,
+            "leaf_order": clustering.leaf_order,
+            "wordnet": None if wordnet is None else compare_with_wordnet(similarity, names, wordnet=wordnet, seed=seed),
+        }
+    return described
+
+
+def _top_images(model: nn.Module, batches: Batches, found: Discovery, track: Track) -> dict[str, Any]:
+    """Find what excites the neurons at the end of the class paths."""
+    last = found.ffns[-1]
+    neurons = dict.fromkeys(int(path[-1, 0]) for path in class_paths(found).values())
+    chosen = list(neurons)[:MOST_TOP_NEURONS]
+    ranked = find_top_images(
+        model, track(batches, "top images"), {last: chosen}, tokens=found.tokens, num_images=NUM_TOP_IMAGES
+    )
+    return {
+        "tokens": found.tokens,
+        "neurons": [
+            {"ffn": ffn, "neuron": neuron, "images": top.positions, "activations": top.activations}
+            for (ffn, neuron), top in ranked.items()
+        ],
+    }

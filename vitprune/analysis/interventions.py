@@ -1,0 +1,201 @@
+"""Scale the neurons of each image's path and see what the model answers.
+
+Letters: B images of a batch, I of all, N tokens, H hidden neurons, L FFNs, K neurons per FFN, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vitprune.data import Batches, on_device
+from vitprune.errors import VitpruneError
+from vitprune.intervals import Interval, mean_interval
+from vitprune.models.trunk import resolve_scope, scope_slice
+from vitprune.models.units import FeedForward, find_feed_forwards, hook_hidden
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answers to I images, whose order is that of the batches.
+
+    Attributes:
+        probability: float32 [I]; of the label's class, in [0, 1].
+        prediction: int64 [I]; the class with the highest logit.
+        label: int64 [I].
+    """
+
+    probability: Tensor
+    prediction: Tensor
+    label: Tensor
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far an intervention moves the answers away from the undisturbed model's.
+
+    Attributes:
+        probability_deviation: of the true class, mean over classes of (mean probability / clean mean - 1); -1 leaves
+            nothing, 0 changes nothing.
+        accuracy_deviation: top-1 / clean top-1 - 1; None where the clean model answers nothing rightly.
+        probability: mean over images, in [0, 1].
+        top1: in [0, 1].
+        by_class: class index -> probability deviation of the class.
+        num_images: intervened on.
+    """
+
+    probability_deviation: Interval
+    accuracy_deviation: float | None
+    probability: float
+    top1: float
+    by_class: Mapping[int, float]
+    num_images: int
+
+
+@torch.no_grad()
+def measure_intervention(
+    model: nn.Module,
+    ffns: Sequence[FeedForward],
+    images: Tensor,
+    neurons_BLK: Tensor,
+    *,
+    factor: float,
+    tokens: slice,
+) -> Tensor:
+    """Return class probabilities [B, C] with the path neurons multiplied by ``factor``; nothing else is held fixed.
+
+    Args:
+        model: timm Vision Transformer in eval mode.
+        ffns: the FFNs that the path goes through.
+        images: [B, 3, height, width], normalised by the model's own transform.
+        neurons_BLK: int64; per image the neurons to scale in each FFN.
+        factor: 0 removes them, 2 doubles them.
+        tokens: at which tokens.
+
+    Source:
+        The manipulation experiment of arXiv:2503.09046.
+    """
+    position_of = {ffn.name: position for position, ffn in enumerate(ffns)}
+
+    def scale(name: str, h_BNH: Tensor) -> Tensor:
+        factors_B1H = torch.ones_like(h_BNH[:, :1])
+        factors_B1H.scatter_(2, neurons_BLK[:, position_of[name]].unsqueeze(1), factor)
+        h_BNH = h_BNH.clone()
+        h_BNH[:, tokens] *= factors_B1H
+        return h_BNH
+
+    with hook_hidden(model, ffns, scale):
+        return model(images).softmax(-1)
+
+
+@torch.no_grad()
+def measure_answers(model: nn.Module, batches: Batches) -> Answers:
+    """Return the undisturbed model's answers.
+
+    Args:
+        model: timm Vision Transformer in eval mode.
+        batches: pairs of images and labels; read once.
+
+    Raises:
+        VitpruneError: if there are no images.
+    """
+    return _join(_answers(model(images).softmax(-1), labels) for images, labels in on_device(model, batches))
+
+
+def measure_interventions(
+    model: nn.Module,
+    batches: Batches,
+    neurons_ILK: Tensor,
+    interventions: Sequence[tuple[float, str]] = ((0.0, "cls"), (2.0, "cls")),
+) -> dict[tuple[float, str], Answers]:
+    """Return the answers with each image's own path scaled, in one pass over the images.
+
+    Args:
+        model: timm Vision Transformer in eval mode.
+        batches: pairs of images and labels; read once.
+        neurons_ILK: int64; a path for each image, in the order of the batches.
+        interventions: what the path neurons are multiplied by (0 removes them, 2 doubles them), and where: ``cls``,
+            ``patch`` or ``all``.
+
+    Returns:
+        The answers under each.
+
+    Raises:
+        VitpruneError: if there are more or fewer images than paths, or the model has no such tokens.
+
+    Source:
+        The manipulation experiment of arXiv:2503.09046, which intervenes at the class token (patch tokens for MAE).
+    """
+    ffns = find_feed_forwards(model)
+    slices = {scope: scope_slice(model, resolve_scope(model, scope)) for _factor, scope in interventions}
+    parts: dict[tuple[float, str], list[Answers]] = {key: [] for key in interventions}
+    start = 0
+    for images, labels in on_device(model, batches):
+        neurons_BLK = neurons_ILK[start : start + len(images)].to(images.device)
+        start += len(images)
+        if start > len(neurons_ILK):
+            break
+        for factor, scope in parts:
+            probabilities_BC = measure_intervention(
+                model, ffns, images, neurons_BLK, factor=factor, tokens=slices[scope]
+            )
+            parts[factor, scope].append(_answers(probabilities_BC, labels))
+    if start != len(neurons_ILK):
+        raise VitpruneError(f"{len(neurons_ILK)} paths are not for these images, of which there are {start} or more")
+    return {key: _join(answers) for key, answers in parts.items()}
+
+
+def _answers(probabilities_BC: Tensor, labels: Tensor) -> Answers:
+    of_label = probabilities_BC.float().gather(1, labels.unsqueeze(1)).squeeze(1)
+    return Answers(of_label.cpu(), probabilities_BC.argmax(1).cpu(), labels.cpu())
+
+
+def _join(parts) -> Answers:
+    parts = list(parts)
+    if not parts:
+        raise VitpruneError("no images to intervene on")
+    return Answers(*(torch.cat([getattr(part, name) for part in parts]) for name in Answers.__annotations__))
+
+
+def deviate(clean: Answers, changed: Answers) -> Deviation:
+    """Compare the answers under an intervention with the undisturbed ones of the same images.
+
+    Args:
+        clean: of the undisturbed model.
+        changed: under the intervention.
+
+    Raises:
+        VitpruneError: if they are not of the same images.
+
+    Source:
+        arXiv:2503.09046 divides likewise, class by class; the interval is ours.
+    """
+    by_class = deviations_by_class(clean, changed)
+    top1_clean, top1 = ((each.prediction == each.label).double().mean().item() for each in (clean, changed))
+    return Deviation(
+        probability_deviation=mean_interval(list(by_class.values())),
+        accuracy_deviation=top1 / top1_clean - 1 if top1_clean else None,
+        probability=changed.probability.double().mean().item(),
+        top1=top1,
+        by_class=by_class,
+        num_images=len(clean.label),
+    )
+
+
+def deviations_by_class(clean: Answers, changed: Answers) -> dict[int, float]:
+    """Return class index -> mean probability of the class under an intervention / clean mean - 1.
+
+    Raises:
+        VitpruneError: if the answers are not of the same images.
+    """
+    if not torch.equal(clean.label, changed.label):
+        raise VitpruneError(f"answers to {len(clean.label)} and {len(changed.label)} images are not of the same images")
+    return {
+        index: changed.probability[members].double().mean().item() / clean.probability[members].double().mean().item()
+        - 1
+        for index in clean.label.unique().tolist()
+        for members in [clean.label == index]
+    }

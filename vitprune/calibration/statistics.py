@@ -1,0 +1,209 @@
+"""What criteria and compensation need to know of an FFN, measured in one pass over the calibration images.
+
+Letters: B images, N tokens, D embedding width, H hidden neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vitprune.data import Batches, on_device
+from vitprune.errors import VitpruneError
+from vitprune.models.units import FeedForward, capture, hook_hidden
+
+# What can be asked for; the last three need a backward pass, taylor with the given labels, the others without any.
+MOMENTS, ABSOLUTE, TAYLOR, FISHER, GRADIENTS = "moments", "absolute", "taylor", "fisher", "gradients"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    r"""Statistics of one FFN's hidden neurons h and of the loss gradient g at its output; float64, on the CPU.
+
+    What was not asked for is None.
+
+    Attributes:
+        num_images: images seen.
+        num_tokens: tokens seen in all images.
+        mean_H: mean over tokens; with ``moments``.
+        covariance_HH: centred, divided by ``num_tokens``; with ``moments``.
+        absolute_H: mean of \|h\| over tokens; with ``absolute``.
+        taylor_H: mean over images of \|Σ_n h ∂L/∂h\|, L the cross-entropy with the given labels; with ``taylor``.
+        fisher_H: mean over images of (Σ_n h ∂L/∂h)², in expectation over labels drawn from the model's answer; with
+            ``fisher``.
+        gradient_DD: E[g gᵀ], in the same expectation, summed over tokens, mean over images; with ``gradients``.
+        energy_N: E[gᵀ g] of each token; with ``gradients``.
+    """
+
+    num_images: int
+    num_tokens: int
+    mean_H: Tensor | None = None
+    covariance_HH: Tensor | None = None
+    absolute_H: Tensor | None = None
+    taylor_H: Tensor | None = None
+    fisher_H: Tensor | None = None
+    gradient_DD: Tensor | None = None
+    energy_N: Tensor | None = None
+
+
+def measure_statistics(
+    model: nn.Module, ffns: Sequence[FeedForward], batches: Batches, wanted: Collection[str], *, seed: int = 0
+) -> dict[str, Statistics]:
+    r"""Stream the calibration images once and return the statistics of every FFN.
+
+    The Fisher information J^T (diag(p) - p p^T) J of the logits is estimated by one backward pass for each batch: from
+    z = √p ⊙ s - p (√p · s) with random signs s, whose second moment is diag(p) - p p^T. A label drawn from p would be
+    right on average as well, but on an image that the model is sure of it says nothing at all but for rare surprises.
+
+    Products are taken in the model's dtype (float32 for 16-bit models), second moments around the first batch's mean,
+    and summed in float64.
+
+    Args:
+        model: timm Vision Transformer in eval mode.
+        ffns: its FFNs.
+        batches: pairs of images [B, 3, height, width] (normalised by the model's own transform) and class labels [B]
+            (int64), which only ``taylor`` uses. Read once.
+        wanted: any of ``moments``, ``absolute``, ``taylor``, ``fisher``, ``gradients``.
+        seed: of the random signs.
+
+    Returns:
+        FFN name -> statistics.
+
+    Raises:
+        VitpruneError: if ``batches`` is empty.
+    """
+    wanted = frozenset(wanted)
+    sums = {ffn.name: _Sums(model.get_submodule(ffn.down_proj).weight.detach(), wanted) for ffn in ffns}
+    generator = torch.Generator().manual_seed(seed)
+    num_images = 0
+    for images, labels in on_device(model, batches):
+        with hook_hidden(model, ffns, lambda name, hidden: sums[name].add_hidden(hidden.detach())):
+            if wanted & {TAYLOR, FISHER, GRADIENTS}:
+                with capture(model, ffns, outputs=True) as outputs:
+                    logits = model(images)
+                _add_gradients(sums, outputs, logits, labels, wanted, generator)
+            else:
+                with torch.no_grad():
+                    model(images)
+        num_images += len(images)
+    if num_images == 0:
+        raise VitpruneError("no calibration images")
+    return {name: sums.pop(name).finish(num_images) for name in list(sums)}
+
+
+def draw_directions(logits_BC: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a direction of the logits for each image whose second moment is the Fisher information of its answer.
+
+    Returns:
+        [B, C], of the dtype and on the device of the logits.
+    """
+    share_BC = at_least_float32(logits_BC.detach()).softmax(-1)
+    signs_BC = torch.randint(0, 2, share_BC.shape, generator=generator).to(share_BC) * 2 - 1
+    root_BC = share_BC.sqrt() * signs_BC
+    return (root_BC - share_BC * root_BC.sum(-1, keepdim=True)).to(logits_BC.dtype)
+
+
+def _add_gradients(sums, outputs, logits, labels, wanted, generator) -> None:
+    points = list(outputs.values())
+    if wanted & {FISHER, GRADIENTS}:
+        directions = draw_directions(logits, generator)
+        gradients = torch.autograd.grad(logits, points, grad_outputs=directions, retain_graph=TAYLOR in wanted)
+        for name, gradient in zip(outputs, gradients, strict=True):
+            sums[name].add_sampled(gradient)
+    if TAYLOR in wanted:
+        with torch.enable_grad():
+            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        for name, gradient in zip(outputs, torch.autograd.grad(loss, points), strict=True):
+            sums[name].add_taylor(gradient)
+
+
+class MomentSums:
+    """Running mean and centred covariance of rows, on their device.
+
+    Products are taken in the rows' dtype around the first batch's mean, and summed in float64.
+    """
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self.shift_H = self.sum_H = self.square_HH = None
+
+    def add(self, rows_NH: Tensor) -> None:
+        """Add rows [N, H] of at least 32 bits."""
+        if self.shift_H is None:
+            self.shift_H, self.sum_H, self.square_HH = rows_NH.mean(0), 0, 0
+        self.num_rows += len(rows_NH)
+        rows_NH = rows_NH - self.shift_H
+        self.sum_H += rows_NH.sum(0).double()
+        self.square_HH += (rows_NH.T @ rows_NH).double()
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Return the mean [H] and the covariance [H, H], float64, on the CPU; the sums are used up."""
+        offset_H, square_HH = self.sum_H / self.num_rows, self.square_HH
+        self.square_HH = None
+        covariance_HH = square_HH.div_(self.num_rows).sub_(torch.outer(offset_H, offset_H))
+        return (self.shift_H.double() + offset_H).cpu(), covariance_HH.cpu()
+
+
+class _Sums:
+    """Running sums of one FFN, in float64 on the model's device."""
+
+    def __init__(self, weight_DH: Tensor, wanted: frozenset[str]) -> None:
+        self.weight_DH, self.wanted = weight_DH, wanted
+        self.num_tokens = 0
+        self.hidden = None
+        self.moments = MomentSums()
+        self.sums: dict[str, Tensor] = {}
+
+    def _add(self, name: str, value: Tensor) -> None:
+        if name in self.sums:
+            self.sums[name] += value
+        else:
+            self.sums[name] = value.double()
+
+    def add_hidden(self, hidden: Tensor) -> None:
+        hidden = at_least_float32(hidden)
+        rows_NH = hidden.reshape(-1, hidden.shape[-1])
+        self.num_tokens += len(rows_NH)
+        if self.wanted & {TAYLOR, FISHER}:
+            self.hidden = hidden
+        if ABSOLUTE in self.wanted:
+            self._add("absolute_H", rows_NH.abs().sum(0, dtype=torch.float64))
+        if MOMENTS in self.wanted:
+            self.moments.add(rows_NH)
+
+    def _slopes(self, gradient: Tensor) -> Tensor:
+        """Return the derivative of each image's loss along each neuron [B, H], tokens summed."""
+        slopes = self.hidden * (at_least_float32(gradient) @ self.weight_DH.to(self.hidden.dtype))
+        return slopes.flatten(1, -2).sum(1)
+
+    def add_sampled(self, gradient: Tensor) -> None:
+        if FISHER in self.wanted:
+            self._add("fisher_H", self._slopes(gradient).square().sum(0))
+        if GRADIENTS in self.wanted:
+            rows_ND = at_least_float32(gradient).reshape(-1, gradient.shape[-1])
+            self._add("gradient_DD", rows_ND.T @ rows_ND)
+            self._add("energy_N", rows_ND.square().sum(1).view(len(gradient), -1).sum(0))
+
+    def add_taylor(self, gradient: Tensor) -> None:
+        self._add("taylor_H", self._slopes(gradient).abs().sum(0))
+
+    def finish(self, num_images: int) -> Statistics:
+        sums, count = self.sums, self.num_tokens
+        found = {
+            name: (sums[name] / num_images).cpu()
+            for name in ("fisher_H", "gradient_DD", "energy_N", "taylor_H")
+            if name in sums
+        }
+        if ABSOLUTE in self.wanted:
+            found["absolute_H"] = (sums["absolute_H"] / count).cpu()
+        if MOMENTS in self.wanted:
+            found["mean_H"], found["covariance_HH"] = self.moments.finish()
+        return Statistics(num_images, count, **found)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Widen 16-bit numbers, which cannot hold sums over many tokens."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

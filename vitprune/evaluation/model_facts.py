@@ -1,0 +1,101 @@
+"""Which model an evaluation is of: a torch model or an ONNX file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vitprune.data import data_config
+from vitprune.export.profile import count_graph_macs
+from vitprune.export.runtime import OnnxModel, read_facts
+from vitprune.models.identity import architecture, hash_weights
+from vitprune.models.macs import count_macs, count_parameters
+
+_BLOCK_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Which model answered.
+
+    Attributes:
+        name: timm name, or absolute path of a folder or file.
+        checkpoint: absolute path of the weights, or None where the hub, the folder or the file has them.
+        ratio: of an elastic file, the share of FFN neurons that was to be gone; else None.
+        architecture: timm name, as far as it is known.
+        weights_sha256: ``hash_weights`` of a torch model; of an ONNX file, the hash of the file.
+        transform: that its images went through, as timm describes it.
+        num_classes: length of the logits.
+        num_parameters: None for an ONNX file.
+        macs: multiply-accumulates of one image, as this model computes them.
+        size_bytes: of the weights as stored; of an ONNX file, of the file.
+    """
+
+    name: str
+    checkpoint: str | None
+    ratio: float | None
+    architecture: str
+    weights_sha256: str
+    transform: Mapping[str, Any]
+    num_classes: int
+    num_parameters: int | None
+    macs: int
+    size_bytes: int
+
+
+def describe_network(
+    network: nn.Module, name: str, *, checkpoint: str | None = None, ratio: float | None = None
+) -> ModelFacts:
+    """Say which torch model it is.
+
+    Args:
+        network: in eval mode.
+        name: what it was loaded by; the path of a folder or file is made absolute.
+        checkpoint: file of its weights.
+        ratio: that it was loaded at.
+    """
+    return ModelFacts(
+        name=str(Path(name).resolve()) if Path(name).exists() else name,
+        checkpoint=None if checkpoint is None else str(Path(checkpoint).resolve()),
+        ratio=ratio,
+        architecture=architecture(network),
+        weights_sha256=hash_weights(network),
+        transform=data_config(network),
+        num_classes=network.num_classes,
+        num_parameters=count_parameters(network),
+        macs=count_macs(network),
+        size_bytes=sum(value.numel() * value.element_size() for value in network.state_dict().values()),
+    )
+
+
+def describe_file(path: str | Path, opened: OnnxModel) -> ModelFacts:
+    """Say which ONNX file it is.
+
+    Args:
+        path: the file; the weights of a large model lie beside it.
+        opened: the same, opened.
+    """
+    path = Path(path).resolve()
+    files = [file for file in (path, path.with_name(f"{path.name}.data")) if file.is_file()]
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                digest.update(block)
+    return ModelFacts(
+        name=str(path),
+        checkpoint=None,
+        ratio=None,
+        architecture=read_facts(opened.session)["architecture"],
+        weights_sha256=digest.hexdigest(),
+        transform=data_config(opened),
+        num_classes=opened.num_classes,
+        num_parameters=None,
+        macs=count_graph_macs(path),
+        size_bytes=sum(file.stat().st_size for file in files),
+    )

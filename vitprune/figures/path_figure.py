@@ -1,0 +1,260 @@
+"""Picture: the paths of several classes side by side, and the neurons that they share.
+
+Letters: L FFNs, K neurons per FFN, C classes, H hidden neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path as Outline
+from numpy.typing import ArrayLike
+from scipy.cluster.hierarchy import leaves_list
+from scipy.cluster.hierarchy import linkage as cluster
+from scipy.spatial.distance import pdist
+
+from vitprune.errors import VitpruneError
+from vitprune.figures.style import COLOURS, MARKERS, PAGE, label_blocks, new_figure, shorten, styled
+
+# Per FFN the neurons of a class, best first; an int64 [L, K] is one.
+ClassPath = Sequence[Sequence[int]]
+MAX_CLASSES = len(COLOURS)
+# Height of a neuron's place, and of the gap between classes, in inches.
+SLOT, GAP = 0.22, 0.1
+# Between lines that meet in a neuron, in inches; ten of them still fit behind its number.
+LINE_GAP = 0.02
+# Where lines start and end, in FFNs before the first and after the last.
+STUB = 0.6
+# About what names of classes leave of the width.
+AXES_WIDTH = 5.8
+
+
+@dataclass(frozen=True)
+class Node:
+    """A neuron in the picture.
+
+    Attributes:
+        layer: position of its FFN.
+        neuron: index in the FFN.
+        classes: positions of the classes on whose paths it lies, ascending.
+        height: where it stands, in inches below the top.
+    """
+
+    layer: int
+    neuron: int
+    classes: tuple[int, ...]
+    height: float
+
+
+def frequent_neurons(
+    frequencies: Mapping[str, ArrayLike], names: Sequence[str], *, least: float
+) -> dict[str, ClassPath]:
+    """Return per class and FFN the neurons that lie on the paths of at least a share of the images.
+
+    Args:
+        frequencies: FFN name -> [C, H]; share of the images of each class with the neuron on their path, in [0, 1].
+        names: of the C classes.
+        least: that share, in (0, 1].
+
+    Returns:
+        name -> per FFN the neurons, most frequent first (ties: the lower index); an FFN may have none.
+
+    Raises:
+        VitpruneError: if ``least`` is out of range or ``names`` are not C.
+
+    >>> frequent_neurons({"blocks.0.mlp": [[0.2, 0.5, 0.3]]}, ["tench"], least=0.3)
+    {'tench': [[1, 2]]}
+    """
+    if not 0 < least <= 1:
+        raise VitpruneError(f"share of images must be in (0, 1], got {least}")
+    paths: dict[str, list[list[int]]] = {name: [] for name in names}
+    for ffn, of_ffn in frequencies.items():
+        of_ffn = np.asarray(of_ffn)
+        if len(of_ffn) != len(names):
+            raise VitpruneError(f"{ffn} has frequencies of {len(of_ffn)} classes, but there are {len(names)} names")
+        for name, frequency_H in zip(names, of_ffn, strict=True):
+            order = np.argsort(-frequency_H, kind="stable")
+            paths[name].append(order[frequency_H[order] >= least].tolist())
+    return paths
+
+
+@styled
+def draw_paths(ffns: Sequence[str], paths: Mapping[str, ClassPath], *, title: str = "") -> Figure:
+    """Draw one line per class from FFN to FFN; where classes share a neuron, their lines meet in its number.
+
+    A line goes through the best neuron of each FFN (dotted past an FFN without any); thin ones branch off to the
+    others. Each class has rows of its own. A shared neuron stands in a row of one of its classes, the one nearest to
+    the middle of them, so that no two neurons of an FFN stand in one place. Classes that share many neurons are
+    neighbours.
+
+    Args:
+        ffns: L FFN names.
+        paths: class name -> per FFN its neurons, best first: int64 [L, K], or as ``frequent_neurons`` returns; 2 to 10
+            classes.
+        title: above the picture.
+
+    Raises:
+        VitpruneError: if there are fewer or more classes, a path does not cover ``ffns``, or names a neuron twice.
+    """
+    if not 2 <= len(paths) <= MAX_CLASSES:
+        raise VitpruneError(f"path picture: needs 2 to {MAX_CLASSES} classes, to tell them apart, got {len(paths)}")
+    neurons = {name: [[int(neuron) for neuron in layer] for layer in path] for name, path in paths.items()}
+    for name, path in neurons.items():
+        if len(path) != len(ffns):
+            raise VitpruneError(f"path picture: the path of '{name}' covers {len(path)} FFNs, not {len(ffns)}")
+        if any(len(set(layer)) < len(layer) for layer in path):
+            raise VitpruneError(f"path picture: the path of '{name}' names a neuron twice in an FFN")
+    if not any(layer for path in neurons.values() for layer in path):
+        raise VitpruneError("path picture: no class has a neuron")
+    names = order_classes(neurons)
+    digits = max(len(str(neuron)) for path in neurons.values() for layer in path for neuron in layer)
+    # Numbers side by side where there is room for them at 7 points, else turned.
+    turned = 72 * AXES_WIDTH / (len(ffns) + 0.5) < 5 * digits + 8
+    slot = SLOT if not turned else max(SLOT, (5 * digits + 8) / 72)
+    branches = any(len(layer) > 1 for path in neurons.values() for layer in path)
+    nodes, rows = place_neurons([neurons[name] for name in names], slot=slot)
+    height = rows[-1][-1] + slot
+    figure = new_figure(PAGE, (1.2 if branches else 0.9) + height, title=title)
+    axes = figure.subplots()
+    place_of = {name: place for place, name in enumerate(neurons)}
+    for row, name in enumerate(names):
+        # Colours follow the order given, whatever the rows do.
+        look = COLOURS[place_of[name]], MARKERS[place_of[name]]
+        _draw_class(axes, neurons[name], nodes, row, rows[row][0], *look)
+    for node in nodes.values():
+        if len(node.classes) > 1:
+            axes.text(
+                node.layer,
+                node.height,
+                str(node.neuron),
+                ha="center",
+                va="center",
+                rotation=90 if turned else 0,
+                fontsize=7,
+                fontweight="bold",
+                bbox={"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "black", "linewidth": 0.8},
+                zorder=5,
+            )
+    axes.set_yticks([row[0] for row in rows], [shorten(name) for name in names])
+    axes.set_ylim(height - slot / 2, -slot / 2)
+    axes.set_xlim(-STUB, len(ffns) - 1 + STUB)
+    axes.tick_params(left=False)
+    axes.spines["left"].set_visible(False)
+    label_blocks(axes, ffns, width=AXES_WIDTH)
+    _explain(figure, branches=branches)
+    return figure
+
+
+def order_classes(paths: Mapping[str, ClassPath]) -> list[str]:
+    """Put classes that share many neurons beside each other (average linkage over the share not shared)."""
+    names = list(paths)
+    places = sorted({(layer, neuron) for path in paths.values() for layer, of in enumerate(path) for neuron in of})
+    column_of = {place: column for column, place in enumerate(places)}
+    on_path = np.zeros((len(names), len(places)), dtype=bool)
+    for row, path in enumerate(paths.values()):
+        on_path[row, [column_of[layer, neuron] for layer, of in enumerate(path) for neuron in of]] = True
+    distances = pdist(on_path, "jaccard")
+    return [names[place] for place in leaves_list(cluster(distances, "average", optimal_ordering=True))]
+
+
+def place_neurons(paths: Sequence[ClassPath], *, slot: float) -> tuple[dict[tuple[int, int], Node], list[list[float]]]:
+    """Give each neuron its place; no two of an FFN stand in the same.
+
+    Args:
+        paths: of the classes, from top to bottom.
+        slot: inches between places.
+
+    Returns:
+        (layer, neuron) -> node, and per class the heights of its places, one per rank.
+    """
+    rows, top = [], 0.0
+    for path in paths:
+        num_ranks = max(1, *(len(layer) for layer in path))
+        rows.append([top + slot * rank for rank in range(num_ranks)])
+        top = rows[-1][-1] + slot + GAP
+    nodes = {}
+    for layer in range(len(paths[0])):
+        # A class's neuron of rank k may stand at its k-th place only, so that places never clash.
+        places: dict[int, dict[int, float]] = {}
+        for row, path in enumerate(paths):
+            for rank, neuron in enumerate(path[layer]):
+                places.setdefault(neuron, {})[row] = rows[row][rank]
+        for neuron, by_class in places.items():
+            middle = float(np.mean(list(by_class.values())))
+            height = min(by_class.values(), key=lambda height, middle=middle: abs(height - middle))
+            nodes[layer, neuron] = Node(layer, neuron, tuple(by_class), height)
+    return nodes, rows
+
+
+def _draw_class(
+    axes: Axes,
+    path: ClassPath,
+    nodes: Mapping[tuple[int, int], Node],
+    row: int,
+    own_height: float,
+    colour: str,
+    marker: str,
+) -> None:
+    def height_in(node: Node) -> float:
+        # Lines that meet stay beside each other.
+        return node.height + LINE_GAP * (node.classes.index(row) - (len(node.classes) - 1) / 2)
+
+    best = [height_in(nodes[layer, of[0]]) if of else own_height for layer, of in enumerate(path)]
+    # From the class's name and back to its row.
+    stops = [(-STUB, own_height), *enumerate(best), (len(path) - 1 + STUB, own_height)]
+    known = [True, *map(bool, path), True]
+    for place in range(len(stops) - 1):
+        style = "-" if known[place] and known[place + 1] else ":"
+        _draw_curve(axes, stops[place], stops[place + 1], colour, linewidth=1.4, linestyle=style)
+        if 0 < place + 1 < len(stops) - 1:
+            for neuron in path[place][1:]:
+                end = (place, height_in(nodes[place, neuron]))
+                _draw_curve(axes, stops[place], end, colour, linewidth=0.7)
+    own = [nodes[layer, neuron] for layer, of in enumerate(path) for neuron in of]
+    own = [(node.layer, node.height) for node in own if len(node.classes) == 1]
+    axes.plot(
+        [layer for layer, _height in own],
+        [height for _layer, height in own],
+        linestyle="",
+        marker=marker,
+        markersize=4.5,
+        color=colour,
+        markeredgecolor="white",
+        markeredgewidth=0.4,
+        zorder=4,
+    )
+
+
+def _draw_curve(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str, **line) -> None:
+    middle = (start[0] + end[0]) / 2
+    outline = Outline(
+        [start, (middle, start[1]), (middle, end[1]), end],
+        [Outline.MOVETO, Outline.CURVE4, Outline.CURVE4, Outline.CURVE4],
+    )
+    axes.add_patch(PathPatch(outline, fill=False, edgecolor=colour, zorder=2, **line))
+
+
+def _explain(figure: Figure, *, branches: bool) -> None:
+    handles = [
+        Line2D([], [], color="0.3", marker="o", label="path of a class; a neuron of this class alone"),
+        Line2D(
+            [],
+            [],
+            linestyle="",
+            marker="s",
+            markersize=8,
+            markerfacecolor="white",
+            markeredgecolor="black",
+            label="neuron on the paths of two or more classes, with its index",
+        ),
+    ]
+    if branches:
+        best = "the thick line goes through the best neuron of each FFN, thin ones lead to the others"
+        handles.append(Line2D([], [], color="0.3", linewidth=0.7, label=best))
+    figure.legend(handles=handles, loc="outside lower center", ncols=1 if branches else 2)

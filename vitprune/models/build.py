@@ -1,0 +1,102 @@
+"""Models from their description: what it takes to build one, and how it gets widths and tensors that were stored."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models._hub import save_config_for_hf
+from torch import Tensor, nn
+
+from vitprune.errors import VitpruneError
+from vitprune.models.units import find_feed_forwards
+
+CONFIG_FILE = "config.json"
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Return what it takes to build a model again, as timm writes it to ``config.json``.
+
+    Args:
+        model: a timm model. If it was created with arguments that timm does not record, they are read from its
+            attribute ``model_args`` (a dict); names of its classes from ``label_names`` (a sequence).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / CONFIG_FILE
+        save_config_for_hf(model, str(path), **unrecorded(model))
+        return json.loads(path.read_text())
+
+
+def unrecorded(model: nn.Module) -> dict[str, Any]:
+    """Return what timm does not know of a model and is told when it describes it."""
+    names = getattr(model, "label_names", None)
+    return {
+        "model_config": {"label_names": list(names)} if names else None,
+        "model_args": getattr(model, "model_args", None) or None,
+    }
+
+
+def build(config: Mapping[str, Any], source: str = CONFIG_FILE) -> nn.Module:
+    """Build the dense model that a description is of, with random weights.
+
+    Args:
+        config: as ``describe`` gives it.
+        source: where it was read, for the message.
+
+    Raises:
+        VitpruneError: if this timm cannot build it.
+    """
+    try:
+        model_args = {"num_classes": config["num_classes"], **config.get("model_args", {})}
+        model = timm.create_model(config["architecture"], pretrained_cfg=dict(config["pretrained_cfg"]), **model_args)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise VitpruneError(f"timm {timm.__version__} cannot build the model of {source} ({error!r})") from error
+    model.model_args = model_args
+    if isinstance(config.get("label_names"), list):
+        model.label_names = tuple(config["label_names"])
+    return model
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor], complaint: str) -> nn.Module:
+    """Give a freshly built dense model the widths, dtype and tensors of a state dict."""
+    _fit_widths(model, {key: tuple(value.shape) for key, value in state.items()})
+    problem = find_mismatch(model, state)
+    if problem:
+        raise VitpruneError(f"{complaint}: {problem}")
+    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(*dtypes)
+    model.load_state_dict(state)
+    return model
+
+
+def _fit_widths(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Replace the FFN projections of a freshly built dense model by ones of the stored shapes."""
+    for ffn in find_feed_forwards(model):
+        for name in (*ffn.up_projs, ffn.down_proj):
+            stored = shapes.get(f"{name}.weight")
+            linear = model.get_submodule(name)
+            has_bias = f"{name}.bias" in shapes
+            if stored and (stored != tuple(linear.weight.shape) or has_bias != (linear.bias is not None)):
+                model.set_submodule(name, nn.Linear(stored[1], stored[0], bias=has_bias))
+
+
+def find_mismatch(model: nn.Module, state: Mapping[str, Tensor]) -> str | None:
+    """Say how a state dict differs from a model's in names or shapes; None where it does not."""
+    own = model.state_dict()
+    for key in own:
+        if key in state and own[key].shape != state[key].shape:
+            return f"{key} is {list(state[key].shape)} in the file, {list(own[key].shape)} in the model"
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        return f"the file lacks {name_few(missing)}; the model lacks {name_few(unexpected)}"
+    return None
+
+
+def name_few(names: list[str]) -> str:
+    """List the first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "nothing"

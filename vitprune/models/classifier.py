@@ -1,0 +1,65 @@
+"""The classifier of a model: whether there is one, and models that answer only some of its classes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from vitprune.errors import VitpruneError
+
+
+def has_classifier(model: nn.Module) -> bool:
+    """Tell whether a model has classes to answer; timm's ``num_classes=0`` has none."""
+    return getattr(model, "num_classes", 1) > 0
+
+
+def keep_classes(model: nn.Module, classes: Sequence[int], *, label_names: Sequence[str] | None = None) -> nn.Module:
+    """Return a copy whose classifier answers only some of the classes.
+
+    Args:
+        model: timm model with a classifier; stays as it is.
+        classes: class indices to keep, each once; output i of the result is class ``classes[i]``.
+        label_names: what the kept classes are called (folder names of their images), recorded as ``label_names``.
+
+    Raises:
+        VitpruneError: if the classifier is not linear, or a class is unknown, doubled or the only one.
+
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    >>> keep_classes(model, [7, 3], label_names=["cock", "shark"]).head.out_features
+    2
+    """
+    num_classes = getattr(model, "num_classes", 0)
+    unknown = [index for index in classes if not 0 <= index < num_classes]
+    if unknown:
+        raise VitpruneError(f"class {unknown[0]} cannot be kept: the model has {num_classes}")
+    if len(set(classes)) < max(2, len(classes)):
+        raise VitpruneError(f"keep at least two different classes, each once; got {list(classes)}")
+    result = copy.deepcopy(model)
+    heads = result.get_classifier()
+    heads = heads if isinstance(heads, tuple | list) else (heads,)
+    for name, module in list(result.named_modules()):
+        if any(module is head for head in heads):
+            if not isinstance(module, nn.Linear):
+                raise VitpruneError(
+                    f"{name}: only linear classifiers can be reduced, this is a {type(module).__name__}"
+                )
+            result.set_submodule(name, _keep_rows(module, list(classes)))
+        if getattr(module, "num_classes", None) == num_classes:
+            module.num_classes = len(classes)
+    result.model_args = {**(getattr(model, "model_args", None) or {}), "num_classes": len(classes)}
+    if label_names is not None:
+        result.label_names = tuple(label_names)
+    return result
+
+
+def _keep_rows(linear: nn.Linear, rows: list[int]) -> nn.Linear:
+    weight, bias = linear.weight, linear.bias
+    kept = nn.Linear(linear.in_features, len(rows), bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        kept.weight.copy_(weight[rows])
+        if bias is not None:
+            kept.bias.copy_(bias[rows])
+    return kept.train(linear.training).requires_grad_(weight.requires_grad)

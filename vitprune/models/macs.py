@@ -1,0 +1,59 @@
+"""Multiply-accumulates of a model, and the speed-up that they allow at most."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitprune.data import data_config
+from vitprune.models.units import find_feed_forwards
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module) -> int:
+    """Count the multiply-accumulates of one image: linear layers, convolutions and attention's matrix products."""
+    model = copy.deepcopy(model).cpu().float()
+    for module in model.modules():
+        if getattr(module, "fused_attn", False):
+            module.fused_attn = False  # so that attention is counted as the matrix products it is
+    image = torch.zeros(1, *data_config(model)["input_size"])
+    with FlopCounterMode(display=False) as counter:
+        model(image)
+    return counter.get_total_flops() // 2
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Count all parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def ffn_share(model: nn.Module) -> float:
+    """Return the share of the model's multiply-accumulates spent in its FFNs, in (0, 1)."""
+    model = copy.deepcopy(model).cpu().float()
+    total = count_macs(model)
+    for ffn in find_feed_forwards(model):
+        down = model.get_submodule(ffn.down_proj)
+        model.set_submodule(ffn.name, _Zero(down.out_features))
+    return 1 - count_macs(model) / total
+
+
+class _Zero(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(*x.shape[:-1], self.width)
+
+
+def amdahl_ceiling(macs_dense: int, macs_pruned: int) -> float:
+    """Return the speed-up that fewer multiply-accumulates allow at most; what is not removed still has to run.
+
+    >>> amdahl_ceiling(1250, 900)
+    1.3888888888888888
+    """
+    return macs_dense / macs_pruned

@@ -1,0 +1,79 @@
+"""The folder of a saved model, dense or pruned: timm's own layout, and the plan beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models._hub import save_for_hf
+from torch import nn
+
+from vitprune.errors import VitpruneError
+from vitprune.files import atomic_folder
+from vitprune.models.build import CONFIG_FILE, build, fill, unrecorded
+
+WEIGHTS_FILE, PLAN_FILE = "model.safetensors", "plan.safetensors"
+FOLDER_FILES = frozenset({WEIGHTS_FILE, CONFIG_FILE, PLAN_FILE})
+
+
+def save(model: nn.Module, folder: str | Path, *, plan: Any = None) -> None:
+    """Write ``config.json`` and ``model.safetensors`` in timm's layout, and the plan beside them; all or nothing.
+
+    The written folder is loaded again before it takes its name, so what exists can be read.
+
+    Args:
+        model: a timm model, dense or pruned. If it was created with arguments that timm does not record, they are read
+            from its attribute ``model_args`` (a dict); names of its classes from ``label_names`` (a sequence).
+        folder: replaced if it exists.
+        plan: a ``vitprune.Plan``, written to ``plan.safetensors``.
+
+    Raises:
+        VitpruneError: if the folder would not load again, or cannot be written.
+    """
+    with atomic_folder(folder) as temporary:
+        save_for_hf(model, temporary, **unrecorded(model), safe_serialization=True)
+        if plan is not None:
+            plan.write(temporary / PLAN_FILE)
+        load_folder(temporary)
+
+
+def load_folder(folder: Path) -> nn.Module:
+    """Load the model of a folder.
+
+    Raises:
+        VitpruneError: if the folder is no saved model, or its files do not fit each other.
+    """
+    weights_path = folder / WEIGHTS_FILE
+    model = build(read_config(folder))
+    try:
+        state = load_file(weights_path)
+    except SafetensorError as error:
+        raise VitpruneError(f"{weights_path}: not a safetensors file ({error})") from error
+    return fill(model, state, f"{weights_path} does not fit its {CONFIG_FILE}")
+
+
+def build_dense(folder: str | Path) -> nn.Module:
+    """Build the dense model that a pruned folder came from, with random weights: for timing, not for answers.
+
+    Raises:
+        VitpruneError: if the folder is no saved model.
+    """
+    return build(read_config(Path(folder))).eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the description of a folder's model.
+
+    Raises:
+        VitpruneError: if the folder is no saved model.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise VitpruneError(f"{folder} is no saved model: it has no {name}")
+    try:
+        return json.loads((folder / CONFIG_FILE).read_text())
+    except json.JSONDecodeError as error:
+        raise VitpruneError(f"{folder / CONFIG_FILE}: not a JSON file ({error})") from error

@@ -1,0 +1,95 @@
+"""Of a pruned model: which neurons stayed, and by what decision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vitprune import options
+from vitprune.data import describe_class
+from vitprune.discovery.discover import class_paths
+from vitprune.discovery.run import Run
+from vitprune.figures.widths_figure import draw_widths
+from vitprune.report.artefacts import Artefact, PrunedModel
+from vitprune.report.page_blocks import Cell, Column, Grid, Row, Section
+from vitprune.report.pictures import embed_figure
+from vitprune.report.sections.links import card_id, of_kind, part_name
+from vitprune.report.text import percent, plural
+
+
+def pruned_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Section:
+    """Tell which neurons stayed, and by what decision."""
+    content: PrunedModel = artefact.content
+    facts = content.plan.facts
+    removed, dense = count_removed(content)
+    lead = [
+        f"{removed:,} of {dense:,} FFN neurons ({percent(removed / dense)}) are removed"
+        + (", by masking: the shapes are those of the dense model." if facts.get("mode") == "mask" else "."),
+        describe_decision(content),
+    ]
+    if content.label_names:
+        kept = ", ".join(map(describe_class, content.label_names[:8]))
+        more = f" and {len(content.label_names) - 8} more" if len(content.label_names) > 8 else ""
+        lead.append(f"It answers {len(content.label_names)} classes only: {kept}{more}.")
+    lead += [_kept_on_paths(content, run) for run in of_kind(artefacts, "run") if same_weights(content, run.content)]
+    rows = tuple(
+        Row(
+            (
+                Cell(name, place),
+                Cell(f"{content.dense_widths[name]:,}", content.dense_widths[name]),
+                Cell(f"{width:,}", width),
+                Cell(percent(width / content.dense_widths[name], 0), width / content.dense_widths[name]),
+            )
+        )
+        for place, (name, width) in enumerate(content.plan.widths.items())
+    )
+    columns = (Column("FFN"), Column("dense"), Column("kept"), Column("kept share"))
+    grid = Grid(f"{artefact.key}-widths", "Neurons by FFN", columns, rows, sorted_by=(0, False))
+    picture = embed_figure(
+        draw_widths({artefact.name: widths_of(content)}),
+        id=f"{artefact.key}-picture",
+        caption="Neurons kept in the FFN of each block; dashed: the dense model.",
+    )
+    title = f"{artefact.name}: what was removed"
+    name = part_name(artefact, artefacts, "Neurons removed")
+    return Section(artefact.key, name, "pruned model", title, tuple(lead), (picture, grid), card_id(artefact))
+
+
+def count_removed(pruned: PrunedModel) -> tuple[int, int]:
+    """Return how many FFN neurons the dense model has more, and how many it has."""
+    dense = sum(pruned.dense_widths.values())
+    return dense - pruned.plan.num_neurons, dense
+
+
+def widths_of(pruned: PrunedModel) -> dict[str, tuple[int, int]]:
+    """Return FFN name -> neurons kept, neurons of the dense model."""
+    return {name: (width, pruned.dense_widths[name]) for name, width in pruned.plan.widths.items()}
+
+
+def describe_decision(pruned: PrunedModel) -> str:
+    """Say in a sentence how neurons were chosen and what made up for the others."""
+    facts = pruned.plan.facts
+    known = (("criterion", options.CRITERIA), ("allocation", options.ALLOCATIONS))
+    said = [f"{what} {facts[what]} ({choices[facts[what]]})" for what, choices in known if facts.get(what) in choices]
+    if "compensation" in facts:
+        said.append("no compensation" if facts["compensation"] == "none" else f"compensation {facts['compensation']}")
+    return f"Decided by {', '.join(said)}." if said else "The plan does not say how it was decided."
+
+
+def same_weights(pruned: PrunedModel, run: Run) -> bool:
+    """Tell whether a pruned model was made of the weights that a run is of."""
+    return pruned.dense.weights_sha256 == run.weights_sha256
+
+
+def _kept_on_paths(pruned: PrunedModel, run: Artefact) -> str:
+    on_paths = {
+        (name, int(neuron))
+        for path in class_paths(run.content.found).values()
+        for name, of_ffn in zip(run.content.found.ffns, path, strict=True)
+        for neuron in of_ffn
+    }
+    kept = sum(bool(pruned.plan.keep[name][neuron]) for name, neuron in on_paths)
+    removed, dense = count_removed(pruned)
+    return (
+        f"Of the {plural(len(on_paths), 'neuron')} on the class paths of {run.name}, {kept:,} stay "
+        f"({percent(kept / len(on_paths), 0)}; of all neurons {percent(1 - removed / dense, 0)})."
+    )

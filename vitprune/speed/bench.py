@@ -1,0 +1,336 @@
+"""The verb: time models against each other in torch and ONNX Runtime."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from vitprune.card import name_processor
+from vitprune.data import data_config
+from vitprune.errors import VitpruneError
+from vitprune.export.onnx_file import export_onnx
+from vitprune.export.profile import count_graph_macs, make_session_runner
+from vitprune.export.quantize import quantize
+from vitprune.export.runtime import PROVIDERS, check_provider, open_session, read_facts
+from vitprune.models.load import check_device
+from vitprune.models.macs import amdahl_ceiling, count_macs
+from vitprune.options import BACKENDS, PRECISIONS_ONNX, PRECISIONS_TORCH, check_choice
+from vitprune.processes import peak_memory_bytes
+from vitprune.progress import Track, untracked
+from vitprune.speed.footprint import measure_footprint
+from vitprune.timing import measure_latency, paired_speedup
+
+DEFAULT_BACKENDS = ("torch-eager", "onnxruntime-cpu")
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Runner = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """Latency of one model on one backend.
+
+    Attributes:
+        model: name given to the model.
+        backend: key of ``BACKENDS``.
+        precision: of the matrix products with weights.
+        batch_size: images per run.
+        num_threads: threads of the operators.
+        median_ms: milliseconds per run.
+        p95_ms: 95th percentile, milliseconds per run.
+        images_per_second: from the median.
+        speedup: how many times faster than the first model in the first precision, at the same backend, batch size and
+            number of threads; geometric mean over rounds.
+        speedup_low: lower end of its 95 % confidence interval.
+        speedup_high: upper end.
+        speedup_ceiling: what fewer multiply-accumulates allow at most, as this backend computes them (Amdahl).
+        ceiling_share: speed-up over ceiling; None at another precision than the first, which changes the ceiling.
+        peak_bytes: most memory held by a process that runs nothing else (on a GPU: of its memory, by torch); None where
+            it was not measured, as with ONNX Runtime's providers for GPUs.
+    """
+
+    model: str
+    backend: str
+    precision: str
+    batch_size: int
+    num_threads: int
+    median_ms: float
+    p95_ms: float
+    images_per_second: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    speedup_ceiling: float
+    ceiling_share: float | None
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is run.
+
+    Attributes:
+        backend: key of ``BACKENDS``.
+        precision: key of ``DTYPES``; files of ONNX Runtime have their own.
+        batch_size: images per run.
+        num_threads: of ONNX Runtime's operators; torch's are the process's.
+        device: of the torch backends.
+    """
+
+    backend: str
+    precision: str = "float32"
+    batch_size: int = 1
+    num_threads: int | None = None
+    device: str = "cpu"
+
+
+def bench(
+    models: Mapping[str, nn.Module | str | Path],
+    *,
+    backends: Sequence[str] = DEFAULT_BACKENDS,
+    precisions: Sequence[str] = ("float32",),
+    batch_sizes: Sequence[int] = (1, 8),
+    num_threads: Sequence[int] | None = None,
+    device: str = "cpu",
+    seconds: float = 5.0,
+    memory: bool = False,
+    track: Track = untracked,
+) -> list[BenchRow]:
+    """Time models in turn on random images of their own input size.
+
+    Args:
+        models: name -> model in eval mode, or path of an ONNX file; the first is what speed-ups refer to.
+        backends: keys of ``BACKENDS``.
+        precisions: for torch ``float32``, ``tf32``, ``bf16``, ``fp16``; for ONNX Runtime ``float32``, ``int8``.
+        batch_sizes: images per run, each at least 1.
+        num_threads: threads of the operators, each at least 1; None takes torch's default.
+        device: of the torch backends.
+        seconds: time to spend per backend, batch size and number of threads, after warm-up.
+        memory: measure peak memory too, in a process of its own for each row (on the CPU: it is spawned, so the calling
+            script needs the usual ``if __name__ == "__main__"``).
+        track: wraps (settings, description), for progress.
+
+    Raises:
+        VitpruneError: if an argument is unknown or absent here, or a combination cannot be run.
+    """
+    threads = list(num_threads or [torch.get_num_threads()])
+    _check(models, backends, precisions, batch_sizes, threads, device)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        files = _Files(models, Path(folder), operators_for(backends))
+        for backend, batch_size, count in track(list(product(backends, batch_sizes, threads)), "bench"):
+            if backend == "torch-compile":
+                torch._dynamo.reset()  # or the models compiled before would count against its limit
+            keys = list(product(models, precisions))
+            with _torch_threads(count):
+                runners = {
+                    (name, precision): make_backend_runner(
+                        files.get(name, precision) if backend in PROVIDERS else models[name],
+                        Setting(backend, precision, batch_size, count, device),
+                    )
+                    for name, precision in keys
+                }
+                for run in runners.values():
+                    run()  # compiles
+                measured = measure_latency(runners, seconds=seconds)
+            macs = {name: files.count_macs(name, on_graph=backend in PROVIDERS) for name in models}
+            first = files.precision(*keys[0])
+            for key in keys:
+                precision = files.precision(*key)
+                speedup = paired_speedup(measured[keys[0]], measured[key])
+                ceiling = amdahl_ceiling(macs[keys[0][0]], macs[key[0]])
+                peak = None
+                if memory:
+                    if backend == "onnxruntime-cpu":
+                        peak = measure_footprint(files.get(*key), batch_size=batch_size, num_threads=count)
+                    elif backend not in PROVIDERS:
+                        peak = _measure_peak(models[key[0]], Setting(backend, key[1], batch_size, count, device))
+                rows.append(
+                    BenchRow(
+                        *(key[0], backend, precision, batch_size, count),
+                        measured[key].median_ms,
+                        measured[key].p95_ms,
+                        1000 * batch_size / measured[key].median_ms,
+                        *(speedup.ratio, speedup.low, speedup.high),
+                        ceiling,
+                        speedup.ratio / ceiling if precision == first else None,
+                        peak,
+                    )
+                )
+    return rows
+
+
+def _check(models, backends, precisions, batch_sizes, threads, device: str) -> None:
+    for backend in backends:
+        check_choice("backend", backend, BACKENDS)
+        known = PRECISIONS_ONNX if backend in PROVIDERS else PRECISIONS_TORCH
+        for precision in precisions:
+            if precision not in known:
+                raise VitpruneError(f"{backend} runs {', '.join(known)}, not '{precision}'; name other backends")
+        if backend in PROVIDERS:
+            check_provider(backend)
+        else:
+            check_device(device)
+            files = [name for name, model in models.items() if not isinstance(model, nn.Module)]
+            if files:
+                raise VitpruneError(f"{files[0]} is an ONNX file: {backend} cannot run it, onnxruntime-cpu can")
+    if "tf32" in precisions and torch.device(device).type != "cuda":
+        raise VitpruneError(f"tf32 is a precision of GPUs; the device is {device}")
+    if "int8" in precisions:
+        files = [name for name, model in models.items() if not isinstance(model, nn.Module)]
+        if files:
+            raise VitpruneError(f"{files[0]} is timed as it is; 'vitprune export --int8' makes an int8 file")
+    for what, values in (("batch sizes", batch_sizes), ("thread counts", threads)):
+        if min(values, default=0) < 1:
+            raise VitpruneError(f"{what} must be at least 1, got {list(values)}")
+    if device != "cpu" and set(backends) <= set(PROVIDERS):
+        raise VitpruneError(f"device {device} is for torch; ONNX Runtime's backends say where they run")
+    for model in models.values():
+        if not isinstance(model, nn.Module):
+            fixed = open_session(model).get_inputs()[0].shape[0]
+            if isinstance(fixed, int) and set(batch_sizes) != {fixed}:
+                raise VitpruneError(
+                    f"{model} runs {fixed} images at a time, not {list(batch_sizes)}; pass --batch-size {fixed}"
+                )
+
+
+def operators_for(backends: Sequence[str]) -> str:
+    """Return which operators to export for providers: their own where all of them have them."""
+    known = {"onnxruntime-cpu", "onnxruntime-cuda"}
+    return "onnxruntime" if known >= set(backends) & set(PROVIDERS) else "standard"
+
+
+class _Files:
+    """The models as ONNX files, each exported when it is first asked for; and their multiply-accumulates."""
+
+    def __init__(self, models: Mapping[str, Any], folder: Path, operators: str) -> None:
+        self.models, self.folder, self.operators = models, folder, operators
+        self.precisions: dict[str, str] = {}
+        self.exported: dict[tuple[str, str], Path] = {}
+        self.macs: dict[tuple[str, bool], int] = {}
+
+    def get(self, name: str, precision: str) -> Path:
+        model, key = self.models[name], (name, precision)
+        if not isinstance(model, nn.Module):
+            return Path(model)
+        if key not in self.exported:
+            self.exported[key] = self.folder / f"{len(self.exported)}.onnx"
+            if precision == "int8":
+                quantize(self.get(name, "float32"), self.exported[key], {})
+            else:
+                export_onnx(model, self.exported[key], [random_batch(model, 2)], operators=self.operators)
+        return self.exported[key]
+
+    def precision(self, name: str, precision: str) -> str:
+        """Return the precision of a model that is exported in this one; a file has its own."""
+        if isinstance(self.models[name], nn.Module):
+            return precision
+        if name not in self.precisions:
+            self.precisions[name] = read_facts(open_session(self.models[name])).get("precision", "float32")
+        return self.precisions[name]
+
+    def count_macs(self, name: str, *, on_graph: bool) -> int:
+        if (name, on_graph) not in self.macs:
+            count = count_graph_macs(self.get(name, "float32")) if on_graph else count_macs(self.models[name])
+            self.macs[name, on_graph] = count
+        return self.macs[name, on_graph]
+
+
+def make_backend_runner(source: nn.Module | Path, setting: Setting) -> Runner:
+    """Return a program that runs random images through a model once and waits for its answer.
+
+    Args:
+        source: a torch model for the torch backends, an ONNX file for the others.
+        setting: how to run it.
+
+    Raises:
+        VitpruneError: if the file cannot be opened or its provider is absent.
+    """
+    if setting.backend in PROVIDERS:
+        session = open_session(source, num_threads=setting.num_threads, backend=setting.backend)
+        return make_session_runner(session, setting.batch_size)
+    dtype = DTYPES[setting.precision]
+    model = copy.deepcopy(source).to(setting.device, dtype).eval()
+    if setting.backend == "torch-compile":
+        # With fullgraph, what cannot be compiled is an error instead of running eagerly.
+        model = torch.compile(model, dynamic=False, fullgraph=True)
+    images = random_batch(source, setting.batch_size)[0].to(setting.device, dtype)
+    return make_runner(model, images, tf32=setting.precision == "tf32")
+
+
+def random_batch(model: nn.Module, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Return random images of the model's own size, and labels that mean nothing."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch_size, *data_config(model)["input_size"], generator=generator), torch.zeros(batch_size)
+
+
+def make_runner(model: Callable[[Tensor], Tensor], images: Tensor, *, tf32: bool = False) -> Runner:
+    """Return a program that runs a model once and waits for its answer."""
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        answer = model(images)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        return answer
+
+    if not images.is_cuda:
+        return run
+
+    def run_in_precision() -> Tensor:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        try:
+            return run()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return run_in_precision
+
+
+def _measure_peak(model: nn.Module, setting: Setting) -> int:
+    """Run a torch model in a process of its own and return the most memory that it held."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_run_and_report, model, setting).result()
+
+
+def _run_and_report(model: nn.Module, setting: Setting) -> int:
+    torch.set_num_threads(setting.num_threads)
+    run = make_backend_runner(model, setting)
+    for _ in range(3):
+        run()
+    on_gpu = torch.device(setting.device).type == "cuda"
+    return torch.cuda.max_memory_reserved(setting.device) if on_gpu else peak_memory_bytes()
+
+
+def describe_hardware(backends: Sequence[str] = (), device: str = "cpu") -> dict[str, str]:
+    """Return where a bench runs: processor and versions, for its records."""
+    processor = f"{name_processor()}, {os.cpu_count()} cores"
+    on_gpu = torch.device(device).type == "cuda" or {"onnxruntime-cuda", "onnxruntime-tensorrt"} & set(backends)
+    if on_gpu and torch.cuda.is_available():
+        processor = f"{torch.cuda.get_device_name()}; {processor}"
+    versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
+    return {"processor": processor, "python": platform.python_version(), **versions}
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
