@@ -50,7 +50,7 @@ def half_plan(model):
     ffns = vitprune.find_feed_forwards(model)
     generator = torch.Generator().manual_seed(2)
     scores = {ffn.name: torch.rand(ffn.num_neurons, generator=generator) for ffn in ffns}
-    return plan_from_widths(scores, {ffn.name: ffn.num_neurons // 2 for ffn in ffns}, {})
+    return plan_from_widths(scores, {ffn.name: ffn.num_neurons // 2 for ffn in ffns})
 
 
 def try_verb(verb) -> str:

@@ -55,7 +55,7 @@ def test_targets_floors_and_rounding_hold(widths, ratio, allocation, across, rou
 def test_global_keeps_the_best_neurons_of_all_ffns(widths, seed):
     scores = {name: score.abs() for name, score in draw_scores(widths, seed).items()}
     kept = allocate(scores, half_of(scores), allocation="global", across_ffns=True, floor=0.0)
-    plan = plan_from_widths(scores, kept, {})
+    plan = plan_from_widths(scores, kept)
     inside = torch.cat([scores[name][keep] for name, keep in plan.keep.items()])
     # The first neuron of each FFN is granted whatever its score, so it may stay below the bar.
     outside = torch.cat([scores[name][~keep] for name, keep in plan.keep.items()])
@@ -120,6 +120,6 @@ def test_refuses(ratio, arguments, message):
 
 
 def test_ties_go_to_the_lower_index():
-    plan = plan_from_widths({"a": torch.tensor([1.0, 2.0, 1.0, 1.0])}, {"a": 2}, {})
+    plan = plan_from_widths({"a": torch.tensor([1.0, 2.0, 1.0, 1.0])}, {"a": 2})
     assert plan.kept("a").tolist() == [0, 1]
     assert plan.removed("a").tolist() == [2, 3]

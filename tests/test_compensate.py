@@ -117,7 +117,7 @@ def test_refuses(arguments, message, tiny_vit):
 
 def test_a_plan_for_another_model_is_refused(tiny_vit):
     plan = half_plan(tiny_vit)
-    other = vitprune.Plan(plan.keep, {"architecture": "deit_tiny_patch16_224"})
+    other = plan.with_facts(architecture="deit_tiny_patch16_224")
     with pytest.raises(vitprune.VitpruneError, match="it is for deit_tiny_patch16_224, the model is vit_tiny"):
         vitprune.apply_plan(tiny_vit, other)
     narrow = vitprune.Plan({name: keep[:11] for name, keep in plan.keep.items()})

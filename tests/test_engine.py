@@ -21,6 +21,7 @@ from vitprune.discovery.best import find_doubtful
 from vitprune.discovery.engine import score_paths, search_paths
 from vitprune.discovery.objective import Objective
 from vitprune.discovery.quadrature import parse_quadrature
+from vitprune.discovery.search import Search
 from vitprune.discovery.tangents import LeanTangents
 from vitprune.models.trunk import check_trunk
 from vitprune.models.units import find_feed_forwards
@@ -49,9 +50,12 @@ def build(trunk):
     return make_vit(name, **model_args)
 
 
-def search(model, images, labels, *, scope, top_k=2, quadrature=GAUSS, **more):
-    ffns = find_feed_forwards(model)
-    return search_paths(model, ffns, images, labels, top_k=top_k, quadrature=quadrature, scope=scope, **more)
+def ask(model, *, scope, top_k=2, quadrature=GAUSS, **more):
+    return Search(tuple(find_feed_forwards(model)), "jas", top_k, scope, quadrature, **more)
+
+
+def search(model, images, labels, *, chunk_rows=32, complete=False, **asked):
+    return search_paths(model, ask(model, **asked), images, labels, chunk_rows=chunk_rows, complete=complete)
 
 
 LABELS = torch.tensor([0, 3, 1])
@@ -93,8 +97,7 @@ def test_any_k_equals_the_slow_reference(scope, top_k, tiny_images):
 
 @pytest.mark.parametrize("scope", ["cls", "all"])
 def test_influence_pattern_equals_the_slow_reference(scope, tiny_vit, tiny_images):
-    ffns = find_feed_forwards(tiny_vit)
-    paths = influence_pattern_paths(tiny_vit, ffns, tiny_images, LABELS, top_k=2, quadrature=GAUSS, scope=scope)
+    paths = influence_pattern_paths(tiny_vit, ask(tiny_vit, scope=scope), tiny_images, LABELS)
     tokens = reference.token_slice(tiny_vit, scope)
     for index, label in enumerate(LABELS.tolist()):
         expected = reference.influence_pattern(tiny_vit, tiny_images[index : index + 1], label, 2, tokens)
@@ -103,8 +106,7 @@ def test_influence_pattern_equals_the_slow_reference(scope, tiny_vit, tiny_image
 
 @pytest.mark.parametrize("scope", ["cls", "all"])
 def test_knowledge_neurons_equal_the_slow_reference(scope, tiny_vit, tiny_images):
-    ffns = find_feed_forwards(tiny_vit)
-    paths = knowledge_neuron_paths(tiny_vit, ffns, tiny_images, LABELS, top_k=2, quadrature=GAUSS, scope=scope)
+    paths = knowledge_neuron_paths(tiny_vit, ask(tiny_vit, scope=scope), tiny_images, LABELS)
     rule = (GAUSS.nodes, GAUSS.weights, reference.token_slice(tiny_vit, scope))
     for index, label in enumerate(LABELS.tolist()):
         image = tiny_images[index : index + 1]
@@ -119,18 +121,8 @@ def test_knowledge_neurons_equal_the_slow_reference(scope, tiny_vit, tiny_images
 @pytest.mark.parametrize("quantity", ["probability", "logit"])
 @pytest.mark.parametrize("scope", ["cls", "all"])
 def test_any_objective_equals_the_slow_reference(target, quantity, scope, tiny_vit, tiny_images):
-    ffns = find_feed_forwards(tiny_vit)
     tokens = reference.token_slice(tiny_vit, scope)
-    paths = search_paths(
-        tiny_vit,
-        ffns,
-        tiny_images,
-        LABELS,
-        top_k=2,
-        quadrature=GAUSS,
-        scope=scope,
-        objective=Objective(target, quantity),
-    )
+    paths = search(tiny_vit, tiny_images, LABELS, scope=scope, objective=Objective(target, quantity))
     answer = reference.softmax if quantity == "probability" else lambda logits: logits
     for index, label in enumerate(LABELS.tolist()):
         image = tiny_images[index : index + 1]
@@ -285,20 +277,15 @@ def test_the_search_leaves_the_model_as_it_was(scope, tiny_vit, tiny_images):
 
 
 def test_hooks_go_even_when_the_model_fails(tiny_vit):
-    ffns = find_feed_forwards(tiny_vit)
     with pytest.raises((RuntimeError, AssertionError)):
-        search_paths(
-            tiny_vit, ffns, torch.zeros(1, 3, 7, 7).double(), LABELS[:1], top_k=1, quadrature=GAUSS, scope="cls"
-        )
+        search(tiny_vit, torch.zeros(1, 3, 7, 7).double(), LABELS[:1], top_k=1, scope="cls")
     assert not any(module._forward_pre_hooks for module in tiny_vit.modules())
 
 
 def test_score_of_given_paths_equals_the_slow_reference(tiny_vit, tiny_images):
     neurons = torch.tensor([[[1, 4], [0, 7], [30, 2]]] * 3)
     for scope in ("cls", "all"):
-        got = score_paths(
-            tiny_vit, find_feed_forwards(tiny_vit), tiny_images, LABELS, neurons, quadrature=GAUSS, scope=scope
-        )
+        got = score_paths(tiny_vit, ask(tiny_vit, scope=scope), tiny_images, LABELS, neurons)
         tokens = reference.token_slice(tiny_vit, scope)
         expected = reference.joint_attribution_score(
             tiny_vit, tiny_images[:1], 0, neurons[0].tolist(), GAUSS.nodes, GAUSS.weights, tokens

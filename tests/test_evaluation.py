@@ -13,7 +13,7 @@ import vitprune
 from vitprune.cli import main
 from vitprune.data import digest_images, hash_images
 from vitprune.evaluation.accuracy import collect_answers
-from vitprune.evaluation.record import flipped, load_evaluation, save_evaluation
+from vitprune.evaluation.evaluation_folder import flipped, load_evaluation, save_evaluation
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from vitprune.export.runtime import open_onnx
 from vitprune.figures.bench_figure import draw_bench
 from vitprune.figures.style import save_figure
 from vitprune.files import write_table
+from vitprune.seen_images import SeenImages
 from vitprune.speed.bench import BenchRow
 
 
@@ -161,7 +162,7 @@ def test_the_file_says_what_it_was_pruned_by(image_folder, tmp_path):
     plan = vitprune.plan_pruning(
         model, vitprune.score_neurons(model, "magnitude"), criterion="magnitude", pruning_ratio=0.5
     )
-    plan = vitprune.Plan(plan.keep, {**plan.facts, "calibration": {"data": "/home/me/photos", "sha256": ["ab"]}})
+    plan = plan.with_facts(calibration=SeenImages(frozenset({"ab"}), "/home/me/photos"))
     images = vitprune.ImageBatches(vitprune.find_images(image_folder, 5), model, batch_size=8)
     made = vitprune.export_onnx(vitprune.remove_neurons(model, plan), tmp_path / "m.onnx", images, plan=plan)
     opened = open_onnx(made.path)

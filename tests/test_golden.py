@@ -14,6 +14,7 @@ from vitprune.analysis.interventions import measure_intervention
 from vitprune.discovery.baselines import activation_paths, influence_pattern_paths
 from vitprune.discovery.engine import score_paths, search_paths
 from vitprune.discovery.quadrature import parse_quadrature
+from vitprune.discovery.search import Search
 from vitprune.models.units import find_feed_forwards
 
 RIEMANN = parse_quadrature("riemann:20")
@@ -38,8 +39,12 @@ def deit(deit_tiny):
     return deit_tiny, find_feed_forwards(deit_tiny), images, torch.tensor(expected["labels"]), expected
 
 
+def ask(ffns):
+    return Search(tuple(ffns), "jas", 1, "cls", RIEMANN)
+
+
 def _search(find, model, ffns, images, labels):
-    return find(model, ffns, images, labels, top_k=1, quadrature=RIEMANN, scope="cls")
+    return find(model, ask(ffns), images, labels)
 
 
 def test_tiny_search_is_exact(tiny):
@@ -53,7 +58,7 @@ def test_tiny_search_is_exact(tiny):
 def test_tiny_score_of_the_found_path_is_the_search_score(tiny):
     model, ffns, expected = tiny
     neurons = expected["jas_paths"].unsqueeze(-1)
-    scores = score_paths(model, ffns, expected["images"], expected["labels"], neurons, quadrature=RIEMANN, scope="cls")
+    scores = score_paths(model, ask(ffns), expected["images"], expected["labels"], neurons)
     torch.testing.assert_close(scores, expected["jas_scores"], rtol=0, atol=1e-9)
 
 

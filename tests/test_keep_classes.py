@@ -59,7 +59,7 @@ def test_from_the_command_line_to_onnx(saved_vit, image_folder, tmp_path, capsys
     assert main([*given, "-o", pruned]) == 0
     assert "answers 2 classes: class1, class4" in capsys.readouterr().out
     plan = vitprune.read_plan(pruned)
-    assert {name.partition("/")[0] for name in plan.facts["calibration"]["files"]} == {"class1", "class4"}
+    assert {name.partition("/")[0] for name in plan.facts.calibration.files} == {"class1", "class4"}
     assert main(["export", pruned, graph, *data]) == 0
     for model in (pruned, graph):
         assert main(["evaluate", model, *data]) == 2

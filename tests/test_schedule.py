@@ -11,8 +11,10 @@ from conftest import make_vit
 from timm.layers import SwiGLU, SwiGLUPacked
 
 import vitprune
+from vitprune.calibration.criteria import REGISTRY
 from vitprune.models.macs import count_macs, count_parameters
-from vitprune.pruning.schedule import Schedule, list_stops, plan_in_steps
+from vitprune.pruning.schedule import Schedule, finish, list_stops, walk
+from vitprune.pruning.session import Session
 from vitprune.pruning.target import target_latency, target_macs, target_neurons, target_parameters
 
 IMAGES = torch.randn(24, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
@@ -20,8 +22,11 @@ BATCHES = [(IMAGES[:12], torch.arange(12) % 5), (IMAGES[12:], torch.arange(12) %
 SCHEDULE = Schedule("obs", "global", "ridge")
 
 
-def plan_of(model, ratio, schedule=SCHEDULE, **options):
-    return plan_in_steps(model, target_neurons(model, ratio), schedule, batches=BATCHES, **options)[0]
+def plan_of(model, ratio, schedule=SCHEDULE, *, step):
+    session = Session(model, BATCHES, wanted=REGISTRY[schedule.criterion].statistics | {"moments"})
+    target = target_neurons(model, ratio)
+    *_earlier, stage = walk(session, target, schedule, step=step)
+    return finish(session, stage, target, schedule)
 
 
 def test_stops_end_at_the_target():
@@ -85,7 +90,7 @@ def test_the_prediction_is_what_the_pruned_model_has(kind, what):
     target = target_parameters(model, limit) if what == "parameters" else target_macs(model, limit, total=total)
     assert target.dense == pytest.approx(total)
     pruned, plan = vitprune.prune(model, target=target, criterion="magnitude", compensation="none")
-    assert count(pruned) == pytest.approx(plan.facts["target"]["predicted"])
+    assert count(pruned) == pytest.approx(plan.facts.target.predicted)
     one_more = max(float(cost_H[1]) for cost_H in target.costs.values())
     assert limit - one_more < count(pruned) <= limit
 
@@ -97,7 +102,7 @@ def test_a_latency_target_reads_its_tables(tiny_vit):
     assert target.predict(dict.fromkeys(tables, 24)) == pytest.approx(2 + 3 * 2.5)
     assert target.predict(dict.fromkeys(tables, 18)) == pytest.approx(2 + 3 * 2.5)  # 2.6 ms lowered to 2.5
     _pruned, plan = vitprune.prune(tiny_vit, target=target, criterion="magnitude", compensation="none")
-    assert plan.facts["target"]["predicted"] <= 10.0
+    assert plan.facts.target.predicted <= 10.0
 
 
 @pytest.mark.parametrize(("limit", "message"), [(1e9, "has .* already"), (10, "in each FFN the model still has")])

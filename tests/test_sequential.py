@@ -102,10 +102,10 @@ def test_the_drift_ridge_chosen_explains_most_of_the_images_it_was_not_fitted_to
     for _ in range(2):
         hidden = torch.randn(40, 1, 12, dtype=torch.float64, generator=generator)
         drift = hidden[..., :3] @ torch.ones(3, 6).double() + 4 * torch.randn(40, 1, 6, generator=generator)
-        half = sequential._DriftSums(gain, torch.full((12,), 0.1, dtype=torch.float64))
+        half = sequential._DriftMoments(gain, torch.full((12,), 0.1, dtype=torch.float64), None)
         half.add(hidden[:25], drift[:25])
         half.add(hidden[25:], drift[25:])
-        halves.append(sequential._finish(half.sums, half.shift_H))
+        halves.append(half.finish())
         rows.append((hidden.squeeze(1).numpy(), drift.squeeze(1).numpy()))
     keep, grid = torch.arange(12) != 5, [0.001, 0.1, 1.0, 3.0, 100.0, float("inf")]
     left = []

@@ -10,6 +10,8 @@ from importlib.metadata import version
 _HOME_OF = {
     "VitpruneError": "vitprune.errors",
     "FeedForward": "vitprune.models.units",
+    "Group": "vitprune.models.units",
+    "find_groups": "vitprune.models.units",
     "find_feed_forwards": "vitprune.models.units",
     "load": "vitprune.models.load",
     "save": "vitprune.models.saved_folder",
@@ -35,7 +37,7 @@ _HOME_OF = {
     "apply_plan": "vitprune.pruning.prune",
     "prune": "vitprune.pruning.prune",
     "make_elastic": "vitprune.pruning.elastic",
-    "read_elastic_plan": "vitprune.pruning.elastic",
+    "read_elastic_plan": "vitprune.pruning.plan",
     "masked": "vitprune.pruning.apply",
     "mask_neurons": "vitprune.pruning.apply",
     "remove_neurons": "vitprune.pruning.apply",

@@ -39,12 +39,14 @@ class ImageSet:
         files: image files relative to ``root``, sorted.
         labels: per file, the index of its class among the model's outputs.
         class_names: class index -> folder name, for the classes present.
+        left_out: names of folders below ``root`` that are none of the model's classes.
     """
 
     root: Path
     files: tuple[str, ...]
     labels: tuple[int, ...]
     class_names: Mapping[int, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -77,6 +79,45 @@ class ImageSet:
         return replace(self, files=tuple(self.files[i] for i in picked), labels=labels, class_names=names)
 
 
+@dataclass(frozen=True)
+class ImageChoice:
+    """Which images of a folder are meant, whatever model numbers their classes; arguments of ``find_images``.
+
+    Attributes:
+        root: folder of class folders.
+        class_map: file that numbers the classes.
+        classes: only these.
+        images_per_class: a random sample of each class.
+        seed: of that sample.
+    """
+
+    root: str | Path
+    class_map: str | Path | None = None
+    classes: Sequence[str] | None = None
+    images_per_class: int | None = None
+    seed: int = 0
+
+    def find(self, model: Any, *, labels_matter: bool = True) -> ImageSet:
+        """Find the images, numbered as a model numbers its classes.
+
+        Args:
+            model: a timm model, or an opened ONNX file.
+            labels_matter: whether a model without classifier is refused.
+
+        Raises:
+            VitpruneError: as ``find_images`` does.
+        """
+        return find_images(
+            self.root,
+            model.num_classes if labels_matter else model.num_classes or None,
+            class_map=self.class_map,
+            label_names=getattr(model, "label_names", None),
+            classes=self.classes,
+            images_per_class=self.images_per_class,
+            seed=self.seed,
+        )
+
+
 def find_images(
     root: str | Path,
     num_classes: int | None,
@@ -107,6 +148,8 @@ def find_images(
         VitpruneError: if there are no images, or a folder is no class of the model.
     """
     root = Path(root)
+    if images_per_class is not None and images_per_class < 1:
+        raise VitpruneError(f"images_per_class must be at least 1, got {images_per_class}")
     if not root.is_dir():
         raise VitpruneError(f"{root}: no such data folder")
     if num_classes is not None and num_classes < 1:
@@ -118,7 +161,9 @@ def find_images(
         raise VitpruneError(
             f"{root} holds the splits {', '.join(folders)}; name one of them, such as {root / folders[0]}"
         )
+    left_out: tuple[str, ...] = ()
     if label_names is not None and class_map is None:
+        left_out = tuple(folder for folder in folders if folder not in label_names)
         folders = [folder for folder in folders if folder in label_names]
         if not folders:
             raise VitpruneError(f"{root} has none of the model's {len(label_names)} classes ({label_names[0]}, ...)")
@@ -144,7 +189,7 @@ def find_images(
         )
     present = set(labels)
     names = {index_of[folder]: folder for folder in folders if index_of[folder] in present}
-    return ImageSet(root.absolute(), tuple(files), tuple(labels), names)
+    return ImageSet(root.absolute(), tuple(files), tuple(labels), names, left_out)
 
 
 def _number_classes(
@@ -163,7 +208,7 @@ def _number_classes(
     else:
         raise VitpruneError(
             f"{root} has {len(folders)} class folders ({folders[0]}, ...) but the model has {num_classes} outputs; "
-            "say which is which with --class-map FILE"
+            "say which is which with `class_map`"
         )
     unknown = [folder for folder in folders if folder not in numbered]
     if unknown:
@@ -349,6 +394,10 @@ class ImageBatches:
         strict: bool = False,
         transform: Mapping[str, Any] | None = None,
     ) -> None:
+        if batch_size < 1:
+            raise VitpruneError(f"batch_size must be at least 1, got {batch_size}")
+        if num_workers < 0:
+            raise VitpruneError(f"num_workers must not be negative, got {num_workers}")
         self.images, self.strict = images, strict
         self.skipped: list[tuple[str, str]] = []
         self.files_read: list[str] = []

@@ -24,8 +24,8 @@ from vitprune.discovery.discover import Discovery, class_paths, discover
 from vitprune.discovery.run import Run, save_run
 from vitprune.evaluation.accuracy import collect_answers, compare, count_right
 from vitprune.evaluation.curve import Curve, measure_curve
+from vitprune.evaluation.evaluation_folder import Evaluation, Judged, name_classes, save_evaluation
 from vitprune.evaluation.model_facts import describe_network
-from vitprune.evaluation.record import Evaluation, Judged, name_classes, save_evaluation
 from vitprune.export.onnx_file import export_onnx
 from vitprune.figures.curve_figure import draw_curve
 from vitprune.figures.style import save_figure

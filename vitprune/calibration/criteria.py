@@ -26,7 +26,7 @@ from vitprune.discovery.discover import Discovery, check_class_scores
 from vitprune.discovery.quadrature import parse_fixed_quadrature
 from vitprune.errors import VitpruneError
 from vitprune.models.classifier import has_classifier
-from vitprune.models.units import FeedForward, find_feed_forwards, hook_hidden
+from vitprune.models.units import Group, find_groups, hook_hidden
 from vitprune.options import CRITERIA, DEFAULT_RIDGE, check_choice
 from vitprune.progress import Track, untracked
 
@@ -44,7 +44,7 @@ def random(model: nn.Module, *, seed: int = 0) -> Scores:
         FFN name -> scores [H]; float32.
     """
     generator = torch.Generator().manual_seed(seed)
-    return {ffn.name: torch.rand(ffn.num_neurons, generator=generator) for ffn in find_feed_forwards(model)}
+    return {group.name: torch.rand(group.num_units, generator=generator) for group in find_groups(model)}
 
 
 @torch.no_grad()
@@ -63,17 +63,21 @@ def magnitude(model: nn.Module) -> Scores:
         Li et al., ICLR 2017 (arXiv:1608.08710), over the group of coupled weights as in arXiv:2301.12900.
     """
     scores = {}
-    for ffn in find_feed_forwards(model):
-        down = model.get_submodule(ffn.down_proj)
-        square_H = down.weight.double().square().sum(0)
-        rows = ffn.up_rows(torch.arange(ffn.num_neurons))
-        for name in ffn.up_projs:
-            up = model.get_submodule(name)
+    for group in find_groups(model):
+        square_H = model.get_submodule(group.read_by).weight.double().square().sum(0)
+        square_H = square_H.view(-1, group.unit_size).sum(1)
+        units = torch.arange(group.num_units, device=square_H.device)
+        for part in group.owned:
+            if part.axis == 1:
+                continue
+            up = model.get_submodule(part.linear)
             row_square = up.weight.double().square().sum(1)
             if up.bias is not None:
                 row_square = row_square + up.bias.double().square()
-            square_H = square_H + row_square[rows.to(row_square.device)].view(-1, ffn.num_neurons).sum(0)
-        scores[ffn.name] = square_H.sqrt().float().cpu()
+            rows = part.indices(units, group.num_units, group.unit_size)
+            of_units = row_square[rows].view(part.copies, group.num_units, group.unit_size)
+            square_H = square_H + of_units.sum((0, 2))
+        scores[group.name] = square_H.sqrt().float().cpu()
     return scores
 
 
@@ -205,32 +209,32 @@ def integrated_gradients(model: nn.Module, batches: Batches, *, quadrature: str 
         Sundararajan et al., ICML 2017 (arXiv:1703.01365), on hidden neurons as in Dai et al., ACL 2022
         (arXiv:2104.08696, knowledge neurons), who attribute the probability.
     """
-    ffns = find_feed_forwards(model)
+    groups = find_groups(model)
     rule = parse_fixed_quadrature(quadrature)
-    sums = {ffn.name: torch.zeros(ffn.num_neurons, dtype=torch.float64) for ffn in ffns}
+    sums = {group.name: torch.zeros(group.num_units, dtype=torch.float64) for group in groups}
     count = 0
     for images, labels in on_device(model, batches):
-        for ffn in ffns:
+        for group in groups:
             slopes = 0
             for node, weight in zip(rule.nodes, rule.weights, strict=True):
-                loss, hidden, scaled = _loss_at(model, ffn, images, labels, node)
+                loss, hidden, scaled = _loss_at(model, group, images, labels, node)
                 slopes = slopes + weight * torch.autograd.grad(loss, scaled)[0]
-            sums[ffn.name] += (hidden * slopes).flatten(1, -2).sum(1).abs().sum(0, dtype=torch.float64).cpu()
+            sums[group.name] += (hidden * slopes).flatten(1, -2).sum(1).abs().sum(0, dtype=torch.float64).cpu()
         count += len(images)
     if count == 0:
         raise VitpruneError("no calibration images")
     return {name: total / count for name, total in sums.items()}
 
 
-def _loss_at(model: nn.Module, ffn: FeedForward, images: Tensor, labels: Tensor, scale: float):
-    """Return the summed loss with one FFN's hidden vector scaled, that vector, and the leaf that was put in."""
+def _loss_at(model: nn.Module, group: Group, images: Tensor, labels: Tensor, scale: float):
+    """Return the summed loss with one group's hidden vector scaled, that vector, and the leaf that was put in."""
     seen: list[Tensor] = []
 
     def replace(_name: str, hidden: Tensor) -> Tensor:
         seen.extend((hidden.detach(), (hidden.detach() * scale).requires_grad_()))
         return seen[1]
 
-    with torch.enable_grad(), hook_hidden(model, [ffn], replace):
+    with torch.enable_grad(), hook_hidden(model, [group], replace):
         loss = nn.functional.cross_entropy(model(images), labels, reduction="sum")
     return loss, *seen
 
@@ -359,8 +363,7 @@ def score_neurons(
     if row is None or statistics is None or "statistics" not in row.needs:
         check_needs(model, criterion, batches=batches, found=found)
         if "statistics" in row.needs:
-            ffns = find_feed_forwards(model)
-            given["statistics"] = measure_statistics(model, ffns, batches, row.statistics, seed=seed)
+            given["statistics"] = measure_statistics(model, find_groups(model), batches, row.statistics, seed=seed)
     if criterion == "jas":
         return row.score(found)
     return row.score(model, **{name: given[name] for name in row.needs})
@@ -369,5 +372,5 @@ def score_neurons(
 def _with_down_projs(
     model: nn.Module, statistics: Mapping[str, Statistics]
 ) -> Iterator[tuple[str, Statistics, Tensor]]:
-    for ffn in find_feed_forwards(model):
-        yield ffn.name, statistics[ffn.name], model.get_submodule(ffn.down_proj).weight.double().cpu()
+    for group in find_groups(model):
+        yield group.name, statistics[group.name], model.get_submodule(group.read_by).weight.double().cpu()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.calibration.statistics import Statistics
-from vitprune.models.units import find_feed_forwards
+from vitprune.models.units import find_groups
 from vitprune.options import DEFAULT_RIDGE
 from vitprune.progress import Track, untracked
 
@@ -51,12 +51,12 @@ def obs(
         layer-wise Kronecker form of the Fisher information (arXiv:1503.05671).
     """
     scores = {}
-    for ffn in track(find_feed_forwards(model), "rank neurons"):
-        of_ffn = statistics[ffn.name]
-        values, vectors = torch.linalg.eigh(of_ffn.gradient_DD)
+    for group in track(find_groups(model), "rank neurons"):
+        of_group = statistics[group.name]
+        values, vectors = torch.linalg.eigh(of_group.gradient_DD)
         root_DD = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-        weight_DH = model.get_submodule(ffn.down_proj).weight.detach().double().cpu()
-        scores[ffn.name] = _as_scores(*eliminate(root_DD @ weight_DH, of_ffn.covariance_HH, ridge=ridge))
+        weight_DH = model.get_submodule(group.read_by).weight.detach().double().cpu()
+        scores[group.name] = _as_scores(*eliminate(root_DD @ weight_DH, of_group.covariance_HH, ridge=ridge))
     return scores
 
 

@@ -1,6 +1,6 @@
-"""What criteria and compensation need to know of an FFN, measured in one pass over the calibration images.
+"""What criteria and compensation need to know of units, measured in one pass over the calibration images.
 
-Letters: B images, N tokens, D embedding width, H hidden neurons.
+Letters: B images, N tokens, D embedding width, H units of a group (hidden neurons of an FFN).
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vitprune.calibration.moments import Moments
 from vitprune.data import Batches, on_device
 from vitprune.errors import VitpruneError
-from vitprune.models.units import FeedForward, capture, hook_hidden
+from vitprune.models.units import Group, capture, hook_hidden
 
 # What can be asked for; the last three need a backward pass, taylor with the given labels, the others without any.
 MOMENTS, ABSOLUTE, TAYLOR, FISHER, GRADIENTS = "moments", "absolute", "taylor", "fisher", "gradients"
@@ -21,7 +22,7 @@ MOMENTS, ABSOLUTE, TAYLOR, FISHER, GRADIENTS = "moments", "absolute", "taylor", 
 
 @dataclass(frozen=True)
 class Statistics:
-    r"""Statistics of one FFN's hidden neurons h and of the loss gradient g at its output; float64, on the CPU.
+    r"""Statistics of one group's units h and of the loss gradient g at their reader's output; float64, on the CPU.
 
     What was not asked for is None.
 
@@ -50,9 +51,9 @@ class Statistics:
 
 
 def measure_statistics(
-    model: nn.Module, ffns: Sequence[FeedForward], batches: Batches, wanted: Collection[str], *, seed: int = 0
+    model: nn.Module, groups: Sequence[Group], batches: Batches, wanted: Collection[str], *, seed: int = 0
 ) -> dict[str, Statistics]:
-    r"""Stream the calibration images once and return the statistics of every FFN.
+    r"""Stream the calibration images once and return the statistics of every group.
 
     The Fisher information J^T (diag(p) - p p^T) J of the logits is estimated by one backward pass for each batch: from
     z = √p ⊙ s - p (√p · s) with random signs s, whose second moment is diag(p) - p p^T. A label drawn from p would be
@@ -63,26 +64,26 @@ def measure_statistics(
 
     Args:
         model: timm Vision Transformer in eval mode.
-        ffns: its FFNs.
+        groups: of its units.
         batches: pairs of images [B, 3, height, width] (normalised by the model's own transform) and class labels [B]
             (int64), which only ``taylor`` uses. Read once.
         wanted: any of ``moments``, ``absolute``, ``taylor``, ``fisher``, ``gradients``.
         seed: of the random signs.
 
     Returns:
-        FFN name -> statistics.
+        Group name -> statistics.
 
     Raises:
         VitpruneError: if ``batches`` is empty.
     """
     wanted = frozenset(wanted)
-    sums = {ffn.name: _Sums(model.get_submodule(ffn.down_proj).weight.detach(), wanted) for ffn in ffns}
+    sums = {group.name: _Sums(model.get_submodule(group.read_by).weight.detach(), wanted) for group in groups}
     generator = torch.Generator().manual_seed(seed)
     num_images = 0
     for images, labels in on_device(model, batches):
-        with hook_hidden(model, ffns, lambda name, hidden: sums[name].add_hidden(hidden.detach())):
+        with hook_hidden(model, groups, lambda name, hidden: sums[name].add_hidden(hidden.detach())):
             if wanted & {TAYLOR, FISHER, GRADIENTS}:
-                with capture(model, ffns, outputs=True) as outputs:
+                with capture(model, groups, outputs=True) as outputs:
                     logits = model(images)
                 _add_gradients(sums, outputs, logits, labels, wanted, generator)
             else:
@@ -120,41 +121,14 @@ def _add_gradients(sums, outputs, logits, labels, wanted, generator) -> None:
             sums[name].add_taylor(gradient)
 
 
-class MomentSums:
-    """Running mean and centred covariance of rows, on their device.
-
-    Products are taken in the rows' dtype around the first batch's mean, and summed in float64.
-    """
-
-    def __init__(self) -> None:
-        self.num_rows = 0
-        self.shift_H = self.sum_H = self.square_HH = None
-
-    def add(self, rows_NH: Tensor) -> None:
-        """Add rows [N, H] of at least 32 bits."""
-        if self.shift_H is None:
-            self.shift_H, self.sum_H, self.square_HH = rows_NH.mean(0), 0, 0
-        self.num_rows += len(rows_NH)
-        rows_NH = rows_NH - self.shift_H
-        self.sum_H += rows_NH.sum(0).double()
-        self.square_HH += (rows_NH.T @ rows_NH).double()
-
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """Return the mean [H] and the covariance [H, H], float64, on the CPU; the sums are used up."""
-        offset_H, square_HH = self.sum_H / self.num_rows, self.square_HH
-        self.square_HH = None
-        covariance_HH = square_HH.div_(self.num_rows).sub_(torch.outer(offset_H, offset_H))
-        return (self.shift_H.double() + offset_H).cpu(), covariance_HH.cpu()
-
-
 class _Sums:
-    """Running sums of one FFN, in float64 on the model's device."""
+    """Running sums of one group, in float64 on the model's device."""
 
     def __init__(self, weight_DH: Tensor, wanted: frozenset[str]) -> None:
         self.weight_DH, self.wanted = weight_DH, wanted
         self.num_tokens = 0
         self.hidden = None
-        self.moments = MomentSums()
+        self.moments = Moments()
         self.sums: dict[str, Tensor] = {}
 
     def _add(self, name: str, value: Tensor) -> None:

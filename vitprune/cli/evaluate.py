@@ -34,7 +34,7 @@ def run(
     against_checkpoint, device, output, overwrite,
 ):  # fmt: skip
     from vitprune.data import describe_class, digest_images, hash_images
-    from vitprune.evaluation.record import EVALUATION_FILES, Evaluation, describe_evaluation, save_evaluation
+    from vitprune.evaluation.evaluation_folder import EVALUATION_FILES, Evaluation, describe_evaluation, save_evaluation
     from vitprune.files import refuse_existing
 
     if output is not None:
@@ -100,8 +100,8 @@ def _same_images(others, images, against: str):
 
 def _judge(network, images, model: str, checkpoint: str | None, ratio: float | None, reading: dict[str, Any]):
     from vitprune.evaluation.accuracy import collect_answers
+    from vitprune.evaluation.evaluation_folder import Judged, name_classes
     from vitprune.evaluation.model_facts import describe_network
-    from vitprune.evaluation.record import Judged, name_classes
 
     batches = make_batches(images, network, **reading)
     answers = collect_answers(network, Tracked(batches, f"evaluate {Path(model).name}"))

@@ -3,40 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from vitprune.data import Batches, on_device
-from vitprune.discovery.baselines import (
-    activation_paths,
-    influence_pattern_paths,
-    knowledge_neuron_paths,
-    random_paths,
-)
-from vitprune.discovery.engine import PathBatch, first_rule, search_paths
+from vitprune.discovery.engine import PathBatch
 from vitprune.discovery.memory import count_rows
-from vitprune.discovery.objective import Objective, make_objective
-from vitprune.discovery.quadrature import Quadrature, parse_fixed_quadrature, parse_quadrature
+from vitprune.discovery.methods import REGISTRY, plan_search
+from vitprune.discovery.search import Search
 from vitprune.errors import VitpruneError
-from vitprune.models.trunk import check_trunk, resolve_scope, scope_slice
-from vitprune.models.units import FeedForward, find_feed_forwards, frozen
-from vitprune.options import DEFAULT_FIXED_QUADRATURE, DEFAULT_QUADRATURE, METHODS, PRECISIONS, check_choice
+from vitprune.models.trunk import check_trunk, scope_slice
+from vitprune.models.units import frozen
+from vitprune.seen_images import SeenImages, watch
 
 # On a CPU, more rows (images x nodes) than these in the prefix and in the suffix only leave its caches.
 CPU_PREFIX_ROWS, CPU_SUFFIX_ROWS = 64, 32
-
-_FIND_PATHS: Mapping[str, Callable[..., PathBatch]] = {
-    "jas": search_paths,
-    "jas-complete": partial(search_paths, complete=True),
-    "activation": activation_paths,
-    "influence-pattern": influence_pattern_paths,
-    "knowledge-neurons": knowledge_neuron_paths,
-    "random": random_paths,
-}
 
 
 @dataclass(frozen=True)
@@ -59,6 +43,7 @@ class Discovery:
         target: whose answer was attributed: ``label``, ``predicted`` or a class index.
         quantity: ``probability`` or ``logit``.
         precision: key of ``PRECISIONS``.
+        seen: which images these are, by what is in them; empty where nobody looked.
     """
 
     ffns: tuple[str, ...]
@@ -75,31 +60,7 @@ class Discovery:
     target: str | int = "label"
     quantity: str = "probability"
     precision: str = "float32"
-
-
-@dataclass(frozen=True)
-class Search:
-    """A request for paths, checked against a model.
-
-    Attributes:
-        ffns: the model's FFNs.
-        method: key of ``METHODS``.
-        top_k: K, neurons per FFN.
-        tokens: ``cls``, ``patch`` or ``all``.
-        rule: for the integral over α.
-        objective: what is attributed.
-        precision: key of ``PRECISIONS``.
-        seed: of the random paths; the other methods draw nothing.
-    """
-
-    ffns: tuple[FeedForward, ...]
-    method: str
-    top_k: int
-    tokens: str
-    rule: Quadrature
-    objective: Objective
-    precision: str = "float32"
-    seed: int = 0
+    seen: SeenImages = field(default_factory=SeenImages)
 
 
 @dataclass(frozen=True)
@@ -182,57 +143,9 @@ def discover(
         precision=precision,
         seed=seed,
     )
-    part = find_part(model, search, batches, memory_gib=memory_gib)
-    return combine(search, [] if part is None else [part])
-
-
-def plan_search(
-    model: nn.Module,
-    *,
-    method: str = "jas",
-    top_k: int = 1,
-    tokens: str | None = None,
-    quadrature: str | None = None,
-    target: str | int = "label",
-    quantity: str = "probability",
-    precision: str = "float32",
-    seed: int = 0,
-) -> Search:
-    """Check the arguments of ``discover`` against a model, before any image is read.
-
-    Raises:
-        VitpruneError: if an argument is out of range, the weights are of 16 bits, or a lower precision is asked for
-            where nothing would be decided again.
-    """
-    ffns = find_feed_forwards(model)
-    check_choice("method", method, METHODS)
-    layerwise = method in ("jas", "jas-complete")
-    read = parse_quadrature if layerwise else parse_fixed_quadrature
-    default = DEFAULT_QUADRATURE if layerwise else DEFAULT_FIXED_QUADRATURE
-    rule = read(default if quadrature is None else quadrature)
-    scope = resolve_scope(model, tokens)
-    objective = make_objective(target, quantity, num_classes=model.num_classes)
-    narrowest = min(ffns, key=lambda ffn: ffn.num_neurons)
-    if not 1 <= top_k <= narrowest.num_neurons:
-        raise VitpruneError(
-            f"top_k must be in [1, {narrowest.num_neurons}] ({narrowest.name} has that many neurons), got {top_k}"
-        )
-    dtype = next(model.parameters()).dtype
-    if dtype not in (torch.float32, torch.float64):
-        raise VitpruneError(
-            f"the path search needs float32 or float64 weights, the model has {dtype}; use model.float()"
-        )
-    check_choice("precision", precision, PRECISIONS)
-    if precision != "float32" and rule.finer is None:
-        raise VitpruneError(
-            f"precision {precision} needs quadrature adaptive (methods jas and jas-complete), which decides again what "
-            f"its noise could change; got {rule.name}"
-        )
-    if precision != "float32" and dtype != torch.float32:
-        raise VitpruneError(f"precision {precision} is for float32 weights, the model has {dtype}; use model.float()")
-    if precision == "tf32" and next(model.parameters()).device.type != "cuda":
-        raise VitpruneError("precision tf32 needs an NVIDIA GPU; use --device cuda")
-    return Search(tuple(ffns), method, top_k, scope, rule, objective, precision, seed)
+    watched = watch(batches)
+    part = find_part(model, search, watched, memory_gib=memory_gib)
+    return replace(combine(search, [] if part is None else [part]), seen=watched.seen)
 
 
 def find_part(
@@ -326,29 +239,13 @@ def set_pace(model: nn.Module, search: Search, images: Tensor, *, memory_gib: fl
         block_rows = graph_rows // (3 if search.rule.finer else 2)
     if images.device.type == "cpu":
         graph_rows, block_rows = min(graph_rows, CPU_SUFFIX_ROWS), min(block_rows, CPU_PREFIX_ROWS)
-    num_nodes = len(first_rule(search.rule, one_token=one_token).nodes)
-    if search.method == "jas-complete":  # F(0) and F(1)
-        num_nodes = len(first_rule(search.rule, one_token=False).nodes) + 2
+    num_nodes = REGISTRY[search.method].count_nodes(search, one_token=one_token)
     return Pace(max(1, min(block_rows // num_nodes, graph_rows)), graph_rows)
 
 
 def _search(model: nn.Module, search: Search, images: Tensor, labels: Tensor, pace: Pace) -> PathBatch:
-    further = {} if search.precision == "float32" else {"precision": search.precision}
-    if search.method == "random":
-        further["seed"] = search.seed
     with frozen(model):
-        return _FIND_PATHS[search.method](
-            model,
-            search.ffns,
-            images,
-            labels,
-            top_k=search.top_k,
-            quadrature=search.rule,
-            scope=search.tokens,
-            objective=search.objective,
-            chunk_rows=pace.chunk_rows,
-            **further,
-        )
+        return REGISTRY[search.method].find(model, search, images, labels, chunk_rows=pace.chunk_rows)
 
 
 def combine(search: Search, parts: Iterable[Part]) -> Discovery:

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from vitprune.discovery.best import best_neurons, find_doubtful
-from vitprune.discovery.objective import DEFAULT_OBJECTIVE, Objective
+from vitprune.discovery.objective import Objective
 from vitprune.discovery.precision import products_in
 from vitprune.discovery.quadrature import Quadrature
+from vitprune.discovery.search import Search
 from vitprune.discovery.tangents import LeanTangents
 from vitprune.models.trunk import (
     CleanPass,
@@ -45,7 +46,6 @@ from vitprune.models.trunk import (
     scale_branch,
     scope_slice,
 )
-from vitprune.models.units import FeedForward
 
 # Rows that run through the suffix at once: enough to fill a CPU's matrix units, few enough to stay near its caches.
 CHUNK_ROWS = 32
@@ -79,16 +79,11 @@ class PathBatch:
 
 def search_paths(
     model: nn.Module,
-    ffns: Sequence[FeedForward],
+    search: Search,
     images: Tensor,
     labels: Tensor,
     *,
-    top_k: int,
-    quadrature: Quadrature,
-    scope: str,
-    objective: Objective = DEFAULT_OBJECTIVE,
     chunk_rows: int = CHUNK_ROWS,
-    precision: str = "float32",
     complete: bool = False,
 ) -> PathBatch:
     r"""Find each image's path, layer by layer.
@@ -102,16 +97,10 @@ def search_paths(
 
     Args:
         model: timm Vision Transformer with an isotropic trunk (``check_trunk``), in eval mode.
-        ffns: its FFNs.
+        search: what is asked for.
         images: [B, 3, height, width], normalised by the model's own transform; any mix of classes.
         labels: int64 [B]; each image's class, for an objective that asks for it.
-        top_k: K, neurons per FFN.
-        quadrature: rule for the integral over α; the joint score of a path (not of ``complete``) takes its first nodes.
-        scope: ``cls``, ``patch`` or ``all``.
-        objective: what F is.
         chunk_rows: images x nodes that run through the suffix at once; changes memory, not results.
-        precision: of the matrix products in the suffix at the first nodes, key of ``PRECISIONS``; what it leaves in
-            doubt is scored again in the model's own. Other than ``float32`` only with an adaptive rule.
         complete: use the variant that obeys completeness, :math:`\sum_p \bar w_p \int \partial F / \partial w_p`
             (summed over tokens) in place of the product of sums.
 
@@ -119,29 +108,30 @@ def search_paths(
         arXiv:2503.09046, section 3. There only the last of K neurons of each earlier layer enters the sums; here all
         do. For K = 1 the two agree.
     """
-    clean = record_clean(model, ffns, images, tokens=scope_slice(model, scope))
-    rules, first = quadrature.rules(), first_rule(quadrature, one_token=scope_slice(model, scope) == slice(0, 1))
-    classes_B = objective.classes(labels, clean.logits_BC)
-    course = _Course(clean, classes_B, first.nodes, objective, scope, complete, chunk_rows, precision)
+    one_token = scope_slice(model, search.tokens) == slice(0, 1)
+    rules, first = search.rule.rules(), first_rule(search.rule, one_token=one_token)
+    course = _Course.begin(model, search, images, labels, nodes=first.nodes, complete=complete, chunk_rows=chunk_rows)
+    course = replace(course, precision=search.precision)
+    ffns = search.ffns
     neurons: list[Tensor] = []
     scores: list[Tensor] = []
     with course.grad_mode():
         prefix = course.start()
         for index in range(len(ffns)):
             layer = _enter(model, course, index, prefix)
-            score_BH = _score(model, ffns, course, rules, neurons, layer, top_k)
-            best_BK = best_neurons(score_BH, top_k)
+            score_BH = _score(model, ffns, course, rules, neurons, layer, search.top_k)
+            best_BK = best_neurons(score_BH, search.top_k)
             prefix = _advance(model, ffns, course, index, layer, best_BK)
             scores.append(score_BH)
             neurons.append(best_BK)
         neurons_BLK = torch.stack(neurons, 1)
         if complete:
             joint_B, errors_B = _complete_joint_score(
-                model, ffns, course, neurons_BLK, first_rule(quadrature, one_token=False)
+                model, ffns, course, neurons_BLK, first_rule(search.rule, one_token=False)
             )
         else:
             joint_B, errors_B = _joint_score(model, course, prefix, first.weights), None
-    return PathBatch(neurons_BLK, joint_B, errors_B, tuple(scores), clean.logits_BC)
+    return PathBatch(neurons_BLK, joint_B, errors_B, tuple(scores), course.clean.logits_BC)
 
 
 def first_rule(quadrature: Quadrature, *, one_token: bool) -> Quadrature:
@@ -154,14 +144,11 @@ def first_rule(quadrature: Quadrature, *, one_token: bool) -> Quadrature:
 
 def score_paths(
     model: nn.Module,
-    ffns: Sequence[FeedForward],
+    search: Search,
     images: Tensor,
     labels: Tensor,
     neurons_BLK: Tensor,
     *,
-    quadrature: Quadrature,
-    scope: str,
-    objective: Objective = DEFAULT_OBJECTIVE,
     chunk_rows: int = CHUNK_ROWS,
 ) -> Tensor:
     r"""Return the joint attribution score [B] of given paths.
@@ -174,37 +161,27 @@ def score_paths(
     Source:
         arXiv:2503.09046, definition 3.1.
     """
-    clean = record_clean(model, ffns, images, tokens=scope_slice(model, scope))
-    classes_B = objective.classes(labels, clean.logits_BC)
-    course = _Course(clean, classes_B, quadrature.nodes, objective, scope, complete=False, chunk_rows=chunk_rows)
+    course = _Course.begin(model, search, images, labels, complete=False, chunk_rows=chunk_rows)
     with course.grad_mode():
-        return _joint_score(model, course, _walk(model, ffns, course, neurons_BLK.unbind(1)), quadrature.weights)
+        prefix = _walk(model, search.ffns, course, neurons_BLK.unbind(1))
+        return _joint_score(model, course, prefix, search.rule.weights)
 
 
 def score_alone(
-    model: nn.Module,
-    ffns: Sequence[FeedForward],
-    images: Tensor,
-    labels: Tensor,
-    *,
-    quadrature: Quadrature,
-    scope: str,
-    objective: Objective = DEFAULT_OBJECTIVE,
-    chunk_rows: int = CHUNK_ROWS,
+    model: nn.Module, search: Search, images: Tensor, labels: Tensor, *, chunk_rows: int = CHUNK_ROWS
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Return each FFN's scores [B, H] joined with no other FFN, by the variant that obeys completeness; and logits.
 
     Arguments as in ``search_paths``.
     """
-    clean = record_clean(model, ffns, images, tokens=scope_slice(model, scope))
-    classes_B = objective.classes(labels, clean.logits_BC)
-    course = _Course(clean, classes_B, quadrature.nodes, objective, scope, complete=True, chunk_rows=chunk_rows)
+    course = _Course.begin(model, search, images, labels, complete=True, chunk_rows=chunk_rows)
+    clean, ffns = course.clean, search.ffns
     scores = []
     with torch.no_grad():
         prefix = course.start()
         for index, (block, ffn) in enumerate(zip(model.blocks, ffns, strict=True)):
             layer = _enter(model, course, index, prefix)
-            scores.append(_integrate(_score_nodes(model, ffns, course, index, layer), quadrature.weights))
+            scores.append(_integrate(_score_nodes(model, ffns, course, index, layer), search.rule.weights))
             prefix = _leave(block, layer, model.get_submodule(ffn.down_proj)(clean.hidden_BTH[index]), None)
     return tuple(scores), clean.logits_BC
 
@@ -232,6 +209,24 @@ class _Course:
     complete: bool
     chunk_rows: int
     precision: str = "float32"
+
+    @classmethod
+    def begin(
+        cls,
+        model: nn.Module,
+        search: Search,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        complete: bool,
+        chunk_rows: int,
+        nodes: tuple[float, ...] | None = None,
+    ) -> _Course:
+        """Run the model once undisturbed; None takes the nodes of the search's own rule."""
+        clean = record_clean(model, search.ffns, images, tokens=scope_slice(model, search.tokens))
+        classes_B = search.objective.classes(labels, clean.logits_BC)
+        nodes = search.rule.nodes if nodes is None else nodes
+        return cls(clean, classes_B, nodes, search.objective, search.tokens, complete, chunk_rows)
 
     @property
     def one_token(self) -> bool:

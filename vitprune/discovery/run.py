@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vitprune.data import ImageSet
+import torch
+from torch import nn
+
+from vitprune.data import ImageSet, hash_images
 from vitprune.discovery.discover import Discovery
 from vitprune.errors import VitpruneError
+from vitprune.models.identity import hash_weights
+from vitprune.models.load import load
+from vitprune.seen_images import SeenImages, as_hashes, as_numbers
 from vitprune.files import FORMAT_VERSION, atomic_folder, read_json, read_tensors, write_json, write_tensors
 
+# Tensor of the paths file: hashes of the images, as ``as_numbers`` writes them.
+_SEEN = "seen_images"
 RUN_FILE, PATHS_FILE, SCORES_FILE = "run.json", "paths.safetensors", "class_scores.safetensors"
-RUN_FILES = frozenset({RUN_FILE, PATHS_FILE, SCORES_FILE})
+RUN_FILES = frozenset({# Tensor of the paths file: hashes of the images, as ``as_numbers`` writes them.
+_SEEN = "seen_images"
+RUN_FILE, PATHS_FILE, SCORES_FILE})
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,8 @@ def save_run(run: Run, folder: str | Path) -> None:
     }
     if found.completeness_errors is not None:
         tensors["completeness_errors"] = found.completeness_errors
+    if found.seen:
+        tensors[_SEEN] = torch.tensor(as_numbers(sorted(found.seen.sha256)))
     with atomic_folder(folder) as temporary:
         write_tensors(
             temporary / PATHS_FILE,
@@ -100,7 +113,7 @@ def load_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     if not is_run(folder):
-        raise VitpruneError(f"{folder} has no scores; run 'vitprune discover MODEL --data DIR -o {folder}' first")
+        raise VitpruneError(f"{folder} is no run of a discovery: it has no {RUN_FILE}")
     facts = read_json(folder / RUN_FILE, kind="run")
     tensors, path_facts = read_tensors(folder / PATHS_FILE, kind="paths")
     class_scores, score_facts = read_tensors(folder / SCORES_FILE, kind="class_scores")
@@ -120,6 +133,12 @@ def load_run(folder: str | Path) -> Run:
         target=facts["target"],
         quantity=facts["quantity"],
         precision=facts.get("precision", "float32"),
+        seen=SeenImages(
+            frozenset(as_hashes(tensors[_SEEN].tolist())) if _SEEN in tensors else frozenset(),
+            facts["data"],
+            tuple(path_facts["images"]),
+            tuple(tensors["labels"].tolist()),
+        ),
     )
     images = ImageSet(
         Path(facts["data"]),
@@ -137,6 +156,28 @@ def load_run(folder: str | Path) -> Run:
         images_sha256=facts.get("images_sha256"),
         model_transform=facts.get("model_transform"),
     )
+
+
+def open_run(folder: str | Path, *, device: str = "cpu") -> tuple[Run, nn.Module]:
+    """Read a run folder, and load the model that it is of.
+
+    Args:
+        folder: of a run.
+        device: where to put the model.
+
+    Raises:
+        VitpruneError: if the folder is no run, or its model cannot be loaded or has other weights now.
+    """
+    run = load_run(folder)
+    model = load(run.model, checkpoint=run.checkpoint, device=device)
+    if hash_weights(model) != run.weights_sha256:
+        raise VitpruneError(
+            f"{folder}: its scores are of other weights than {run.checkpoint or run.model} holds; discover again"
+        )
+    if not run.found.seen:  # earlier versions did not say which images they were
+        seen = run.found.seen.with_hashes(hash_images(run.images))
+        run = replace(run, found=replace(run.found, seen=seen))
+    return run, model
 
 
 def _check_agreement(

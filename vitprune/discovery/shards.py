@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from vitprune.errors import VitpruneError
 from vitprune.files import REQUEST_FILE, read_tensors, write_tensors
 from vitprune.processes import Processes
 from vitprune.progress import Track, untracked
+from vitprune.seen_images import SeenImages, hash_pixels
 
 _TENSORS = ("neurons", "joint_scores", "labels", "predictions", "completeness_errors")
 
@@ -159,7 +160,15 @@ def find_shards(
         part = find_part(model, search, stretch, pace=pace)
         # Now, while the files are still in the system's memory.
         hashes = hash_images(shards.images.at(shards.places(number)).only(stretch.files))
-        write_shard(shards.path(number), part, stretch.files, stretch.skipped, identity=identity, hashes=hashes)
+        write_shard(
+            shards.path(number),
+            part,
+            stretch.files,
+            stretch.skipped,
+            identity=identity,
+            hashes=hashes,
+            pixels=stretch.pixels,
+        )
 
 
 def write_shard(
@@ -170,6 +179,7 @@ def write_shard(
     *,
     identity: str,
     hashes: Sequence[str],
+    pixels: Sequence[str] = (),
 ) -> None:
     """Write one shard, as a whole or not at all.
 
@@ -180,9 +190,11 @@ def write_shard(
         skipped: the other names, with the reason.
         identity: as ``Shards.identity`` gives it.
         hashes: of the content of ``files``.
+        pixels: hashes of the images as the model read them.
     """
     classes = [] if part is None else part.classes
-    facts = {"identity": identity, "files": files, "sha256": hashes, "skipped": skipped, "classes": classes}
+    facts = {"identity": identity, "files": files, "sha256": hashes, "pixels": pixels, "skipped": skipped}
+    facts["classes"] = classes
     tensors = {}
     if part is not None:
         tensors = {name: getattr(part, name) for name in _TENSORS if getattr(part, name) is not None}
@@ -202,6 +214,7 @@ def read_shards(search: Search, shards: Shards) -> tuple[Discovery, ImageSet, li
     """
     files: list[str] = []
     hashes: list[str] = []
+    pixels: list[str] = []
     skipped: list[list[str]] = []
 
     def read() -> Iterator[Part]:
@@ -209,6 +222,7 @@ def read_shards(search: Search, shards: Shards) -> tuple[Discovery, ImageSet, li
             tensors, facts = read_tensors(shards.path(number), kind="shard")
             files.extend(facts["files"])
             hashes.extend(facts["sha256"])
+            pixels.extend(facts.get("pixels", ()))
             skipped.extend(facts["skipped"])
             if facts["files"]:
                 yield Part(
@@ -225,7 +239,9 @@ def read_shards(search: Search, shards: Shards) -> tuple[Discovery, ImageSet, li
             raise
         name, reason = skipped[0]
         raise VitpruneError(f"{shards.images.root}: no image could be decoded (first: {name}, {reason})") from error
-    return found, shards.images.only(files), hashes, [name for name, _reason in skipped]
+    used = shards.images.only(files)
+    seen = SeenImages(frozenset((*hashes, *pixels)) - {""}, str(used.root), used.files, used.labels)
+    return replace(found, seen=seen), used, hashes, [name for name, _reason in skipped]
 
 
 def share(numbers: Sequence[int], processes: Processes) -> list[int]:
@@ -247,11 +263,12 @@ class _Read:
 
 
 class _Stretch:
-    """The batches of one shard; remembers the names of the files that were read."""
+    """The batches of one shard; remembers which files were read, and what was in them."""
 
     def __init__(self, batches: Iterator[ReadBatch]) -> None:
         self.batches = batches
         self.files: list[str] = []
+        self.pixels: list[str] = []
         self.skipped: list[tuple[str, str]] = []
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -259,4 +276,5 @@ class _Stretch:
             self.files += batch.files
             self.skipped += batch.skipped
             if batch.images is not None:
+                self.pixels += hash_pixels(batch.images)
                 yield batch.images, batch.labels

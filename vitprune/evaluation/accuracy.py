@@ -15,6 +15,7 @@ from vitprune.data import Batches, on_device
 from vitprune.errors import VitpruneError
 from vitprune.intervals import CONFIDENCE
 from vitprune.models.classifier import has_classifier
+from vitprune.seen_images import UnseenBatches, seen_by
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,14 @@ class Answers:
         predictions: int64 [I]; the class with the highest logit.
         probabilities: float64 [I]; softmax of the label's class, in [0, 1].
         among_five: bool [I]; whether the label is among the five highest logits.
+        num_overlap: images that had a say in the model; above 0 only where that was allowed.
     """
 
     labels: Tensor
     predictions: Tensor
     probabilities: Tensor
     among_five: Tensor
+    num_overlap: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Accuracy:
         top1_by_class: class index -> share of right answers.
         images_by_class: class index -> images.
         correct: per image in the order read, whether the first answer was right.
+        num_overlap: images that had a say in the model; above 0 only where that was allowed.
     """
 
     top1: float
@@ -55,6 +59,7 @@ class Accuracy:
     top1_by_class: Mapping[int, float]
     images_by_class: Mapping[int, int]
     correct: tuple[bool, ...]
+    num_overlap: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,48 +77,49 @@ class Comparison:
     p_value: float
 
 
-def evaluate(model: Callable[[Tensor], Tensor], batches: Batches) -> Accuracy:
+def evaluate(model: Callable[[Tensor], Tensor], batches: Batches, *, allow_overlap: bool = False) -> Accuracy:
     """Measure top-1 and top-5 accuracy.
 
     Args:
         model: images [B, channels, height, width] -> logits [B, C]: a torch model, or an ONNX file opened with
             ``vitprune.open_onnx``.
         batches: pairs of images (normalised by the model's own transform) and class labels [B] (int64). Read once.
+        allow_overlap: measure on images that had a say in the model (its ``calibration``) as well, and count them.
 
     Raises:
-        VitpruneError: if there are no images, or the model has no classifier.
+        VitpruneError: if there are no images, the model has no classifier, or an image had a say in it.
 
     >>> batches = [(torch.eye(3).view(3, 1, 1, 3), torch.tensor([0, 1, 0]))]
     >>> evaluate(lambda images: images.flatten(1), batches).top1
     0.6666666666666666
     """
-    return count_right(collect_answers(model, batches))
+    return count_right(collect_answers(model, batches, allow_overlap=allow_overlap))
 
 
 @torch.inference_mode()
-def collect_answers(model: Callable[[Tensor], Tensor], batches: Batches) -> Answers:
+def collect_answers(model: Callable[[Tensor], Tensor], batches: Batches, *, allow_overlap: bool = False) -> Answers:
     """Ask a model about images and keep what it answers to each.
 
     Args:
         model: as for ``evaluate``.
         batches: as for ``evaluate``.
+        allow_overlap: as for ``evaluate``.
 
     Raises:
-        VitpruneError: if there are no images, or the model has no classifier.
+        VitpruneError: if there are no images, the model has no classifier, or an image had a say in it.
     """
     if isinstance(model, nn.Module) and not has_classifier(model):
         raise VitpruneError("the model has no classifier (num_classes=0), so it has no accuracy")
-    if isinstance(model, nn.Module):
-        batches = on_device(model, batches)
+    unseen = UnseenBatches(batches, seen_by(model), allow_overlap=allow_overlap)
     parts = []
-    for images, labels in batches:
+    for images, labels in on_device(model, unseen) if isinstance(model, nn.Module) else unseen:
         logits, labels = model(images).cpu(), labels.cpu()
         ranked = logits.topk(min(5, logits.shape[1])).indices
         probabilities = logits.double().softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
         parts.append((labels, ranked[:, 0], probabilities, (ranked == labels.unsqueeze(1)).any(1)))
     if not parts:
         raise VitpruneError("no images to evaluate on")
-    return Answers(*map(torch.cat, zip(*parts, strict=True)))
+    return Answers(*map(torch.cat, zip(*parts, strict=True)), num_overlap=unseen.num_overlap)
 
 
 def count_right(answers: Answers) -> Accuracy:
@@ -129,6 +135,7 @@ def count_right(answers: Answers) -> Accuracy:
         top1_by_class={index: correct[label == index].double().mean().item() for index in present},
         images_by_class={index: int((label == index).sum()) for index in present},
         correct=tuple(correct.tolist()),
+        num_overlap=answers.num_overlap,
     )
 
 

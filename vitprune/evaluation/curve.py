@@ -10,29 +10,24 @@ from typing import Any
 
 from torch import nn
 
-from vitprune.calibration.criteria import REGISTRY, Scores, check_needs
-from vitprune.calibration.statistics import MOMENTS, Statistics, measure_statistics
-from vitprune.data import Batches
+from vitprune.calibration.criteria import Scores, check_needs
+from vitprune.data import Batches, hash_images
 from vitprune.discovery.discover import Discovery
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.accuracy import Accuracy, compare, drop_bound, evaluate
 from vitprune.files import read_json, write_json
-from vitprune.models.block_calls import BlockCall, study_blocks
-from vitprune.models.macs import count_macs, count_parameters
-from vitprune.models.units import find_feed_forwards
-from vitprune.options import (
-    ALLOCATIONS,
-    COMPENSATIONS,
-    CRITERIA,
-    DEFAULT_STEP,
-    DENSE,
-    check_choice,
-)
+from vitprune.models.macs import measure_sizes
+from vitprune.models.units import find_groups
+from vitprune.options import ALLOCATIONS, CRITERIA, DEFAULT_STEP, DENSE, check_choice
 from vitprune.progress import Track, untracked
+from vitprune.pruning.compensations import REGISTRY as COMPENSATIONS
+from vitprune.pruning.compensations import check_compensation, needed_statistics
 from vitprune.pruning.plan import Plan
-from vitprune.pruning.prune import SEQUENTIAL, apply_plan, needed_statistics
-from vitprune.pruning.schedule import Schedule, Stage, advance, bridge_of, finish, first_stage, list_stops, needs_steps
+from vitprune.pruning.prune import apply_in
+from vitprune.pruning.schedule import Schedule, Stage, advance, finish, first_stage, list_stops, needs_steps
+from vitprune.pruning.session import Session
 from vitprune.pruning.target import Target, target_neurons
+from vitprune.seen_images import check_unseen, files_of
 
 SEARCH_GRID, SEARCH_PRECISION = 0.1, 0.01
 Evaluated = Callable[[nn.Module], Accuracy]
@@ -99,7 +94,7 @@ class Curve:
 
     def schedule(self, criterion: str, allocation: str, compensation: str) -> Schedule:
         """Return the schedule of one combination."""
-        return Schedule(criterion, allocation, bridge_of(compensation), seed=self.seed)
+        return Schedule(criterion, allocation, COMPENSATIONS[compensation].bridge)
 
 
 def measure_curve(
@@ -134,20 +129,21 @@ def measure_curve(
     Raises:
         VitpruneError: if an argument is out of range or images are missing.
     """
-    _check(model, curve, calibration, found)
+    _check(model, curve, calibration, evaluation, found)
     targets = [target_neurons(model, ratio) for ratio in sorted(set(ratios))]
-    shared = _Shared(model, calibration, evaluation, curve)
-    points = [shared.dense_point()]
+    course = _Course(model, calibration, evaluation, curve, found)
+    points = [course.dense_point()]
     combinations = list(product(curve.criteria, curve.allocations, targets))
     walks: dict[tuple[str, str, str], _Walk] = {}
     for criterion, allocation, target in track(combinations, "curve"):
         for compensation in curve.compensations:
-            key = (criterion, allocation, bridge_of(compensation))
+            schedule = curve.schedule(criterion, allocation, compensation)
+            key = (criterion, allocation, schedule.bridge)
             if key not in walks:
                 # Combinations come criterion by criterion: the models of an earlier one are not needed again.
                 walks = {known: walk for known, walk in walks.items() if known[:2] == key[:2]}
-                walks[key] = _Walk(shared, curve.schedule(criterion, allocation, compensation), found, scores)
-            points.append(shared.point(walks[key], compensation, target))
+                walks[key] = _Walk(course, schedule, (scores or {}).get(criterion))
+            points.append(course.point(walks[key], compensation, target))
     return points
 
 
@@ -184,14 +180,14 @@ def find_largest_ratio(
     """
     if not 0 < max_drop < 1:
         raise VitpruneError(f"max_drop must be in (0, 1), got {max_drop}")
-    _check(model, curve, calibration, found)
-    shared = _Shared(model, calibration, evaluation, curve)
+    _check(model, curve, calibration, evaluation, found)
+    course = _Course(model, calibration, evaluation, curve, found)
     compensation = curve.compensations[0]
-    walk = _Walk(shared, curve.schedule(curve.criteria[0], curve.allocations[0], compensation), found, None)
-    points = [shared.dense_point()]
+    walk = _Walk(course, curve.schedule(curve.criteria[0], curve.allocations[0], compensation))
+    points = [course.dense_point()]
 
     def holds(ratio: float) -> bool:
-        points.append(shared.point(walk, compensation, target_neurons(model, ratio)))
+        points.append(course.point(walk, compensation, target_neurons(model, ratio)))
         return points[-1].drop_bound <= max_drop
 
     low, high = 0, round(1 / SEARCH_PRECISION)
@@ -206,42 +202,30 @@ def find_largest_ratio(
     return round(low * SEARCH_PRECISION, 6), points
 
 
-def _check(model: nn.Module, curve: Curve, calibration: Batches, found: Discovery | None) -> None:
+def _check(model: nn.Module, curve: Curve, calibration: Batches, evaluation: Batches, found: Discovery | None) -> None:
     for criterion in curve.criteria:
         check_choice("criterion", criterion, CRITERIA)
         check_needs(model, criterion, batches=calibration, found=found)
     for allocation in curve.allocations:
         check_choice("allocation", allocation, ALLOCATIONS)
     for compensation in curve.compensations:
-        check_choice("compensation", compensation, COMPENSATIONS)
+        check_compensation(compensation, has_images=calibration is not None)
     list_stops(0.5, curve.step)
+    images, calibrated = files_of(evaluation), files_of(calibration)
+    if images is not None and calibrated is not None:
+        check_unseen(images, hash_images(calibrated))
 
 
-class _Shared:
+class _Course:
     """What all points of a curve share; finished points are read back rather than measured again."""
 
-    def __init__(self, model: nn.Module, calibration: Batches, evaluation: Batches, curve: Curve) -> None:
-        self.model, self.calibration, self.evaluation, self.curve = model, calibration, evaluation, curve
+    def __init__(
+        self, model: nn.Module, calibration: Batches, evaluation: Batches, curve: Curve, found: Discovery | None
+    ) -> None:
+        self.evaluation, self.curve = evaluation, curve
+        wanted = needed_statistics(model, criteria=curve.criteria, compensations=curve.compensations, bridged=True)
+        self.session = Session(model, calibration, found=found, wanted=wanted, seed=curve.seed)
         self.dense, self.size = self._evaluated(DENSE, lambda: model)
-        self._statistics: dict[str, Statistics] = {}
-        self._calls: dict[str, BlockCall] = {}
-
-    def statistics(self) -> Mapping[str, Statistics]:
-        """Measure the dense model once for all criteria and compensations."""
-        wanted = set().union(*(REGISTRY[criterion].statistics for criterion in self.curve.criteria))
-        wanted = wanted.union(*(needed_statistics(self.model, name) for name in self.curve.compensations))
-        if any(bridge_of(name) != "none" for name in self.curve.compensations):
-            wanted.add(MOMENTS)
-        if wanted and not self._statistics:
-            ffns = find_feed_forwards(self.model)
-            self._statistics = measure_statistics(self.model, ffns, self.calibration, wanted, seed=self.curve.seed)
-        return self._statistics
-
-    def calls(self) -> Mapping[str, BlockCall]:
-        """Find out once how to run every block."""
-        if not self._calls:
-            self._calls = study_blocks(self.model, find_feed_forwards(self.model), self.calibration)
-        return self._calls
 
     def dense_point(self) -> CurvePoint:
         return self._point((DENSE, "", "none"), 1.0, 0.0, self.dense, self.size)
@@ -249,20 +233,9 @@ class _Shared:
     def point(self, walk: _Walk, compensation: str, target: Target) -> CurvePoint:
         schedule = walk.schedule
         name = f"{schedule.criterion}-{schedule.allocation}-{compensation}-{target.share:.6f}"
-
-        def make() -> nn.Module:
-            return apply_plan(
-                self.model,
-                walk.plan(target),
-                compensation=compensation,
-                ridge=schedule.ridge,
-                batches=self.calibration,
-                statistics=self.statistics() or None,
-                seed=schedule.seed,
-                calls=self.calls() if compensation in SEQUENTIAL else None,
-            )
-
-        accuracy, size = self._evaluated(name, make)
+        accuracy, size = self._evaluated(
+            name, lambda: apply_in(self.session, walk.plan(target), compensation=compensation)
+        )
         ratio = size["pruning_ratio"]
         return self._point((schedule.criterion, schedule.allocation, compensation), walk.step, ratio, accuracy, size)
 
@@ -292,13 +265,10 @@ class _Shared:
             return _read_accuracy(content["accuracy"]), content["size"]
         pruned = make()
         accuracy = evaluate(pruned, self.evaluation)
-        neurons, dense = (sum(f.num_neurons for f in find_feed_forwards(each)) for each in (pruned, self.model))
-        size = {
-            "num_parameters": count_parameters(pruned),
-            "macs": count_macs(pruned),
-            "size_bytes": sum(value.numel() * value.element_size() for value in pruned.state_dict().values()),
-            "pruning_ratio": 1 - neurons / dense,
-        }
+        neurons, dense = (
+            sum(group.num_units for group in groups) for groups in (find_groups(pruned), self.session.groups)
+        )
+        size = {**asdict(measure_sizes(pruned)), "pruning_ratio": 1 - neurons / dense}
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             content = {"kind": "curve point", "version": 1, "accuracy": _write_accuracy(accuracy), "size": size}
@@ -309,34 +279,21 @@ class _Shared:
 class _Walk:
     """A schedule walked once for rising ratios, one stop after another."""
 
-    def __init__(
-        self, shared: _Shared, schedule: Schedule, found: Discovery | None, scores: Mapping[str, Scores] | None
-    ) -> None:
-        self.shared, self.schedule, self.found = shared, schedule, found
-        self.scores = (scores or {}).get(schedule.criterion)
-        self.step = shared.curve.step if needs_steps(schedule.criterion) and self.scores is None else 1.0
-        self.current: nn.Module = shared.model
+    def __init__(self, course: _Course, schedule: Schedule, scores: Scores | None = None) -> None:
+        self.session, self.schedule, self.scores = course.session, schedule, scores
+        self.step = course.curve.step if needs_steps(schedule.criterion) and scores is None else 1.0
+        self.current = self.session
         self.stage: Stage | None = None
 
     def plan(self, target: Target) -> Plan:
-        before = len(list_stops(target.share, self.step)) - 1
-        if self.stage is None or self.stage.number > before:
-            self.current = self.shared.model
-            self.stage = first_stage(
-                self.shared.model,
-                self.schedule,
-                batches=self.shared.calibration,
-                found=self.found,
-                bridged=before > 0,
-                statistics=self.shared.statistics(),
-                scores=self.scores,
-            )
-        while self.stage.number < before:
-            part = target.partly(list_stops(target.share, self.step)[self.stage.number])
-            self.current, self.stage = advance(
-                self.current, self.stage, part, self.schedule, batches=self.shared.calibration
-            )
-        return finish(self.shared.model, self.stage, target, self.schedule)
+        stops = list_stops(target.share, self.step)
+        if self.stage is None or self.stage.number > len(stops) - 1:
+            self.current = self.session
+            self.stage = first_stage(self.session, self.schedule, scores=self.scores)
+        while self.stage.number < len(stops) - 1:
+            part = target.partly(stops[self.stage.number])
+            self.current, self.stage = advance(self.current, self.stage, part, self.schedule)
+        return finish(self.session, self.stage, target, self.schedule)
 
 
 def _write_accuracy(accuracy: Accuracy) -> dict[str, Any]:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vitprune.evaluation.curve import CurvePoint
+from torch import nn
+
+from vitprune.data import ImageBatches, ImageSet, data_config, hash_images
+from vitprune.discovery.discover import Discovery
+from vitprune.discovery.run import RUN_FILES
+from vitprune.evaluation.curve import Curve, CurvePoint, find_largest_ratio, measure_curve
 from vitprune.figures.curve_figure import draw_curve
 from vitprune.figures.style import save_figure
-from vitprune.files import FORMAT_VERSION, REQUEST_FILE, read_json, write_json, write_table
+from vitprune.files import FORMAT_VERSION, REQUEST_FILE, hash_file, open_resumable, read_json, write_json, write_table
+from vitprune.models.identity import architecture, hash_weights
+from vitprune.progress import Track, untracked
+from vitprune.seen_images import check_unseen, seen_by
 
 CURVE_FILE, POINTS_FOLDER = "curve.json", "points"
 CURVE_FILES = frozenset({CURVE_FILE, POINTS_FOLDER, "curve.csv", "curve.png", "curve.svg"})
@@ -37,6 +45,81 @@ class CurveRecord:
     files: Sequence[str]
     skipped: Sequence[str]
     request: Mapping[str, Any]
+
+
+def record_curve(
+    model: nn.Module,
+    calibration: ImageBatches,
+    evaluation: ImageBatches,
+    curve: Curve,
+    folder: str | Path,
+    *,
+    ratios: Sequence[float] = (),
+    max_drop: float | None = None,
+    found: Discovery | None = None,
+    source: str | Path | None = None,
+    overwrite: bool = False,
+    track: Track = untracked,
+) -> CurveRecord:
+    """Measure a curve into a folder; the same call goes on where a killed one was.
+
+    Args:
+        model: timm Vision Transformer in eval mode.
+        calibration: images that scores and compensation come from.
+        evaluation: other images.
+        curve: how to prune; its folder is chosen here.
+        folder: to write.
+        ratios: as in ``measure_curve``; or
+        max_drop: as in ``find_largest_ratio``.
+        found: a discovery on this model, for criterion ``jas``.
+        source: folder of the run that ``found`` is of.
+        overwrite: replace an output of other arguments.
+        track: wraps (points, description), for progress.
+
+    Raises:
+        VitpruneError: if an argument is out of range, images of both kinds overlap, or the folder is of another request.
+    """
+    check_unseen(evaluation.images, {*hash_images(calibration.images), *seen_by(model), *_seen_in(found)})
+    request = {
+        **_describe_request(model, calibration.images, evaluation.images, source),
+        "step": curve.step,
+        "seed": curve.seed,
+    }
+    folder = open_resumable(folder, request, owned=CURVE_FILES, overwrite=overwrite)
+    curve = replace(curve, folder=folder / POINTS_FOLDER)
+    largest = None
+    if max_drop is None:
+        points = measure_curve(model, calibration, evaluation, curve, ratios=ratios, found=found, track=track)
+    else:
+        largest, points = find_largest_ratio(
+            model, calibration, evaluation, curve, max_drop=max_drop, found=found, track=track
+        )
+    skipped = [name for batches in (calibration, evaluation) for name, _reason in batches.skipped]
+    images = evaluation.images
+    record = CurveRecord(tuple(points), max_drop, largest, str(images.root), images.files, skipped, request)
+    save_curve(record, folder)
+    return record
+
+
+def _seen_in(found: Discovery | None) -> frozenset[str]:
+    return frozenset() if found is None else found.seen.sha256
+
+
+def _describe_request(
+    model: nn.Module, images: ImageSet, others: ImageSet, source: str | Path | None
+) -> dict[str, Any]:
+    """Say everything that a curve's points depend on beside their own names."""
+    from vitprune import __version__
+
+    return {
+        "vitprune": __version__,
+        "architecture": architecture(model),
+        "transform": data_config(model),
+        "weights": hash_weights(model),
+        "calibration images": sorted(zip(hash_images(images), images.labels, strict=True)),
+        "evaluation images": sorted(zip(hash_images(others), others.labels, strict=True)),
+        "run": None if source is None else {name: hash_file(Path(source) / name) for name in sorted(RUN_FILES)},
+    }
 
 
 def save_curve(curve: CurveRecord, folder: str | Path) -> None:

@@ -13,7 +13,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from vitprune.calibration.statistics import MomentSums, Statistics
+from vitprune.calibration.moments import Moments
+from vitprune.calibration.statistics import Statistics
 from vitprune.data import Batches
 from vitprune.errors import VitpruneError
 from vitprune.export.graph_ffns import GraphFfn
@@ -51,7 +52,7 @@ def measure_graph_statistics(
         model.graph.outputs.append(ffn.hidden)
     write_graph(model, path)
     run = open_runner(path)
-    sums = [MomentSums() for _ in ffns]
+    sums = [Moments() for _ in ffns]
     num_images = 0
     for images, _labels in batches:
         for results in run(images):
@@ -60,7 +61,7 @@ def measure_graph_statistics(
         num_images += len(images)
     if num_images == 0:
         raise VitpruneError("no calibration images")
-    return [Statistics(num_images, each.num_rows, *each.finish()) for each in sums]
+    return [Statistics(num_images, round(each.count), *each.finish()) for each in sums]
 
 
 def open_runner(path: Path) -> Callable[[Tensor], Iterator[list[np.ndarray]]]:

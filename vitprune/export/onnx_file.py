@@ -33,6 +33,7 @@ from vitprune.models.identity import architecture
 from vitprune.models.units import find_feed_forwards
 from vitprune.options import OPERATORS, PRECISIONS_ONNX, check_choice
 from vitprune.pruning.plan import Plan
+from vitprune.seen_images import seen_by
 from vitprune.timing import Speedup, measure_latency, paired_speedup
 
 # Tolerances for float32 kernels that sum in another order.
@@ -194,7 +195,7 @@ def _facts(model: nn.Module, plan: Plan | None, precision: str) -> dict[str, Any
         "class_names": list(class_names(model)),
         "data_config": data_config(model),
         "widths": {ffn.name: ffn.num_neurons for ffn in find_feed_forwards(model)},
-        "calibration_sha256": [] if plan is None else sorted(plan.calibration),
+        "calibration_sha256": sorted(seen_by(model) | (frozenset() if plan is None else plan.calibration)),
         "plan": None if plan is None else describe_plan(plan),
     }
 
@@ -207,7 +208,7 @@ def _version() -> str:
 
 def describe_plan(plan: Plan) -> Mapping[str, Any]:
     """Return what a file says of the plan that it was pruned by."""
-    facts = {key: value for key, value in plan.facts.items() if key != "calibration"}
+    facts = {key: value for key, value in plan.facts.as_json().items() if key != "calibration"}
     keep = {name: base64.b64encode(np.packbits(mask.numpy())).decode() for name, mask in plan.keep.items()}
     return {**facts, "num_neurons_dense": {name: len(mask) for name, mask in plan.keep.items()}, "keep": keep}
 

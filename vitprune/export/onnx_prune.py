@@ -35,18 +35,21 @@ from vitprune.export.graph_statistics import measure_graph_statistics, open_runn
 from vitprune.export.onnx_file import PARITY_ATOL, PARITY_RTOL, describe_plan, save_graph
 from vitprune.export.runtime import METADATA_KEY
 from vitprune.files import atomic_siblings
-from vitprune.models.units import FeedForward, find_feed_forwards
+from vitprune.models.units import Group, find_feed_forwards
 from vitprune.options import COMPENSATIONS, DEFAULT_RIDGE, check_choice
 from vitprune.progress import Track, untracked
-from vitprune.pruning.compensate import check_ridge, stand_in
+from vitprune.pruning.compensate import check_ridge
+from vitprune.pruning.compensations import REGISTRY, check_compensation
 from vitprune.pruning.plan import Plan
+from vitprune.seen_images import watch
 
-IN_GRAPH = ("none", "bias", "ridge")
+# What can be computed from one FFN's own statistics; nothing at all, too.
+IN_GRAPH = tuple(name for name, row in REGISTRY.items() if row.stand_in is not None or not row.reads_images)
 # Images that both graphs are run on.
 NUM_COMPARED = 4
 _OTHER_WEIGHTS = (
     "the file's weights are not those the plan was compensated for; compensate anew by bias or ridge on calibration "
-    "images (--data DIR), or go without (--compensate none)"
+    "images, or go without"
 )
 
 
@@ -129,9 +132,13 @@ def prune_onnx(
     seen: list[Tensor] = []
     with atomic_siblings(output) as folder:
         written, other = folder / output.name, folder / f"{output.name}.other"
-        if compensation != "none":
-            read = _remembering(batches, seen)
+        if REGISTRY[compensation].reads_images:
+            watched = watch(batches)
+            read = _remembering(watched, seen)
             weights = _compensate(source, plan, read, other, compensation=compensation, ridge=ridge, track=track)
+            calibration = watched.seen.with_hashes(plan.calibration)
+            # These weights are not those of the model that the plan was made of.
+            plan = plan.with_facts(calibration=calibration, weights_sha256=None)
             _remove(other)
         images = _images_to_compare(shape, batches, seen)
         if donor is not None:
@@ -173,10 +180,10 @@ def _check_arguments(compensation: str, batches: Batches | None, ridge: float, d
         )
     check_choice("compensation", compensation, {name: COMPENSATIONS[name] for name in IN_GRAPH})
     check_ridge(ridge)
-    if donor is not None and compensation != "none":
+    row = REGISTRY[compensation]
+    if donor is not None and row.reads_images:
         raise VitpruneError(f"the donor brings its own compensation; leave out {compensation}, or the donor")
-    if compensation != "none" and batches is None:
-        raise VitpruneError(f"compensation {compensation} needs calibration images; pass --data DIR")
+    check_compensation(compensation, has_images=batches is not None)
 
 
 def fit_graph(model: ir.Model, plan: Plan, source: Path) -> dict[str, GraphFfn]:
@@ -196,7 +203,7 @@ def fit_graph(model: ir.Model, plan: Plan, source: Path) -> dict[str, GraphFfn]:
         raise VitpruneError(f"{source}: {error}") from error
     unfit = f"plan does not fit {source}:"
     facts = _own_facts(model) or {}
-    sides = (plan.facts.get("architecture"), facts.get("architecture"))
+    sides = (plan.facts.architecture, facts.get("architecture"))
     if None not in sides and sides[0] != sides[1]:
         raise VitpruneError(f"{unfit} it is for {sides[0]}, the file is {sides[1]}")
     ffns = match_ffns(found, list(plan.keep))
@@ -261,7 +268,7 @@ def _images_to_compare(shape: tuple[int, ...] | None, batches: Batches | None, s
     if images is not None:
         return images[:NUM_COMPARED].float().cpu()
     if shape is None:
-        raise VitpruneError("the file does not say how large its images are; pass some (--data DIR)")
+        raise VitpruneError("the file does not say how large its images are; pass some as `batches`")
     return torch.randn(NUM_COMPARED, *shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -277,8 +284,8 @@ def _compensate(
         if bool(plan.keep[name].all()):
             continue
         down = ffns[name].down
-        weight_DH, shift_D = stand_in(
-            torch.from_numpy(down.weight_IO.T.copy()), of_ffn, plan.keep[name], compensation=compensation, ridge=ridge
+        weight_DH, shift_D = REGISTRY[compensation].stand_in(
+            torch.from_numpy(down.weight_IO.T.copy()), of_ffn, plan.keep[name], ridge=ridge
         )
         bias_D = shift_D.numpy() + (0 if down.bias_O is None else down.bias_O)
         weights[positions[down]] = (weight_DH.T.numpy(), bias_D)
@@ -301,7 +308,7 @@ def _transplant(
     in_ffns = {linear for ffn in ffns.values() for linear in (*ffn.ups, ffn.down)}
     square = [(at, linear.weight_IO.shape) for linear, at in positions.items() if linear not in in_ffns]
     torch_order = _execution_order(donor, images)
-    torch_in_ffns = {name for ffn in torch_ffns for name in (*ffn.up_projs, ffn.down_proj)}
+    torch_in_ffns = {name for ffn in torch_ffns for name in (*ffn.up_projs, ffn.read_by)}
     torch_square = [
         (at, donor.get_submodule(name).weight.T.shape)
         for at, name in enumerate(torch_order)
@@ -311,7 +318,7 @@ def _transplant(
     for torch_ffn in torch_ffns:
         ffn, kept = ffns[torch_ffn.name], plan.kept(torch_ffn.name).numpy()
         _check_same_ups(donor, torch_ffn, ffn, kept)
-        weight_KD, bias_D = _read_linear(donor, torch_ffn.down_proj)
+        weight_KD, bias_D = _read_linear(donor, torch_ffn.read_by)
         weight_HD = np.zeros_like(ffn.down.weight_IO)
         weight_HD[kept] = weight_KD
         weights[positions[ffn.down]] = (weight_HD, bias_D)
@@ -323,7 +330,7 @@ def _transplant(
     return weights
 
 
-def _fit_donor(donor: nn.Module, plan: Plan) -> list[FeedForward]:
+def _fit_donor(donor: nn.Module, plan: Plan) -> list[Group]:
     ffns = find_feed_forwards(donor)
     names = [ffn.name for ffn in ffns]
     if names != list(plan.keep):
@@ -334,7 +341,7 @@ def _fit_donor(donor: nn.Module, plan: Plan) -> list[FeedForward]:
     for ffn in ffns:
         kept, dense = plan.widths[ffn.name], len(plan.keep[ffn.name])
         if ffn.num_neurons != kept:
-            masked = "; prune it by --mode remove" if ffn.num_neurons == dense else ""
+            masked = "; prune it with `mode` remove" if ffn.num_neurons == dense else ""
             raise VitpruneError(
                 f"donor does not fit the plan: {ffn.name} has {ffn.num_neurons} neurons, "
                 f"the plan keeps {kept} of {dense}{masked}"
@@ -364,7 +371,7 @@ def _last_square(linears: Sequence[tuple[int, tuple[int, ...]]], before: int, wi
     return max((at for at, shape in linears if at < before and tuple(shape) == (width, width)), default=None)
 
 
-def _check_same_ups(donor: nn.Module, torch_ffn: FeedForward, ffn: GraphFfn, kept: np.ndarray) -> None:
+def _check_same_ups(donor: nn.Module, torch_ffn: Group, ffn: GraphFfn, kept: np.ndarray) -> None:
     columns = ffn.up_columns(kept)
     ups = [(up.weight_IO[:, columns], None if up.bias_O is None else up.bias_O[columns]) for up in ffn.ups]
     for name in torch_ffn.up_projs:
@@ -403,7 +410,7 @@ def _write(
     own = _own_facts(model)
     if own is not None:
         own["widths"] = plan.widths
-        own["plan"] = describe_plan(Plan(plan.keep, {**plan.facts, **facts}))
+        own["plan"] = describe_plan(plan.with_facts(**facts))
         own["calibration_sha256"] = sorted(plan.calibration | set(own.get("calibration_sha256", ())))
         model.metadata_props[METADATA_KEY] = json.dumps(own, sort_keys=True)
     RemoveUnusedNodesPass()(model)

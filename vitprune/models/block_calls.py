@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitprune.data import Batches, on_device
 from vitprune.errors import VitpruneError
-from vitprune.models.units import FeedForward
+from vitprune.models.units import Group
 
 _REMEDY = "compensate with ridge instead"
 
@@ -65,7 +65,7 @@ class BlockCall:
 
 
 @torch.no_grad()
-def study_blocks(model: nn.Module, ffns: Sequence[FeedForward], batches: Batches) -> dict[str, BlockCall]:
+def study_blocks(model: nn.Module, ffns: Sequence[Group], batches: Batches) -> dict[str, BlockCall]:
     """Find out how to run every block that holds an FFN, from the first image.
 
     Args:

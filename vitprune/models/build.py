@@ -13,7 +13,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from vitprune.errors import VitpruneError
-from vitprune.models.units import find_feed_forwards
+from vitprune.models.units import find_groups
 
 CONFIG_FILE = "config.json"
 
@@ -75,9 +75,9 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], complaint: str) -> nn.Mo
 
 
 def _fit_widths(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Replace the FFN projections of a freshly built dense model by ones of the stored shapes."""
-    for ffn in find_feed_forwards(model):
-        for name in (*ffn.up_projs, ffn.down_proj):
+    """Replace the layers that own units of a freshly built dense model by ones of the stored shapes."""
+    for group in find_groups(model):
+        for name in (part.linear for part in group.owned):
             stored = shapes.get(f"{name}.weight")
             linear = model.get_submodule(name)
             has_bias = f"{name}.bias" in shapes

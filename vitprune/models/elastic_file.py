@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from vitprune.errors import VitpruneError
 from vitprune.files import open_tensors, read_kind, write_tensors
 from vitprune.models.build import build, describe, fill
+from vitprune.models.facts import Facts
 from vitprune.models.identity import hash_weights
-from vitprune.models.units import FeedForward, find_feed_forwards
+from vitprune.models.units import Group, find_groups, read_group, take_units
 
 ELASTIC = "elastic"
 
@@ -69,6 +70,13 @@ class Ranking:
         budget = self._budget(ratio)
         return {name: int((budgets_H <= budget).sum()) for name, budgets_H in self.budgets.items()}
 
+    def keep(self, ratio: float) -> dict[str, Tensor]:
+        """Return FFN name -> which neurons of the dense model stay, bool [H]; errors are those of ``widths``."""
+        kept = {name: torch.zeros(len(order_H), dtype=torch.bool) for name, order_H in self.order.items()}
+        for name, width in self.widths(ratio).items():
+            kept[name][self.order[name][:width]] = True
+        return kept
+
     def _budget(self, ratio: float) -> int:
         # 9216 * (1 - 0.3) is 6451.199999999999 in floating point: the tolerance keeps exact products exact.
         return math.floor(self.num_neurons_dense * (1 - ratio) * (1 + 1e-12))
@@ -100,38 +108,14 @@ class Elastic:
         means: FFN name -> mean of the dense model's neurons over the calibration images' tokens [H], in the ranking's
             order; float64. Empty where nothing is compensated.
         mixed: whether tensors move in a straight line between stops.
-        facts: where it came from (criterion, compensation, calibration images, hash of the weights); JSON values.
+        facts: where it came from.
     """
 
     ranking: Ranking
     stops: Sequence[Stop]
     means: Mapping[str, Tensor]
     mixed: bool
-    facts: Mapping[str, Any]
-
-
-def take_neurons(
-    state: Mapping[str, Tensor], ffns: Sequence[FeedForward], neurons: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return a state dict with only some neurons of each FFN, in the order given.
-
-    Args:
-        state: of a model or of a part of it; its FFNs may be narrower than ``ffns`` say.
-        ffns: how the projections are called.
-        neurons: FFN name -> positions in ``state`` (int64).
-    """
-    result = dict(state)
-    for ffn in ffns:
-        index = neurons[ffn.name]
-        for up in ffn.up_projs:
-            for key in (f"{up}.weight", f"{up}.bias"):
-                if key in state:
-                    here = replace(ffn, num_neurons=len(state[key]) // (2 if ffn.packed else 1))
-                    result[key] = state[key][here.up_rows(index)]
-        key = f"{ffn.down_proj}.weight"
-        if key in state:
-            result[key] = state[key][:, index]
-    return result
+    facts: Facts
 
 
 def write_elastic(
@@ -139,7 +123,7 @@ def write_elastic(
     elastic: Elastic,
     *,
     state: Mapping[str, Tensor],
-    ffns: Sequence[FeedForward],
+    groups: Sequence[Group],
     config: Mapping[str, Any],
 ) -> None:
     """Write an elastic file; whole or not at all.
@@ -148,11 +132,11 @@ def write_elastic(
         path: the file.
         elastic: what to write beside the dense model.
         state: of the dense model.
-        ffns: of the dense model.
+        groups: of the dense model.
         config: what it takes to build the dense model; JSON values.
     """
     ranking = elastic.ranking
-    dense = take_neurons({key: value.detach().cpu() for key, value in state.items()}, ffns, ranking.order)
+    dense = take_units({key: value.detach().cpu() for key, value in state.items()}, groups, ranking.order)
     tensors = {f"dense/{key}": value for key, value in dense.items()}
     for name, order_H in ranking.order.items():
         tensors[f"order/{name}"] = order_H.int()
@@ -162,27 +146,27 @@ def write_elastic(
         tensors.update({f"stops/{number}/{key}": value for key, value in stop.changed.items()})
     header = {
         "config": dict(config),
-        "ffns": [asdict(ffn) for ffn in ffns],
+        "groups": [asdict(group) for group in groups],
         "largest": ranking.largest,
         "stops": [{"ratio": stop.ratio, "widths": dict(stop.widths)} for stop in elastic.stops],
         "mixed": elastic.mixed,
-        "facts": dict(elastic.facts),
+        "facts": elastic.facts.as_json(),
     }
     write_tensors(path, tensors, kind=ELASTIC, facts=header)
 
 
-def read_ranking(path: str | Path) -> tuple[Ranking, dict[str, Any]]:
+def read_ranking(path: str | Path) -> tuple[Ranking, Facts]:
     """Read from an elastic file which neurons stay at which ratio, and the facts.
 
     Raises:
         VitpruneError: if the file is missing, or no elastic file.
     """
     with open_tensors(path, kind=ELASTIC) as (stream, header):
-        return _read_ranking(stream, header), header["facts"]
+        return _read_ranking(stream, header), Facts.from_json(header["facts"])
 
 
 def _read_ranking(stream: Any, header: Mapping[str, Any]) -> Ranking:
-    names = [ffn["name"] for ffn in header["ffns"]]
+    names = [group.name for group in _read_groups(header)]
     order, budgets = (
         {name: stream.get_tensor(f"{what}/{name}").long() for name in names} for what in ("order", "budgets")
     )
@@ -208,26 +192,30 @@ def read_state(path: str | Path, ratio: float) -> tuple[dict[str, Any], dict[str
         ranking, stops = _read_ranking(stream, header), header["stops"]
         widths = ranking.widths(ratio)
         number = _stop_before(stops, widths)
-        ffns = [FeedForward(**{**ffn, "up_projs": tuple(ffn["up_projs"])}) for ffn in header["ffns"]]
+        groups = _read_groups(header)
         means = {name: stream.get_tensor(key) for name, key in _keys(stream, "means/").items()}
         here, there = ({**_keys(stream, "dense/"), **_keys(stream, f"stops/{n}/")} for n in (number, number + 1))
         state = {name: stream.get_tensor(key) for name, key in here.items()}
         share = _share_of_way(stops, number, widths) if header["mixed"] else 0.0
-        down_projs = {ffn.down_proj for ffn in ffns}
-        moving = [name for name, key in there.items() if here.get(name) != key or name.rpartition(".")[0] in down_projs]
+        readers = {group.read_by for group in groups}
+        moving = [name for name, key in there.items() if here.get(name) != key or name.rpartition(".")[0] in readers]
         after = {name: stream.get_tensor(there[name]) for name in moving} if share else {}
     before = stops[number]["widths"]
-    for ffn in ffns:
-        if means and widths[ffn.name] < before[ffn.name]:
-            gone = slice(widths[ffn.name], before[ffn.name])
-            weight_DS = state[f"{ffn.down_proj}.weight"]
-            shift_D = (weight_DS[:, gone].double() @ means[ffn.name][gone]).to(weight_DS.dtype)
-            state[f"{ffn.down_proj}.bias"] = _bias(state, ffn) + shift_D
-    state = take_neurons(state, ffns, {name: torch.arange(width) for name, width in widths.items()})
+    for group in groups:
+        if means and widths[group.name] < before[group.name]:
+            gone = slice(widths[group.name], before[group.name])
+            weight_DS = state[f"{group.read_by}.weight"]
+            shift_D = (weight_DS[:, gone].double() @ means[group.name][gone]).to(weight_DS.dtype)
+            state[f"{group.read_by}.bias"] = _bias(state, group) + shift_D
+    state = take_units(state, groups, {name: torch.arange(width) for name, width in widths.items()})
     if share:
-        state = _mix(state, after, ffns, share, stops[number + 1]["widths"])
+        state = _mix(state, after, groups, share, stops[number + 1]["widths"])
     places = {name: order_H[: widths[name]].argsort() for name, order_H in ranking.order.items()}
-    return header["config"], take_neurons(state, ffns, places)
+    return header["config"], take_units(state, groups, places)
+
+
+def _read_groups(header: Mapping[str, Any]) -> list[Group]:
+    return [read_group(described) for described in header.get("groups") or header["ffns"]]
 
 
 def _keys(stream: Any, prefix: str) -> dict[str, str]:
@@ -255,27 +243,27 @@ def _share_of_way(stops: Sequence[Mapping[str, Any]], number: int, widths: Mappi
 def _mix(
     state: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
-    ffns: Sequence[FeedForward],
+    groups: Sequence[Group],
     share: float,
     widths_after: Mapping[str, int],
 ) -> dict[str, Tensor]:
     """Move tensors a share of the way to the stop after; output projections keep their widths."""
     result, after = dict(state), dict(after)
-    for ffn in ffns:
-        weight, bias, width = f"{ffn.down_proj}.weight", f"{ffn.down_proj}.bias", widths_after[ffn.name]
+    for group in groups:
+        weight, bias, width = f"{group.read_by}.weight", f"{group.read_by}.bias", widths_after[group.name]
         missing = state[weight].shape[1] - width
         after[weight] = nn.functional.pad(after[weight][:, :width], (0, missing))
         if bias in state or bias in after:
-            result[bias], after[bias] = _bias(state, ffn), _bias(after, ffn)
+            result[bias], after[bias] = _bias(state, group), _bias(after, group)
     for key, goal in after.items():
         if goal.is_floating_point():
             result[key] = torch.lerp(result[key].double(), goal.double(), share).to(goal.dtype)
     return result
 
 
-def _bias(state: Mapping[str, Tensor], ffn: FeedForward) -> Tensor:
+def _bias(state: Mapping[str, Tensor], group: Group) -> Tensor:
     """Return the bias of an output projection; zeros where it has none."""
-    return state.get(f"{ffn.down_proj}.bias", torch.zeros_like(state[f"{ffn.down_proj}.weight"][:, 0]))
+    return state.get(f"{group.read_by}.bias", torch.zeros_like(state[f"{group.read_by}.weight"][:, 0]))
 
 
 def save_elastic(model: nn.Module, elastic: Elastic, path: str | Path) -> None:
@@ -292,11 +280,11 @@ def save_elastic(model: nn.Module, elastic: Elastic, path: str | Path) -> None:
     path = Path(path)
     if path.suffix != ".safetensors":
         raise VitpruneError(f"{path}: an elastic file is called .safetensors")
-    if hash_weights(model) != elastic.facts["weights_sha256"]:
+    if hash_weights(model) != elastic.facts.weights_sha256:
         raise VitpruneError(f"{path}: the elastic model was made of other weights than this model has")
     config, state = describe(model), model.state_dict()
     fill(build(config, str(path)), state, f"{path} would not load again: the model does not fit its description")
-    write_elastic(path, elastic, state=state, ffns=find_feed_forwards(model), config=config)
+    write_elastic(path, elastic, state=state, groups=find_groups(model), config=config)
 
 
 def load_elastic(path: Path, ratio: float) -> nn.Module:
@@ -307,8 +295,12 @@ def load_elastic(path: Path, ratio: float) -> nn.Module:
     """
     kind = read_kind(path)
     if kind is None:
-        raise VitpruneError(f"{path} holds weights without their model; pass a timm name, and this as --checkpoint")
+        raise VitpruneError(f"{path} holds weights without their model; pass a timm name, and this as `checkpoint`")
     if kind != ELASTIC:
         raise VitpruneError(f"{path} is no model but a vitprune file of kind '{kind}'")
     config, state = read_state(path, ratio)
-    return fill(build(config, str(path)), state, f"{path} does not fit its own description")
+    model = fill(build(config, str(path)), state, f"{path} does not fit its own description")
+    _ranking, facts = read_ranking(path)
+    if facts.calibration:
+        model.calibration = facts.calibration.sha256
+    return model

@@ -38,17 +38,17 @@ def load(
     check_device(device)
     if Path(name).suffix == ".safetensors":
         if checkpoint is not None:
-            raise VitpruneError(f"{name} is a file with its own weights; leave --checkpoint out")
+            raise VitpruneError(f"{name} is a file with its own weights; leave `checkpoint` out")
         return load_elastic(Path(name), 0.0 if ratio is None else ratio).eval().to(device)
     if ratio is not None:
         raise VitpruneError(f"{name} has one width only: ratio is for an elastic file (.safetensors); prune it instead")
     if Path(name).is_dir():
         if checkpoint is not None:
-            raise VitpruneError(f"{name} is a folder with its own weights; leave --checkpoint out")
+            raise VitpruneError(f"{name} is a folder with its own weights; leave `checkpoint` out")
         return load_folder(Path(name)).eval().to(device)
     if name.startswith("hf-hub:"):
         if checkpoint is not None:
-            raise VitpruneError(f"{name} brings its own weights; leave --checkpoint out, or pass a timm name")
+            raise VitpruneError(f"{name} brings its own weights; leave `checkpoint` out, or pass a timm name")
     else:
         check_name(name)
     if checkpoint is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -23,6 +24,27 @@ def count_macs(model: nn.Module) -> int:
     with FlopCounterMode(display=False) as counter:
         model(image)
     return counter.get_total_flops() // 2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a model is.
+
+    Attributes:
+        num_parameters: of all layers.
+        macs: multiply-accumulates of one image.
+        size_bytes: of its weights, as stored.
+    """
+
+    num_parameters: int
+    macs: int
+    size_bytes: int
+
+
+def measure_sizes(model: nn.Module) -> Sizes:
+    """Return how large a model is."""
+    size_bytes = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    return Sizes(count_parameters(model), count_macs(model), size_bytes)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -12,10 +12,14 @@ from timm.models._hub import save_for_hf
 from torch import nn
 
 from vitprune.errors import VitpruneError
-from vitprune.files import atomic_folder
+from vitprune.files import atomic_folder, open_tensors
 from vitprune.models.build import CONFIG_FILE, build, fill, unrecorded
+from vitprune.models.facts import Facts
+from vitprune.seen_images import seen_by
 
 WEIGHTS_FILE, PLAN_FILE = "model.safetensors", "plan.safetensors"
+# In the description of a model that images had a say in which its plan does not name.
+SEEN_KEY = "calibration_sha256"
 FOLDER_FILES = frozenset({WEIGHTS_FILE, CONFIG_FILE, PLAN_FILE})
 
 
@@ -26,7 +30,8 @@ def save(model: nn.Module, folder: str | Path, *, plan: Any = None) -> None:
 
     Args:
         model: a timm model, dense or pruned. If it was created with arguments that timm does not record, they are read
-            from its attribute ``model_args`` (a dict); names of its classes from ``label_names`` (a sequence).
+            from its attribute ``model_args`` (a dict); names of its classes from ``label_names`` (a sequence); hashes
+            of the images that had a say in it from ``calibration``.
         folder: replaced if it exists.
         plan: a ``vitprune.Plan``, written to ``plan.safetensors``.
 
@@ -35,8 +40,13 @@ def save(model: nn.Module, folder: str | Path, *, plan: Any = None) -> None:
     """
     with atomic_folder(folder) as temporary:
         save_for_hf(model, temporary, **unrecorded(model), safe_serialization=True)
+        seen = seen_by(model)
         if plan is not None:
             plan.write(temporary / PLAN_FILE)
+            seen -= plan.calibration
+        if seen:
+            config = {**read_config(temporary), SEEN_KEY: sorted(seen)}
+            (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2))
         load_folder(temporary)
 
 
@@ -52,7 +62,20 @@ def load_folder(folder: Path) -> nn.Module:
         state = load_file(weights_path)
     except SafetensorError as error:
         raise VitpruneError(f"{weights_path}: not a safetensors file ({error})") from error
-    return fill(model, state, f"{weights_path} does not fit its {CONFIG_FILE}")
+    model = fill(model, state, f"{weights_path} does not fit its {CONFIG_FILE}")
+    seen = _read_seen(folder)
+    if seen:
+        model.calibration = seen
+    return model
+
+
+def _read_seen(folder: Path) -> frozenset[str]:
+    """Return the hashes of the images that had a say in a folder's model: by its plan, or beside it."""
+    seen = frozenset(read_config(folder).get(SEEN_KEY, ()))
+    if (folder / PLAN_FILE).is_file():
+        with open_tensors(folder / PLAN_FILE, kind="plan") as (_stream, facts):
+            seen |= Facts.from_json(facts).calibration.sha256
+    return seen
 
 
 def build_dense(folder: str | Path) -> nn.Module:

@@ -30,7 +30,7 @@ def check_name(name: str) -> None:
         VitpruneError: naming what is near.
     """
     if Path(name).is_file() and not is_model(name.partition(".")[0]):
-        raise VitpruneError(f"{name} is a file; pass a timm name as the model, and weights as --checkpoint FILE")
+        raise VitpruneError(f"{name} is a file; pass a timm name as the model, and weights as `checkpoint`")
     if any(separator in name for separator in "/\\") or name in (".", ".."):
         raise VitpruneError(f"{name}: no such folder, and no timm model has this name")
     if not is_model(name.partition(".")[0]):
@@ -60,7 +60,7 @@ def fetch(name: str) -> nn.Module:
         reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
         raise VitpruneError(
             f"{name}: its weights could not be fetched from the hub ({reason}); "
-            "get the file another way and pass --checkpoint FILE"
+            "get the file another way and pass it as `checkpoint`"
         ) from error
     finally:
         hub_logging.set_verbosity(verbosity)

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from vitprune.errors import VitpruneError
-from vitprune.models.units import FeedForward, hook_hidden
+from vitprune.models.units import Group, hook_hidden
 from vitprune.options import TOKENS, check_choice
 
 
@@ -71,7 +71,7 @@ def num_tokens_read(model: nn.Module) -> int | None:
 
 
 @torch.no_grad()
-def record_clean(model: nn.Module, ffns: Sequence[FeedForward], images: Tensor, *, tokens: slice) -> CleanPass:
+def record_clean(model: nn.Module, ffns: Sequence[Group], images: Tensor, *, tokens: slice) -> CleanPass:
     """Run the model once on images [B, 3, height, width] and keep what the search starts from."""
     block_args, stem, hidden = [], [], []
 
@@ -90,7 +90,7 @@ def record_clean(model: nn.Module, ffns: Sequence[FeedForward], images: Tensor, 
     return CleanPass(stem[0], tuple(block_args), tuple(hidden), logits)
 
 
-def check_trunk(model: nn.Module, ffns: Sequence[FeedForward], images: Tensor) -> None:
+def check_trunk(model: nn.Module, ffns: Sequence[Group], images: Tensor) -> None:
     """Refuse a model whose parts, put together by this file, do not give its own logits on ``images``.
 
     Raises:
@@ -105,7 +105,7 @@ def check_trunk(model: nn.Module, ffns: Sequence[FeedForward], images: Tensor) -
 
 
 @torch.no_grad()
-def _trunk_mismatch(model: nn.Module, ffns: Sequence[FeedForward], images: Tensor) -> str | None:
+def _trunk_mismatch(model: nn.Module, ffns: Sequence[Group], images: Tensor) -> str | None:
     names = [f"blocks.{index}.mlp" for index in range(len(getattr(model, "blocks", [])))]
     if [ffn.name for ffn in ffns] != names:
         return f"its FFNs are not blocks.0.mlp .. blocks.N.mlp but {ffns[0].name} .. {ffns[-1].name}"

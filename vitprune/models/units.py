@@ -1,17 +1,20 @@
-"""The feed-forward view of a timm Vision Transformer: the only file that knows FFN classes.
+"""Units: what can be taken out of a model by itself, in groups of the same kind and layer.
 
-A neuron is one input feature of an FFN's output projection, after the activation (and after the gate of a gated
-FFN). Every supported class hands that vector to ``fc2``, so one hook in front of ``fc2`` serves them all.
+A *unit* owns rows of the linear layers that compute it and columns of the one that reads it. A neuron is one input
+feature of an FFN's output projection, after the activation (and after the gate of a gated FFN): it owns a row of
+``fc1`` and a column of ``fc2``. One hook in front of the reading layer sees, scales and masks the units of any group;
+one index rule removes them. This is the only file that knows FFN classes.
 
-Letters: B images, N tokens, D embedding width, H hidden neurons.
+Letters: B images, N tokens, D embedding width, H units of a group (hidden neurons of an FFN).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.layers import GluMlp, Mlp, SwiGLU
@@ -19,41 +22,115 @@ from torch import Tensor, nn
 
 from vitprune.errors import VitpruneError
 
+FFN = "ffn"
+# Kinds of units, with what one of each is called.
+KINDS: Mapping[str, str] = {FFN: "neuron"}
+
 _FFN_NAME = re.compile(r"(?:^|\.)blocks\.\d+(?:\.ffns\.\d+)?\.mlp$")
 _SUPPORTED = "Mlp, GluMlp, SwiGLUPacked, SwiGLU"
 
 
 @dataclass(frozen=True)
-class FeedForward:
-    """One FFN by name; holds no module, so it can travel and be compared.
+class Slice:
+    """The part of one linear layer that belongs to the units of a group.
 
     Attributes:
-        name: module name, such as ``"blocks.3.mlp"``.
-        up_projs: names of the linear layers that compute the hidden neurons.
-        down_proj: name of the linear layer that reads them.
-        num_neurons: H, at least 1.
-        packed: True where one up-projection holds 2H rows and neuron j is computed by rows j and j + H.
+        linear: name of the layer.
+        axis: 0 for rows of its weight (outputs, with their biases), 1 for columns (inputs).
+        copies: how often the units stand in it, one whole set behind the other: 2 where one layer computes gate and
+            value.
+    """
+
+    linear: str
+    axis: int
+    copies: int = 1
+
+    def indices(self, units: Tensor, num_units: int, unit_size: int = 1) -> Tensor:
+        """Return the rows or columns of some units, where the layer has ``num_units`` of them.
+
+        >>> Slice("fc1", axis=0, copies=2).indices(torch.tensor([0, 2]), num_units=3)
+        tensor([0, 2, 3, 5])
+        """
+        places = (units.unsqueeze(1) * unit_size + torch.arange(unit_size, device=units.device)).flatten()
+        return torch.cat([places + copy * num_units * unit_size for copy in range(self.copies)])
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units of one kind in one place; holds no module, so it can travel and be compared.
+
+    Attributes:
+        name: of the module, such as ``"blocks.3.mlp"``.
+        kind: key of ``KINDS``.
+        num_units: H, at least 1.
+        owned: what goes with a unit when it is removed; rows before columns.
+        read_by: name of the linear layer whose input holds the units.
+        unit_size: features of that input that one unit has.
     """
 
     name: str
-    up_projs: tuple[str, ...]
-    down_proj: str
-    num_neurons: int
-    packed: bool = False
+    kind: str
+    num_units: int
+    owned: tuple[Slice, ...]
+    read_by: str
+    unit_size: int = 1
 
-    def up_rows(self, neurons: Tensor) -> Tensor:
-        """Return the rows of every up-projection that compute ``neurons`` (int64 [n] -> int64 [n] or [2n])."""
-        return torch.cat([neurons, neurons + self.num_neurons]) if self.packed else neurons
+    @property
+    def num_neurons(self) -> int:
+        """``num_units``, as the units of an FFN are called."""
+        return self.num_units
+
+    @property
+    def up_projs(self) -> tuple[str, ...]:
+        """Names of the linear layers that compute the units."""
+        return tuple(part.linear for part in self.owned if part.axis == 0)
+
+    @property
+    def down_proj(self) -> str:
+        """``read_by``, as an FFN's reader is called."""
+        return self.read_by
+
+    def columns(self, units: Tensor) -> Tensor:
+        """Return the input features of the reader that some units are (int64)."""
+        return Slice(self.read_by, axis=1).indices(units, self.num_units, self.unit_size)
 
 
-def find_feed_forwards(model: nn.Module) -> list[FeedForward]:
+# What an FFN's units were called before there were others.
+FeedForward = Group
+
+
+def find_groups(model: nn.Module, kinds: Sequence[str] = (FFN,)) -> list[Group]:
+    """Find the groups of units of some kinds, in block order.
+
+    Args:
+        model: timm Vision Transformer.
+        kinds: keys of ``KINDS``.
+
+    Returns:
+        Never empty.
+
+    Raises:
+        VitpruneError: if a kind is unknown, or the model has none of it that could be removed.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    >>> [(group.name, group.kind, group.num_units) for group in find_groups(model)]
+    [('blocks.0.mlp', 'ffn', 768)]
+    """
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise VitpruneError(f"kinds of units are {', '.join(KINDS)}, got '{unknown[0]}'")
+    return [group for kind in kinds for group in _FIND[kind](model)]
+
+
+def find_feed_forwards(model: nn.Module) -> list[Group]:
     """Find the FFNs of the Transformer blocks, in block order.
 
     Args:
         model: timm Vision Transformer.
 
     Returns:
-        One entry per FFN, never empty.
+        One group of neurons per FFN, never empty.
 
     Raises:
         VitpruneError: if the model has no FFN that belongs to a Transformer block, or one where removing a neuron
@@ -75,17 +152,20 @@ def find_feed_forwards(model: nn.Module) -> list[FeedForward]:
     return ffns
 
 
+_FIND: Mapping[str, Callable[[nn.Module], list[Group]]] = {FFN: find_feed_forwards}
+
+
 def _has_attention(model: nn.Module, ffn_name: str) -> bool:
     block = model.get_submodule(re.sub(r"(\.ffns\.\d+)?\.mlp$", "", ffn_name))
     return any("attn" in child for child, _ in block.named_children())
 
 
-def _describe(name: str, module: nn.Module) -> FeedForward:
+def _describe(name: str, module: nn.Module) -> Group:
     # Exact types: a subclass may compute its hidden neurons in another way.
     if type(module) is SwiGLU:
-        up_names, packed = ("fc1_g", "fc1_x"), False
+        up_names, copies = ("fc1_g", "fc1_x"), 1
     elif type(module) in (Mlp, GluMlp):
-        up_names, packed = ("fc1",), type(module) is GluMlp
+        up_names, copies = ("fc1",), 2 if type(module) is GluMlp else 1
     else:
         raise VitpruneError(f"{name}: FFN of type {type(module).__name__} is not supported (supported: {_SUPPORTED})")
     if not isinstance(module.norm, nn.Identity):
@@ -95,28 +175,67 @@ def _describe(name: str, module: nn.Module) -> FeedForward:
         )
     if not isinstance(module.fc2, nn.Linear):
         raise VitpruneError(f"{name}: {type(module.fc2).__name__} projections are not supported, only Linear")
-    return FeedForward(
-        name=name,
-        up_projs=tuple(f"{name}.{up}" for up in up_names),
-        down_proj=f"{name}.fc2",
-        num_neurons=module.fc2.in_features,
-        packed=packed,
+    return group_of_neurons(
+        name, tuple(f"{name}.{up}" for up in up_names), f"{name}.fc2", module.fc2.in_features, copies
     )
 
 
+def group_of_neurons(name: str, up_projs: Sequence[str], down_proj: str, num_neurons: int, copies: int = 1) -> Group:
+    """Return the group that the neurons of one FFN are.
+
+    Args:
+        name: of the FFN.
+        up_projs: the linear layers that compute its neurons.
+        down_proj: the one that reads them.
+        num_neurons: H.
+        copies: 2 where one up-projection holds 2H rows, and neuron j is computed by rows j and j + H.
+    """
+    owned = (*(Slice(up, axis=0, copies=copies) for up in up_projs), Slice(down_proj, axis=1))
+    return Group(name, FFN, num_neurons, owned, down_proj)
+
+
+def read_group(described: Mapping[str, Any]) -> Group:
+    """Return a group from its fields as JSON has them; those of version 0.1.0 spoke of FFNs alone."""
+    if "up_projs" in described:
+        copies = 2 if described["packed"] else 1
+        return group_of_neurons(
+            described["name"], described["up_projs"], described["down_proj"], described["num_neurons"], copies
+        )
+    return Group(**{**described, "owned": tuple(Slice(**part) for part in described["owned"])})
+
+
+def take_units(state: Mapping[str, Tensor], groups: Sequence[Group], units: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict with only some units of each group, in the order given.
+
+    Args:
+        state: of a model or of a part of it; its groups may be narrower than ``groups`` say.
+        groups: what the units own.
+        units: group name -> positions in ``state`` (int64).
+    """
+    result = dict(state)
+    for group in groups:
+        for part in group.owned:
+            for key in (f"{part.linear}.weight", *([f"{part.linear}.bias"] if part.axis == 0 else [])):
+                if key in state:
+                    width = state[key].shape[part.axis] // (part.copies * group.unit_size)
+                    index = part.indices(units[group.name], width, group.unit_size).to(state[key].device)
+                    result[key] = state[key].index_select(part.axis, index)
+    return result
+
+
 @contextmanager
-def capture(model: nn.Module, ffns: Sequence[FeedForward], *, outputs: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Collect what the FFNs compute in the next forward pass, for ``torch.autograd.grad`` to differentiate at.
+def capture(model: nn.Module, groups: Sequence[Group], *, outputs: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Collect what groups compute in the next forward pass, for ``torch.autograd.grad`` to differentiate at.
 
     Gradients are switched on inside. Parameters are frozen there, so that the graph holds nothing for their sake.
 
     Args:
-        model: the model that ``ffns`` were found in.
-        ffns: FFNs to watch.
-        outputs: collect the FFNs' outputs [..., D] instead of their hidden activations [..., H].
+        model: the model that ``groups`` were found in.
+        groups: to watch.
+        outputs: collect what their readers write [..., D] instead of what they read [..., H].
 
     Yields:
-        FFN name -> tensor, filled by the forward pass; part of its graph.
+        Group name -> tensor, filled by the forward pass; part of its graph.
     """
     captured: dict[str, Tensor] = {}
 
@@ -131,11 +250,11 @@ def capture(model: nn.Module, ffns: Sequence[FeedForward], *, outputs: bool = Fa
     with torch.enable_grad(), frozen(model):
         try:
             if outputs:
-                for ffn in ffns:
-                    handles.append(model.get_submodule(ffn.down_proj).register_forward_hook(make_hook(ffn.name)))
+                for group in groups:
+                    handles.append(model.get_submodule(group.read_by).register_forward_hook(make_hook(group.name)))
                 yield captured
             else:
-                with hook_hidden(model, ffns, keep):
+                with hook_hidden(model, groups, keep):
                     yield captured
         finally:
             for handle in handles:
@@ -157,13 +276,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def hook_hidden(
-    model: nn.Module, ffns: Sequence[FeedForward], visit: Callable[[str, Tensor], Tensor | None]
+    model: nn.Module, groups: Sequence[Group], visit: Callable[[str, Tensor], Tensor | None]
 ) -> Iterator[None]:
-    """Call ``visit(ffn_name, hidden)`` whenever an FFN runs; what it returns, if not None, replaces the hidden vector.
+    """Call ``visit(name, hidden)`` whenever a group's reader runs; what it returns, if not None, is read instead.
 
     Args:
-        model: the model that ``ffns`` were found in; not compiled (``torch.compile`` ignores later hooks).
-        ffns: FFNs to watch.
+        model: the model that ``groups`` were found in; not compiled (``torch.compile`` ignores later hooks).
+        groups: to watch.
         visit: receives hidden activations [..., H] in the model's dtype, before the output projection.
     """
 
@@ -176,8 +295,8 @@ def hook_hidden(
 
     handles = []
     try:
-        for ffn in ffns:
-            handles.append(model.get_submodule(ffn.down_proj).register_forward_pre_hook(make_hook(ffn.name)))
+        for group in groups:
+            handles.append(model.get_submodule(group.read_by).register_forward_pre_hook(make_hook(group.name)))
         yield
     finally:
         for handle in handles:

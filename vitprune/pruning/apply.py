@@ -1,4 +1,4 @@
-"""Take the neurons of a plan out of a model: masked (reversible) or removed (smaller weights).
+"""Take the units of a plan out of a model: masked (reversible) or removed (smaller weights).
 
 Both give the same logits: that is the law of the package.
 """
@@ -13,52 +13,64 @@ import torch
 from torch import nn
 
 from vitprune.pruning.plan import Plan, fit_plan
+from vitprune.seen_images import seen_by
 
 
 @contextmanager
 def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
-    """Mask neurons for a while: zero their columns of the output projections in place, then put them back.
+    """Mask units for a while: zero their columns of the layers that read them in place, then put them back.
 
     Args:
         model: timm Vision Transformer; changed inside the block, bit for bit itself again after it.
-        plan: which neurons to keep.
+        plan: which units to keep.
 
     Raises:
         VitpruneError: if the plan is not for this model.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    >>> with masked(model, Plan({"blocks.0.mlp": torch.arange(768) < 700})):
+    ...     int((model.blocks[0].mlp.fc2.weight[:, 700:] != 0).sum())
+    0
     """
-    ffns = fit_plan(model, plan)
-    columns = {}
+    groups = fit_plan(model, plan)
+    taken = []
     with torch.no_grad():
-        for ffn in ffns:
-            weight = model.get_submodule(ffn.down_proj).weight
-            removed = plan.removed(ffn.name).to(weight.device)
-            columns[ffn.name] = (weight, removed, weight[:, removed].clone())
-            weight[:, removed] = 0
+        for group in groups:
+            weight = model.get_submodule(group.read_by).weight
+            columns = group.columns(plan.removed(group.name)).to(weight.device)
+            taken.append((weight, columns, weight[:, columns].clone()))
+            weight[:, columns] = 0
     try:
         yield model
     finally:
         with torch.no_grad():
-            for weight, removed, values in columns.values():
-                weight[:, removed] = values
+            for weight, columns, values in taken:
+                weight[:, columns] = values
 
 
 def mask_neurons(model: nn.Module, plan: Plan) -> nn.Module:
-    """Return a copy of the same shape in which the removed neurons have no effect (zero columns in ``fc2``).
+    """Return a copy of the same shape in which the removed units have no effect (zero columns in their reader).
 
     Raises:
         VitpruneError: if the plan is not for this model.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    >>> mask_neurons(model, Plan({"blocks.0.mlp": torch.arange(768) < 700})).blocks[0].mlp.fc2.in_features
+    768
     """
-    ffns = fit_plan(model, plan)
+    groups = fit_plan(model, plan)
     result = copy.deepcopy(model)
     with torch.no_grad():
-        for ffn in ffns:
-            weight = result.get_submodule(ffn.down_proj).weight
-            weight[:, plan.removed(ffn.name).to(weight.device)] = 0
-    return result
+        for group in groups:
+            weight = result.get_submodule(group.read_by).weight
+            weight[:, group.columns(plan.removed(group.name)).to(weight.device)] = 0
+    return remember(result, plan.calibration)
 
 
 def remove_neurons(model: nn.Module, plan: Plan) -> nn.Module:
-    """Return a copy with smaller linear layers, without the neurons that the plan removes.
+    """Return a copy with smaller linear layers, without the units that the plan removes.
 
     Raises:
         VitpruneError: if the plan is not for this model.
@@ -66,16 +78,29 @@ def remove_neurons(model: nn.Module, plan: Plan) -> nn.Module:
     Source:
         The slicing is torch-pruning's (arXiv:2301.12900), by its primitives: its dependency graph is not right on
         packed gated FFNs.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    >>> remove_neurons(model, Plan({"blocks.0.mlp": torch.arange(768) < 700})).blocks[0].mlp.fc2.in_features
+    700
     """
     import torch_pruning
 
-    ffns = fit_plan(model, plan)
+    groups = fit_plan(model, plan)
     result = copy.deepcopy(model)
-    for ffn in ffns:
-        removed = plan.removed(ffn.name)
+    prune = (torch_pruning.prune_linear_out_channels, torch_pruning.prune_linear_in_channels)
+    for group in groups:
+        removed = plan.removed(group.name)
         if len(removed) == 0:
             continue
-        for name in ffn.up_projs:
-            torch_pruning.prune_linear_out_channels(result.get_submodule(name), ffn.up_rows(removed).tolist())
-        torch_pruning.prune_linear_in_channels(result.get_submodule(ffn.down_proj), removed.tolist())
-    return result
+        for part in group.owned:
+            indices = part.indices(removed, group.num_units, group.unit_size)
+            prune[part.axis](result.get_submodule(part.linear), indices.tolist())
+    return remember(result, plan.calibration)
+
+
+def remember(model: nn.Module, seen: frozenset[str]) -> nn.Module:
+    """Record in a model, in place, which images had a say in it beside those that it knows; see ``SeenImages``."""
+    if seen:
+        model.calibration = seen_by(model) | seen
+    return model

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -76,28 +76,36 @@ def write_down_proj(down: nn.Linear, weight_DH: Tensor, shift_D: Tensor) -> None
     down.bias.add_(shift_D.to(down.bias.device, down.bias.dtype))
 
 
-def stand_in(
-    weight_DH: Tensor, statistics: Statistics, keep_H: Tensor, *, compensation: str, ridge: float
-) -> tuple[Tensor, Tensor]:
-    """Return an output projection whose kept neurons stand in for the others, and what to add to its bias.
+def move_means(weight_DH: Tensor, statistics: Statistics, keep_H: Tensor, *, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return an output projection as it is, and what removed units add to its bias on average.
 
     Args:
         weight_DH: of the projection.
-        statistics: of its hidden neurons, with ``moments``.
+        statistics: of the units that it reads, with ``moments``.
         keep_H: bool.
-        compensation: ``bias`` or ``ridge``.
-        ridge: λ relative to the mean variance of the hidden neurons; positive.
+        ridge: not used: nothing is solved.
 
     Returns:
-        The weight [D, H], with the columns of removed neurons as they were, and the shift [D]; float64.
+        The weight [D, H], with the columns of removed units as they were, and the shift [D]; float64.
     """
     weight_DH = weight_DH.double()
-    mean_P = statistics.mean_H[~keep_H]
-    if compensation == "ridge":
-        map_PS = reconstruct(statistics, keep_H, ridge=ridge)
-        mean_P = mean_P - map_PS @ statistics.mean_H[keep_H]
-        weight_DH = weight_DH.index_add(1, keep_H.nonzero().squeeze(1), weight_DH[:, ~keep_H] @ map_PS)
+    return weight_DH, weight_DH[:, ~keep_H] @ statistics.mean_H[~keep_H]
+
+
+def stand_in(weight_DH: Tensor, statistics: Statistics, keep_H: Tensor, *, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return an output projection whose kept units stand in for the others, and what to add to its bias.
+
+    Arguments and result as in ``move_means``; ``ridge`` is λ relative to the mean variance of the units, positive.
+    """
+    weight_DH = weight_DH.double()
+    map_PS = reconstruct(statistics, keep_H, ridge=ridge)
+    mean_P = statistics.mean_H[~keep_H] - map_PS @ statistics.mean_H[keep_H]
+    weight_DH = weight_DH.index_add(1, keep_H.nonzero().squeeze(1), weight_DH[:, ~keep_H] @ map_PS)
     return weight_DH, weight_DH[:, ~keep_H] @ mean_P
+
+
+# Compensations of one projection from the statistics of what it reads alone.
+STAND_INS: Mapping[str, Callable[..., tuple[Tensor, Tensor]]] = {"bias": move_means, "ridge": stand_in}
 
 
 @torch.no_grad()
@@ -109,17 +117,17 @@ def compensate(
     compensation: str = "ridge",
     ridge: float = DEFAULT_RIDGE,
 ) -> nn.Module:
-    """Return a copy whose kept neurons and biases stand in for the ones that the plan removes.
+    """Return a copy whose kept units and biases stand in for the ones that the plan removes.
 
-    Shapes stay; the columns of removed neurons are left as they were, for ``mask_neurons`` or ``remove_neurons`` to
+    Shapes stay; the columns of removed units are left as they were, for ``mask_neurons`` or ``remove_neurons`` to
     take out. An output projection without bias gets one.
 
     Args:
         model: the dense model.
-        plan: which neurons stay.
-        statistics: of the dense model's FFNs, with ``moments``.
+        plan: which units stay.
+        statistics: of the dense model's groups, with ``moments``.
         compensation: ``none``, ``bias`` or ``ridge``.
-        ridge: λ relative to the mean variance of the hidden neurons; positive.
+        ridge: λ relative to the mean variance of the units; positive.
 
     Raises:
         VitpruneError: if the plan is not for this model, or an argument is out of range.
@@ -127,18 +135,25 @@ def compensate(
     Source:
         Second-order reconstruction as in Optimal Brain Surgeon, applied to FFN neurons by CORP (arXiv:2602.05243) and
         others; ``bias`` is its special case B = 0.
+
+    >>> import timm
+    >>> from vitprune import find_feed_forwards, measure_statistics
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32).eval()
+    >>> batches = [(torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64))]
+    >>> statistics = measure_statistics(model, find_feed_forwards(model), batches, {"moments"})
+    >>> plan = Plan({"blocks.0.mlp": torch.arange(768) < 700})
+    >>> compensate(model, plan, statistics, compensation="bias").blocks[0].mlp.fc2.weight.shape
+    torch.Size([192, 768])
     """
-    check_choice("compensation", compensation, {name: COMPENSATIONS[name] for name in ("none", "bias", "ridge")})
+    check_choice("compensation", compensation, {name: COMPENSATIONS[name] for name in ("none", *STAND_INS)})
     check_ridge(ridge)
-    ffns = fit_plan(model, plan)
+    groups = fit_plan(model, plan)
     result = copy.deepcopy(model)
-    if compensation == "none":
-        return result
-    for ffn in ffns:
-        keep_H = plan.keep[ffn.name]
+    solve = STAND_INS.get(compensation)
+    for group in groups if solve else ():
+        keep_H = plan.keep[group.name]
         if bool(keep_H.all()):
             continue
-        down = result.get_submodule(ffn.down_proj)
-        solved = stand_in(down.weight.cpu(), statistics[ffn.name], keep_H, compensation=compensation, ridge=ridge)
-        write_down_proj(down, *solved)
+        reader = result.get_submodule(group.read_by)
+        write_down_proj(reader, *solve(reader.weight.cpu(), statistics[group.name], keep_H, ridge=ridge))
     return result

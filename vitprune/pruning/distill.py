@@ -71,7 +71,7 @@ def distill(
     if len(images_I) == 0:
         raise VitpruneError("no calibration images")
     student = remove_neurons(compensated, plan).requires_grad_(False)
-    trained = [parameter for ffn in ffns for parameter in student.get_submodule(ffn.down_proj).parameters()]
+    trained = [parameter for ffn in ffns for parameter in student.get_submodule(ffn.read_by).parameters()]
     for parameter in trained:
         parameter.requires_grad_(True)
     generator = torch.Generator().manual_seed(seed)
@@ -103,7 +103,7 @@ def distill(
     result = copy.deepcopy(compensated)
     with torch.no_grad():
         for ffn in ffns:
-            down, learned = result.get_submodule(ffn.down_proj), student.get_submodule(ffn.down_proj)
+            down, learned = result.get_submodule(ffn.read_by), student.get_submodule(ffn.read_by)
             down.weight[:, plan.kept(ffn.name).to(down.weight.device)] = learned.weight
             if learned.bias is not None:
                 down.bias.copy_(learned.bias)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitprune.calibration.criteria import REGISTRY, check_needs
-from vitprune.calibration.statistics import MOMENTS, Statistics
+from vitprune.calibration.criteria import REGISTRY as CRITERIA
+from vitprune.calibration.criteria import check_needs
 from vitprune.data import Batches
 from vitprune.discovery.discover import Discovery
 from vitprune.errors import VitpruneError
-from vitprune.models.block_calls import study_blocks
-from vitprune.models.elastic_file import Elastic, Ranking, Stop, read_ranking, take_neurons
+from vitprune.models.elastic_file import Elastic, Ranking, Stop
+from vitprune.models.facts import Facts
 from vitprune.models.identity import architecture, hash_weights
-from vitprune.models.units import FeedForward, find_feed_forwards
+from vitprune.models.units import Group, take_units
+from vitprune.options import COMPENSATIONS as COMPENSATION_NAMES
 from vitprune.options import (
-    COMPENSATIONS,
     DEFAULT_ALLOCATION,
     DEFAULT_COMPENSATION,
     DEFAULT_CRITERION,
@@ -31,9 +29,12 @@ from vitprune.options import (
 from vitprune.progress import Track, untracked
 from vitprune.pruning.allocate import allocate, compare_across
 from vitprune.pruning.compensate import check_ridge
+from vitprune.pruning.compensations import REGISTRY as COMPENSATIONS
+from vitprune.pruning.compensations import check_compensation, needed_statistics
 from vitprune.pruning.plan import Plan
-from vitprune.pruning.prune import SEQUENTIAL, apply_plan, needed_statistics
-from vitprune.pruning.schedule import Schedule, Stage, bridge_of, finish, list_stops, needs_steps, walk
+from vitprune.pruning.prune import apply_in, list_seen
+from vitprune.pruning.schedule import Schedule, Stage, finish, list_stops, needs_steps, walk
+from vitprune.pruning.session import Session
 from vitprune.pruning.target import target_neurons
 
 DEFAULT_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
@@ -80,62 +81,61 @@ def make_elastic(
 
     Raises:
         VitpruneError: if the model has no supported FFN, an argument is out of range, or images are missing.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=2)
+    >>> elastic = make_elastic(model, ratios=[0.5], criterion="magnitude", compensation="none")
+    >>> sum(elastic.ranking.widths(0.25).values())
+    1152
     """
     ratios = _check_ratios(ratios)
-    check_choice("compensation", compensation, COMPENSATIONS)
+    check_choice("compensation", compensation, COMPENSATION_NAMES)
+    row = COMPENSATIONS[compensation]
     check_needs(model, criterion, batches=batches, found=found)
     check_ridge(ridge)
-    ffns = find_feed_forwards(model)
-    # Refuse an impossible ratio before any image is read.
-    level = {ffn.name: torch.zeros(ffn.num_neurons) for ffn in ffns}
-    allocate(level, target_neurons(model, ratios[-1]), allocation=allocation, across_ffns=True, floor=floor)
+    largest = target_neurons(model, ratios[-1])
     list_stops(ratios[-1], step)
-    if compensation != "none" and batches is None:
-        raise VitpruneError(f"compensation {compensation} needs calibration images; pass --data DIR")
-    calls = study_blocks(model, ffns, batches) if compensation in SEQUENTIAL else None
-    schedule = Schedule(criterion, allocation, bridge_of(compensation), floor=floor, ridge=ridge, seed=seed)
-    step = step if needs_steps(criterion) else 1.0
-    wanted = needed_statistics(model, compensation) | ({MOMENTS} if compensation != "none" else set())
-    ranking, statistics = rank_neurons(
-        model, ratios[-1], schedule, batches=batches, found=found, step=step, wanted=wanted, track=track
-    )
-    dense = take_neurons(model.state_dict(), ffns, ranking.order)
+    check_compensation(compensation, has_images=batches is not None)
+    schedule = Schedule(criterion, allocation, row.bridge, floor=floor)
+    # Means move into the biases between the ratios.
+    bridged = row.reads_images
+    wanted = needed_statistics(model, criteria=[criterion], compensations=[compensation], bridged=bridged)
+    session = Session(model, batches, found=found, wanted=wanted, ridge=ridge, seed=seed, track=track)
+    # Refuse an impossible ratio before any image is read.
+    level = {group.name: torch.zeros(group.num_units) for group in session.groups}
+    allocate(level, largest, allocation=allocation, across_ffns=True, floor=floor)
+    if row.by_block:
+        _ = session.calls
+    ranking = rank_units(session, ratios[-1], schedule, step=step)
+    dense = take_units(model.state_dict(), session.groups, ranking.order)
     stops = []
     for ratio in (0.0, *ratios):
         widths = ranking.widths(ratio)
         pruned = model
         if ratio:
-            pruned = apply_plan(
-                model,
-                _plan(ranking, ratio, {}),
-                compensation=compensation,
-                ridge=ridge,
-                batches=batches,
-                statistics=statistics or None,
-                seed=seed,
-                calls=calls,
-                track=lambda items, what, ratio=ratio: track(items, f"{what} at {ratio:g}"),
-            )
+            session.track = lambda items, what, ratio=ratio: track(items, f"{what} at {ratio:g}")
+            pruned = apply_in(session, Plan(ranking.keep(ratio)), compensation=compensation)
         kept = {name: order_H[: widths[name]] for name, order_H in ranking.order.items()}
-        stops.append(Stop(ratio, widths, _changed(dense, pruned, ffns, kept)))
+        stops.append(Stop(ratio, widths, _changed(dense, pruned, session.groups, kept)))
     means = {}
-    if compensation != "none":
-        means = {name: statistics[name].mean_H[order_H] for name, order_H in ranking.order.items()}
-    facts = {
-        "architecture": architecture(model),
-        "weights_sha256": hash_weights(model),
-        "criterion": criterion,
-        "allocation": allocation,
-        "round_to": 1,
-        "floor": floor,
-        "compensation": compensation,
-        "mode": "remove",
-        "ridge": ridge,
-        "seed": seed,
-        "step": step,
-    }
+    if row.reads_images:
+        means = {name: session.statistics[name].mean_H[order_H] for name, order_H in ranking.order.items()}
+    facts = Facts(
+        architecture=architecture(model),
+        weights_sha256=hash_weights(model),
+        criterion=criterion,
+        allocation=allocation,
+        round_to=1,
+        floor=floor,
+        compensation=compensation,
+        mode="remove",
+        ridge=ridge,
+        seed=seed,
+        step=step if needs_steps(criterion) else 1.0,
+        calibration=list_seen(session, criterion),
+    )
     # Without weights that change there is nothing to move: the bias says it all, at every ratio.
-    return Elastic(ranking, tuple(stops), means, mixed=compensation not in ("none", "bias"), facts=facts)
+    return Elastic(ranking, tuple(stops), means, mixed=row.changes_weights, facts=facts)
 
 
 def _check_ratios(ratios: Sequence[float]) -> list[float]:
@@ -145,42 +145,22 @@ def _check_ratios(ratios: Sequence[float]) -> list[float]:
     return ratios
 
 
-def rank_neurons(
-    model: nn.Module,
-    largest: float,
-    schedule: Schedule,
-    *,
-    batches: Batches | None,
-    found: Discovery | None = None,
-    step: float = DEFAULT_STEP,
-    wanted: frozenset[str] = frozenset(),
-    track: Track = untracked,
-) -> tuple[Ranking, Mapping[str, Statistics]]:
-    """Walk a schedule once, and tell for each neuron when it goes.
+def rank_units(session: Session, largest: float, schedule: Schedule, *, step: float = DEFAULT_STEP) -> Ranking:
+    """Walk a schedule once, and tell for each unit when it goes.
 
     Args:
-        model: timm Vision Transformer in eval mode; stays as it is.
+        session: of the dense model, which stays as it is.
         largest: how far to walk, in (0, 1).
         schedule: how to rank and what to do between stops; ``round_to`` must be 1.
-        batches: calibration images and labels; read once per step.
-        found: a discovery on this model, for criterion ``jas``.
         step: share that goes between two measurements of the scores, in (0, 1]; 1 measures once.
-        wanted: further statistics of the dense model to measure on the way.
-        track: wraps (items, description) of long loops, for progress.
-
-    Returns:
-        The ranking, and the statistics of the dense model.
     """
-    target = target_neurons(model, largest)
-    before, statistics, tails = None, None, []
-    stages = walk(model, target, schedule, batches=batches, found=found, step=step, wanted=wanted, track=track)
-    for stage in stages:
-        if before is None:
-            statistics = stage.statistics
-        else:
+    target = target_neurons(session.model, largest)
+    before, tails = None, []
+    for stage in walk(session, target, schedule, step=step):
+        if before is not None:
             tails.append(_leave(before, stage.kept, schedule))
         before = stage
-    last = finish(model, stage, target, schedule)
+    last = finish(session, stage, target, schedule)
     kept = {name: last.kept(name) for name in last.keep}
     tails.append(_leave(stage, kept, schedule))
     ranked = _sort(stage, kept)
@@ -191,7 +171,7 @@ def rank_neurons(
         order[name], budgets[name] = (torch.cat(part) for part in zip(*parts, strict=True))
     if schedule.allocation == "uniform":
         budgets = _budget_uniformly(order)
-    return Ranking(order, budgets, largest), statistics
+    return Ranking(order, budgets, largest)
 
 
 def _sort(stage: Stage, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -211,7 +191,7 @@ def _leave(before: Stage, after: Mapping[str, Tensor], schedule: Schedule) -> di
     """
     gone = {name: kept[~torch.isin(kept, after[name])] for name, kept in before.kept.items()}
     ranked = _sort(before, gone)
-    shared = compare_across(before.scores, REGISTRY[schedule.criterion].across_ffns)
+    shared = compare_across(before.scores, CRITERIA[schedule.criterion].across_ffns)
     values = [shared[name][torch.searchsorted(before.kept[name], neurons)] for name, neurons in ranked.items()]
     # Stable: of equals, those of earlier FFNs stay longer.
     position = torch.cat(values).sort(descending=True, stable=True).indices.argsort()
@@ -237,38 +217,12 @@ def _places(kept: Tensor) -> Tensor:
 
 
 def _changed(
-    dense: Mapping[str, Tensor], pruned: nn.Module, ffns: Sequence[FeedForward], kept: Mapping[str, Tensor]
+    dense: Mapping[str, Tensor], pruned: nn.Module, groups: Sequence[Group], kept: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return the tensors of a pruned model that are not slices of the dense model's; on the CPU."""
     places = {name: _places(neurons) for name, neurons in kept.items()}
-    slices = take_neurons(dense, ffns, {name: torch.arange(len(neurons)) for name, neurons in kept.items()})
-    state = take_neurons(pruned.state_dict(), ffns, places)
+    slices = take_units(dense, groups, {name: torch.arange(len(neurons)) for name, neurons in kept.items()})
+    state = take_units(pruned.state_dict(), groups, places)
     return {
         key: value.cpu() for key, value in state.items() if key not in slices or not torch.equal(value, slices[key])
     }
-
-
-def plan_elastic(elastic: Elastic, ratio: float) -> Plan:
-    """Return the plan of an elastic model at a ratio, for the dense model.
-
-    Raises:
-        VitpruneError: if ``ratio`` is not in [0, 1), or beyond the largest.
-    """
-    return _plan(elastic.ranking, ratio, elastic.facts)
-
-
-def read_elastic_plan(path: str | Path, ratio: float | None = None) -> Plan:
-    """Read from an elastic file which neurons of the dense model stay at a ratio; None is 0.
-
-    Raises:
-        VitpruneError: if the file is missing or no elastic file, or ``ratio`` is out of range or beyond the largest.
-    """
-    ranking, facts = read_ranking(path)
-    return _plan(ranking, ratio or 0.0, facts)
-
-
-def _plan(ranking: Ranking, ratio: float, facts: Mapping[str, Any]) -> Plan:
-    keep = {name: torch.zeros(len(order_H), dtype=torch.bool) for name, order_H in ranking.order.items()}
-    for name, width in ranking.widths(ratio).items():
-        keep[name][ranking.order[name][:width]] = True
-    return Plan(keep, {"pruning_ratio_asked": ratio, **facts} if facts else {})

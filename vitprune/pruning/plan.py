@@ -1,9 +1,9 @@
-"""A plan: which neurons every FFN keeps, and where the decision came from."""
+"""A plan: which units every group keeps, and where the decision came from."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,110 +12,155 @@ from torch import Tensor, nn
 
 from vitprune.errors import VitpruneError
 from vitprune.files import read_tensors, write_tensors
+from vitprune.models.elastic_file import read_ranking
+from vitprune.models.facts import Facts
 from vitprune.models.identity import architecture
 from vitprune.models.saved_folder import PLAN_FILE
-from vitprune.models.units import FeedForward, find_feed_forwards
+from vitprune.models.units import FFN, KINDS, Group, find_groups
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Keep-masks by FFN name.
+    """Keep-masks by group name.
 
     Attributes:
-        keep: FFN name -> bool [H]; True where the neuron stays.
-        facts: where it came from (criterion, allocation, ratio, calibration images, hash of the weights); JSON values.
+        keep: group name -> bool [H]; True where the unit stays.
+        facts: where it came from.
+        kinds: group name -> key of ``KINDS``, where it is another one than ``ffn``.
+
+    >>> plan = Plan({"blocks.0.mlp": torch.tensor([True, False, True, False])})
+    >>> plan.widths, plan.pruning_ratio
+    ({'blocks.0.mlp': 2}, 0.5)
     """
 
     keep: Mapping[str, Tensor]
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Facts = field(default_factory=Facts)
+    kinds: Mapping[str, str] = field(default_factory=dict)
+
+    def kind(self, name: str) -> str:
+        """Return which kind of units a group has."""
+        return self.kinds.get(name, FFN)
 
     @property
     def widths(self) -> dict[str, int]:
-        """Neurons kept, by FFN name."""
+        """Units kept, by group name."""
         return {name: int(keep.sum()) for name, keep in self.keep.items()}
 
     @property
     def num_neurons(self) -> int:
         """Neurons kept in all FFNs."""
-        return sum(self.widths.values())
+        return sum(width for name, width in self.widths.items() if self.kind(name) == FFN)
 
     @property
     def num_neurons_dense(self) -> int:
         """Neurons before pruning in all FFNs."""
-        return sum(len(keep) for keep in self.keep.values())
+        return sum(len(keep) for name, keep in self.keep.items() if self.kind(name) == FFN)
 
     @property
     def pruning_ratio(self) -> float:
-        """Share of neurons removed, in [0, 1)."""
+        """Share of FFN neurons removed, in [0, 1)."""
         return 1 - self.num_neurons / self.num_neurons_dense
 
     @property
     def calibration(self) -> frozenset[str]:
-        """Content hashes of every image that had a say in the plan or its compensation."""
-        return frozenset(self.facts.get("calibration", {}).get("sha256", ()))
+        """Hashes of every image that had a say in the plan or its compensation, as ``SeenImages`` has them."""
+        return self.facts.calibration.sha256
 
     def kept(self, name: str) -> Tensor:
-        """Return the indices of the neurons that an FFN keeps, ascending (int64)."""
+        """Return the indices of the units that a group keeps, ascending (int64)."""
         return self.keep[name].nonzero().squeeze(1)
 
     def removed(self, name: str) -> Tensor:
-        """Return the indices of the neurons that an FFN loses, ascending (int64)."""
+        """Return the indices of the units that a group loses, ascending (int64)."""
         return (~self.keep[name]).nonzero().squeeze(1)
+
+    def with_facts(self, **facts: Any) -> Plan:
+        """Return the same plan with some facts replaced."""
+        return replace(self, facts=replace(self.facts, **facts))
 
     def write(self, path: str | Path) -> None:
         """Write the plan to a safetensors file."""
-        write_tensors(path, dict(self.keep), kind="plan", facts={"ffns": list(self.keep), **self.facts})
+        units = [{"name": name, "kind": self.kind(name)} for name in self.keep]
+        write_tensors(path, dict(self.keep), kind="plan", facts={"units": units, **self.facts.as_json()})
 
 
 def read_plan(path: str | Path) -> Plan:
     """Read a plan from its file, or from the folder of a pruned model.
 
     Raises:
-        VitpruneError: if there is none.
+        VitpruneError: if there is none, or it has units of a kind that this version does not know.
     """
     path = Path(path)
-    tensors, facts = read_tensors(path / PLAN_FILE if path.is_dir() else path, kind="plan")
-    names = facts.pop("ffns")
-    return Plan({name: tensors[name].bool() for name in names}, facts)
+    path = path / PLAN_FILE if path.is_dir() else path
+    tensors, content = read_tensors(path, kind="plan")
+    # Version 0.1.0 wrote the names of FFNs alone.
+    units = content.get("units") or [{"name": name, "kind": FFN} for name in content["ffns"]]
+    unknown = [each for each in units if each["kind"] not in KINDS]
+    if unknown:
+        raise VitpruneError(
+            f"{path}: {unknown[0]['name']} has units of kind '{unknown[0]['kind']}', which this version does not know "
+            f"({', '.join(KINDS)})"
+        )
+    kinds = {each["name"]: each["kind"] for each in units if each["kind"] != FFN}
+    return Plan({each["name"]: tensors[each["name"]].bool() for each in units}, Facts.from_json(content), kinds)
 
 
-def fit_plan(model: nn.Module, plan: Plan) -> list[FeedForward]:
-    """Return the model's FFNs after checking that the plan covers exactly them and leaves none empty.
+def read_elastic_plan(path: str | Path, ratio: float | None = None) -> Plan:
+    """Read from an elastic file which neurons of the dense model stay at a ratio; None is 0.
+
+    Raises:
+        VitpruneError: if the file is missing or no elastic file, or ``ratio`` is out of range or beyond the largest.
+    """
+    ranking, facts = read_ranking(path)
+    keep = ranking.keep(ratio or 0.0)
+    return Plan(keep, replace(facts, pruning_ratio_asked=ratio or 0.0))
+
+
+def find_plan(source: str | Path, ratio: float | None = None) -> Plan | None:
+    """Read the plan of what ``vitprune.load`` takes: a pruned folder, or an elastic file at a ratio; else None."""
+    source = Path(source)
+    if source.suffix == ".safetensors" and source.is_file():
+        return read_elastic_plan(source, ratio)
+    return read_plan(source) if (source / PLAN_FILE).is_file() else None
+
+
+def fit_plan(model: nn.Module, plan: Plan) -> list[Group]:
+    """Return the model's groups after checking that the plan covers exactly them and leaves none empty.
 
     Raises:
         VitpruneError: naming both sides of the first mismatch.
     """
-    ffns = find_feed_forwards(model)
-    made_for = plan.facts.get("architecture", architecture(model))
+    groups = find_groups(model)
+    made_for = plan.facts.architecture or architecture(model)
     if made_for != architecture(model):
         raise VitpruneError(f"plan does not fit this model: it is for {made_for}, the model is {architecture(model)}")
-    names = [ffn.name for ffn in ffns]
+    names = [group.name for group in groups]
     if names != list(plan.keep):
         raise VitpruneError(
             f"plan does not fit this model: it covers {_span(list(plan.keep))}, the model has {_span(names)}"
         )
-    for ffn in ffns:
-        if len(plan.keep[ffn.name]) != ffn.num_neurons:
+    for group in groups:
+        unit = KINDS[group.kind]
+        if len(plan.keep[group.name]) != group.num_units:
             raise VitpruneError(
-                f"plan does not fit this model: {ffn.name} has {ffn.num_neurons} neurons, "
-                f"the plan covers {len(plan.keep[ffn.name])}"
+                f"plan does not fit this model: {group.name} has {group.num_units} {unit}s, "
+                f"the plan covers {len(plan.keep[group.name])}"
             )
-        if not plan.keep[ffn.name].any():
-            raise VitpruneError(f"plan leaves {ffn.name} without neurons")
-    return ffns
+        if not plan.keep[group.name].any():
+            raise VitpruneError(f"plan leaves {group.name} without {unit}s")
+    return groups
 
 
 def _span(names: Sequence[str]) -> str:
     return f"{len(names)} FFNs ({names[0]} .. {names[-1]})" if names else "no FFNs"
 
 
-def plan_from_widths(scores: Mapping[str, Tensor], widths: Mapping[str, int], facts: Mapping[str, Any]) -> Plan:
-    """Keep the highest-scoring neurons of each FFN.
+def plan_from_widths(scores: Mapping[str, Tensor], widths: Mapping[str, int]) -> Plan:
+    """Keep the highest-scoring units of each group.
 
     Args:
-        scores: FFN name -> scores [H].
-        widths: FFN name -> neurons to keep; ties go to the lower index.
-        facts: recorded in the plan.
+        scores: group name -> scores [H].
+        widths: group name -> units to keep; ties go to the lower index.
     """
     keep = {}
     for name, score_H in scores.items():
@@ -123,4 +168,4 @@ def plan_from_widths(scores: Mapping[str, Tensor], widths: Mapping[str, int], fa
         mask = torch.zeros(len(score_H), dtype=torch.bool)
         mask[order[: widths[name]]] = True
         keep[name] = mask
-    return Plan(keep, dict(facts))
+    return Plan(keep)

@@ -1,24 +1,26 @@
-"""The verb: score, plan, compensate and take the neurons out."""
+"""The verb: score, plan, compensate and take the units out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitprune.calibration.criteria import REGISTRY, check_needs
-from vitprune.calibration.statistics import GRADIENTS, MOMENTS, Statistics, measure_statistics
+from vitprune.calibration.criteria import REGISTRY as CRITERIA
+from vitprune.calibration.criteria import check_needs
+from vitprune.calibration.statistics import Statistics
 from vitprune.data import Batches
 from vitprune.discovery.discover import Discovery
 from vitprune.errors import VitpruneError
-from vitprune.models.block_calls import BlockCall, study_blocks
-from vitprune.models.classifier import has_classifier
+from vitprune.models.block_calls import BlockCall
+from vitprune.models.facts import Asked, Facts
 from vitprune.models.identity import architecture, hash_weights
-from vitprune.models.units import find_feed_forwards
+from vitprune.models.macs import ffn_share, measure_sizes
+from vitprune.options import COMPENSATIONS as COMPENSATION_NAMES
 from vitprune.options import (
-    COMPENSATIONS,
     DEFAULT_ALLOCATION,
     DEFAULT_COMPENSATION,
     DEFAULT_CRITERION,
@@ -31,15 +33,17 @@ from vitprune.options import (
 )
 from vitprune.progress import Track, untracked
 from vitprune.pruning.allocate import allocate
-from vitprune.pruning.apply import mask_neurons, remove_neurons
-from vitprune.pruning.compensate import check_ridge, compensate
-from vitprune.pruning.distill import distill
+from vitprune.pruning.apply import mask_neurons, remember, remove_neurons
+from vitprune.pruning.compensate import check_ridge
+from vitprune.pruning.compensations import REGISTRY as COMPENSATIONS
+from vitprune.pruning.compensations import check_compensation, needed_statistics
 from vitprune.pruning.plan import Plan, fit_plan, plan_from_widths
-from vitprune.pruning.schedule import Schedule, bridge_of, list_stops, needs_steps, plan_in_steps
-from vitprune.pruning.sequential import compensate_sequentially, weigh_tokens
+from vitprune.pruning.schedule import Schedule, finish, list_stops, needs_steps, walk
+from vitprune.pruning.session import Session
 from vitprune.pruning.target import Target, target_neurons
+from vitprune.seen_images import SeenImages
 
-SEQUENTIAL = ("sequential-ffn", "sequential", "distill")
+_TAKE_OUT: Mapping[str, Callable[[nn.Module, Plan], nn.Module]] = {"remove": remove_neurons, "mask": mask_neurons}
 
 
 def plan_pruning(
@@ -52,30 +56,33 @@ def plan_pruning(
     allocation: str = DEFAULT_ALLOCATION,
     round_to: int = 1,
     floor: float = DEFAULT_FLOOR,
-    facts: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Decide from scores which neurons every FFN keeps.
+    """Decide from scores which units every group keeps.
 
     Args:
         model: the model that the scores are of.
-        scores: FFN name -> scores [H]; higher is more important.
-        criterion: key of ``CRITERIA``; says whether scores of different FFNs compare.
+        scores: group name -> scores [H]; higher is more important.
+        criterion: key of ``CRITERIA``; says whether scores of different groups compare.
         pruning_ratio: share of all FFN neurons to remove, in [0, 1); the plan never removes less.
         target: what the model may cost instead.
         allocation: ``uniform`` or ``global``.
         round_to: every width is a multiple of it.
-        floor: share of its neurons that ``global`` leaves to each FFN at least.
-        facts: recorded in the plan beside the arguments.
+        floor: share of its units that ``global`` leaves to each group at least.
 
     Raises:
-        VitpruneError: if an argument is out of range, or an FFN would be left empty.
+        VitpruneError: if an argument is out of range, or a group would be left empty.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=2)
+    >>> from vitprune import score_neurons
+    >>> plan_pruning(model, score_neurons(model, "magnitude"), criterion="magnitude", pruning_ratio=0.5).num_neurons
+    768
     """
     target = _target(model, pruning_ratio, target)
-    across = REGISTRY[criterion].across_ffns
+    across = CRITERIA[criterion].across_ffns
     widths = allocate(scores, target, allocation=allocation, across_ffns=across, round_to=round_to, floor=floor)
-    plan = plan_from_widths(scores, widths, {})
-    decisions = {"criterion": criterion, "allocation": allocation, "round_to": round_to, "floor": floor}
-    return with_facts(model, plan, target, pruning_ratio, {**decisions, **(facts or {})})
+    facts = Facts(criterion=criterion, allocation=allocation, round_to=round_to, floor=floor)
+    return explain(model, plan_from_widths(scores, widths), target, pruning_ratio, facts)
 
 
 def apply_plan(
@@ -91,14 +98,14 @@ def apply_plan(
     calls: Mapping[str, BlockCall] | None = None,
     track: Track = untracked,
 ) -> nn.Module:
-    """Return a pruned copy of the model.
+    """Return a pruned copy of the model; it knows the images that had a say in it (``calibration``).
 
     Args:
         model: the dense model; stays as it is.
-        plan: which neurons stay.
+        plan: which units stay.
         mode: ``remove`` makes the linear layers smaller; ``mask`` keeps their shapes.
         compensation: key of ``COMPENSATIONS``.
-        ridge: λ relative to the mean variance of the hidden neurons.
+        ridge: λ relative to the mean variance of the units.
         batches: calibration images, for any compensation but ``none``; readable more than once.
         statistics: of this model, to share them between plans: with ``moments``, ``bias`` and ``ridge`` need no images;
             with ``gradients``, the others need not measure how much each token counts.
@@ -108,46 +115,30 @@ def apply_plan(
 
     Raises:
         VitpruneError: if the plan is not for this model, an argument is out of range, or images are missing.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    >>> plan = Plan({"blocks.0.mlp": torch.arange(768) < 500})
+    >>> apply_plan(model, plan).blocks[0].mlp.fc2.in_features
+    500
     """
     check_choice("mode", mode, MODES)
-    check_choice("compensation", compensation, COMPENSATIONS)
     check_ridge(ridge)
-    ffns = fit_plan(model, plan)
-    one_shot = compensation in ("bias", "ridge")
-    if compensation != "none" and batches is None and not (one_shot and statistics is not None):
-        raise VitpruneError(f"compensation {compensation} needs calibration images; pass --data DIR")
-    result = model
-    if one_shot:
-        if statistics is None:
-            statistics = measure_statistics(model, ffns, batches, {MOMENTS})
-        result = compensate(model, plan, statistics, compensation=compensation, ridge=ridge)
-    elif compensation != "none":
-        if statistics is None or next(iter(statistics.values())).energy_N is None:
-            statistics = (
-                measure_statistics(model, ffns, batches, {GRADIENTS}, seed=seed) if has_classifier(model) else None
-            )
-        weights = None if statistics is None else weigh_tokens(model, statistics)
-        result = compensate_sequentially(
-            model,
-            plan,
-            batches,
-            weights=weights,
-            towards_stream=compensation != "sequential-ffn",
-            ridge=ridge,
-            calls=calls,
-            track=track,
-        )
-        if compensation == "distill":
-            result = distill(
-                model,
-                result,
-                plan,
-                batches,
-                weights=weights,
-                seed=seed,
-                track=track,
-            )
-    return remove_neurons(result, plan) if mode == "remove" else mask_neurons(result, plan)
+    fit_plan(model, plan)
+    check_choice("compensation", compensation, COMPENSATION_NAMES)
+    measured = statistics is not None and COMPENSATIONS[compensation].stand_in is not None
+    check_compensation(compensation, has_images=batches is not None or measured)
+    wanted = needed_statistics(model, compensations=[compensation])
+    session = Session(
+        model, batches, wanted=wanted, statistics=statistics, calls=calls, ridge=ridge, seed=seed, track=track
+    )
+    return apply_in(session, plan, mode=mode, compensation=compensation)
+
+
+def apply_in(session: Session, plan: Plan, *, mode: str = "remove", compensation: str = "none") -> nn.Module:
+    """Do what ``apply_plan`` does, with what a session has already."""
+    compensated = COMPENSATIONS[compensation].apply(session, plan)
+    return remember(_TAKE_OUT[mode](compensated, plan), session.seen.sha256)
 
 
 def prune(
@@ -169,6 +160,8 @@ def prune(
     track: Track = untracked,
 ) -> tuple[nn.Module, Plan]:
     """Remove the FFN neurons that matter least, in one call.
+
+    The images that had a say are recorded in the plan and in the model, so that ``evaluate`` refuses them.
 
     Args:
         model: timm Vision Transformer in eval mode; stays as it is.
@@ -193,53 +186,97 @@ def prune(
 
     Raises:
         VitpruneError: if the model has no supported FFN, an argument is out of range, or images are missing.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32).eval()
+    >>> batches = [(torch.randn(4, 3, 32, 32), torch.arange(4))]
+    >>> pruned, plan = prune(model, batches, pruning_ratio=0.25, criterion="variance", compensation="ridge", step=1)
+    >>> plan.pruning_ratio, plan.facts.criterion
+    (0.25, 'variance')
     """
     check_choice("mode", mode, MODES)
-    check_choice("compensation", compensation, COMPENSATIONS)
+    check_choice("compensation", compensation, COMPENSATION_NAMES)
+    row = COMPENSATIONS[compensation]
     check_needs(model, criterion, batches=batches, found=found)
     check_ridge(ridge)
     if pruning_ratio is None and target is None:
         pruning_ratio = DEFAULT_RATIO
     target = _target(model, pruning_ratio, target)
-    # Refuse an impossible target before any image is read.
-    level = {ffn.name: torch.zeros(ffn.num_neurons) for ffn in find_feed_forwards(model)}
-    allocate(level, target, allocation=allocation, across_ffns=True, round_to=round_to, floor=floor)
     list_stops(target.share, step)
-    if compensation != "none" and batches is None:
-        raise VitpruneError(f"compensation {compensation} needs calibration images; pass --data DIR")
-    calls = None
-    if compensation in SEQUENTIAL:
-        # A model whose blocks cannot be run one at a time is refused before its neurons are scored.
-        calls = study_blocks(model, find_feed_forwards(model), batches)
-    schedule = Schedule(criterion, allocation, bridge_of(compensation), round_to, floor, ridge, seed)
-    wanted = needed_statistics(model, compensation)
-    plan, statistics = plan_in_steps(
-        model, target, schedule, batches=batches, found=found, step=step, wanted=wanted, track=track
-    )
-    decisions = {"criterion": criterion, "allocation": allocation, "round_to": round_to, "floor": floor}
-    applied = {"compensation": compensation, "mode": mode, "ridge": ridge, "seed": seed}
-    applied["step"] = step if needs_steps(criterion) else 1.0
-    plan = with_facts(model, plan, target, pruning_ratio, {**decisions, **applied})
-    pruned = apply_plan(
-        model,
-        plan,
-        mode=mode,
-        compensation=compensation,
+    schedule = Schedule(criterion, allocation, row.bridge, round_to, floor)
+    bridged = len(schedule.stops(target, step)) > 1
+    wanted = needed_statistics(model, criteria=[criterion], compensations=[compensation], bridged=bridged)
+    session = Session(model, batches, found=found, wanted=wanted, ridge=ridge, seed=seed, track=track)
+    # Refuse an impossible target before any image is read.
+    level = {group.name: torch.zeros(group.num_units) for group in session.groups}
+    allocate(level, target, allocation=allocation, across_ffns=True, round_to=round_to, floor=floor)
+    check_compensation(compensation, has_images=batches is not None)
+    if row.by_block:
+        _ = session.calls  # a model whose blocks cannot be run one at a time is refused before its units are scored
+    *_earlier, stage = walk(session, target, schedule, step=step)
+    facts = Facts(
+        criterion=criterion,
+        allocation=allocation,
+        round_to=round_to,
+        floor=floor,
+        step=step if needs_steps(criterion) else 1.0,
         ridge=ridge,
-        batches=batches,
-        statistics=statistics or None,
         seed=seed,
-        calls=calls,
-        track=track,
     )
-    return pruned, plan
+    plan = explain(model, finish(session, stage, target, schedule), target, pruning_ratio, facts)
+    return _carry_out(session, plan, mode=mode, compensation=compensation)
 
 
-def needed_statistics(model: nn.Module, compensation: str) -> frozenset[str]:
-    """Return what a compensation reads of the dense model's statistics."""
-    if compensation in ("bias", "ridge"):
-        return frozenset({MOMENTS})
-    return frozenset({GRADIENTS}) if compensation != "none" and has_classifier(model) else frozenset()
+def prune_as_planned(
+    model: nn.Module,
+    plan: Plan,
+    batches: Batches | None = None,
+    *,
+    mode: str = "remove",
+    compensation: str = DEFAULT_COMPENSATION,
+    ridge: float = DEFAULT_RIDGE,
+    seed: int = 0,
+    track: Track = untracked,
+) -> tuple[nn.Module, Plan]:
+    """Prune by a plan that is there already, of another checkpoint perhaps.
+
+    Arguments and errors as in ``apply_plan``.
+
+    Returns:
+        The pruned model, and the plan with what is true of this model.
+    """
+    check_choice("mode", mode, MODES)
+    check_ridge(ridge)
+    check_compensation(compensation, has_images=batches is not None)
+    fit_plan(model, plan)
+    wanted = needed_statistics(model, compensations=[compensation])
+    session = Session(model, batches, wanted=wanted, ridge=ridge, seed=seed, track=track)
+    plan = plan.with_facts(weights_sha256=hash_weights(model), ridge=ridge)
+    return _carry_out(session, plan, mode=mode, compensation=compensation)
+
+
+def _carry_out(session: Session, plan: Plan, *, mode: str, compensation: str) -> tuple[nn.Module, Plan]:
+    """Prune, and say in the plan which images had a say and how large the model became."""
+    pruned = apply_in(session, plan, mode=mode, compensation=compensation)
+    plan = plan.with_facts(
+        compensation=compensation,
+        mode=mode,
+        calibration=list_seen(session, plan.facts.criterion, plan.calibration),
+        sizes=measure_sizes(pruned),
+        sizes_dense=measure_sizes(session.model),
+        ffn_share=ffn_share(session.model),
+    )
+    return remember(pruned, plan.calibration), plan
+
+
+def list_seen(session: Session, criterion: str | None, before: frozenset[str] = frozenset()) -> SeenImages:
+    """Return the images that had a say in a session: read there, in the scores of a discovery, or ``before``."""
+    scored_on = SeenImages()
+    if criterion in CRITERIA and "found" in CRITERIA[criterion].needs and session.found is not None:
+        scored_on = session.found.seen
+    seen = session.seen
+    named = scored_on if seen.data is None else seen
+    return named.with_hashes(seen.sha256, scored_on.sha256, before)
 
 
 def _target(model: nn.Module, pruning_ratio: float | None, target: Target | None) -> Target:
@@ -248,23 +285,14 @@ def _target(model: nn.Module, pruning_ratio: float | None, target: Target | None
     return target_neurons(model, pruning_ratio) if target is None else target
 
 
-def with_facts(
-    model: nn.Module, plan: Plan, target: Target, pruning_ratio: float | None, facts: Mapping[str, Any]
-) -> Plan:
+def explain(model: nn.Module, plan: Plan, target: Target, pruning_ratio: float | None, facts: Facts) -> Plan:
     """Record in a plan what it was made for, and check that it fits the model."""
-    asked = {
-        "kind": target.kind,
-        "limit": target.limit,
-        "predicted": target.predict(plan.widths),
-        "dense": target.dense,
-    }
-    recorded = {
+    asked: dict[str, Any] = {
         "architecture": architecture(model),
         "weights_sha256": hash_weights(model),
         "pruning_ratio_asked": pruning_ratio,
-        "target": asked,
-        **facts,
+        "target": Asked(target.kind, target.limit, target.predict(plan.widths), target.dense),
     }
-    plan = Plan(plan.keep, recorded)
+    plan = Plan(plan.keep, replace(facts, **asked))
     fit_plan(model, plan)
     return plan

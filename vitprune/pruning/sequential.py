@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vitprune.calibration.moments import Moments
 from vitprune.calibration.statistics import Statistics, at_least_float32
 from vitprune.data import Batches
 from vitprune.models.block_calls import BlockCall, read_states_before, run_until_stopped, stopping_before, study_blocks
@@ -115,7 +116,7 @@ def compensate_sequentially(
                 halves.add(hidden["h"], drift)
         if towards_stream or not bool(keep_H.all()):
             penalties = drift_ridges if towards_stream else None
-            _solve(work.get_submodule(ffn.down_proj), keep_H, halves, ridge, penalties)
+            _solve(work.get_submodule(ffn.read_by), keep_H, halves, ridge, penalties)
         _run_in_place(call, work, work_states)
     return work
 
@@ -184,8 +185,8 @@ def _solve(
     down: nn.Linear, keep_H: Tensor, halves: _Halves, ridge: float | None, drift_ridges: Sequence[float] | None
 ) -> None:
     """Write an output projection; ``ridge`` where inputs go, ``drift_ridges`` where it shall steer."""
-    even, odd = halves.sums
-    whole = _finish([left + right for left, right in zip(even.sums, odd.sums, strict=True)], even.shift_H)
+    even, odd = halves.moments
+    whole = even.merge(odd).finish()
     weight_DH, mean_H = down.weight.double().cpu(), whole.hidden.mean_H
     kept_DS = weight_DH[:, keep_H].clone()
     shift_D = torch.zeros_like(weight_DH[:, 0])
@@ -195,7 +196,7 @@ def _solve(
         shift_D += weight_DH[:, ~keep_H] @ (mean_H[~keep_H] - map_PS @ mean_H[keep_H])
     if drift_ridges is not None:
         shift_D += whole.drift_D
-        finished = [_finish(half.sums, half.shift_H) for half in halves.sums]
+        finished = [half.finish() for half in halves.moments]
         penalty = _choose_ridge(keep_H, halves.gain_D.cpu(), finished, drift_ridges)
         if math.isfinite(penalty):
             steer_DS = regress(whole.hidden, keep_H, whole.drift_DH[:, keep_H].T, ridge=penalty)
@@ -237,59 +238,63 @@ class _Drift:
 
 
 class _Halves:
-    """Sums of even images and of odd images: neighbours in a class folder fall into both halves."""
+    """Moments of even images and of odd images: neighbours in a class folder fall into both halves."""
 
     def __init__(self, gain_D: Tensor, weights_N: Tensor | None) -> None:
         self.gain_D, self.weights_N = gain_D, weights_N
-        self.sums: tuple[_DriftSums, ...] = ()
+        self.moments: tuple[_DriftMoments, ...] = ()
         self.num_images = 0
 
     def add(self, hidden: Tensor, drift: Tensor) -> None:
         """Add what the projection reads [B, ..., H] and the drift of the residual stream [B, ..., D]."""
-        if not self.sums:
+        if not self.moments:
             shift_H = hidden.flatten(0, -2).mean(0)
-            self.sums = tuple(_DriftSums(self.gain_D, shift_H, self.weights_N) for _ in range(2))
-        for parity, half in enumerate(self.sums):
+            self.moments = tuple(_DriftMoments(self.gain_D, shift_H, self.weights_N) for _ in range(2))
+        for parity, half in enumerate(self.moments):
             chosen = slice((parity + self.num_images) % 2, None, 2)
-            half.add(hidden[chosen], drift[chosen].to(half.shift_H))
+            half.add(hidden[chosen], drift[chosen].to(half.hidden.shift_H))
         self.num_images += len(drift)
 
 
-class _DriftSums:
-    """Running sums of inputs (around a shift), of the drift in units of the projection's output, and of products.
+class _DriftMoments:
+    """Moments of what a projection reads, of the drift in units of the projection's output, and of both together.
 
-    Products are taken in the dtype of the hidden neurons, sums in float64.
+    Halves of the same images share a shift, so merging them is adding.
     """
 
-    def __init__(self, gain_D: Tensor, shift_H: Tensor, weights_N: Tensor | None = None) -> None:
-        self.shift_H = shift_H
+    def __init__(self, gain_D: Tensor, shift_H: Tensor, weights_N: Tensor | None) -> None:
+        self.gain_D = gain_D
         self.weights_N = None if weights_N is None else weights_N.to(shift_H)
         # A channel that hardly reaches the residual stream would need weights beyond what half precision holds.
         reaches_D = gain_D.abs() > LEAST_GAIN * gain_D.abs().max()
         self.inverse_gain_D = torch.where(reaches_D, 1 / gain_D, 0).to(shift_H)
-        self.sums: list[Tensor] = []
+        self.hidden = Moments(shift_H)
+        self.drift_D: Tensor | float = 0.0
+        self.drift_DH: Tensor | float = 0.0
 
     def add(self, hidden: Tensor, drift: Tensor) -> None:
         """Add hidden neurons [B, ..., H] and the drift of the residual stream [B, ..., D]."""
-        rows_NH = hidden.reshape(-1, hidden.shape[-1]) - self.shift_H
+        rows_NH = hidden.reshape(-1, hidden.shape[-1])
         drift_ND = drift.reshape(-1, drift.shape[-1]) * self.inverse_gain_D
         weights_N1 = rows_NH.new_ones(len(rows_NH), 1)
         if self.weights_N is not None:
             weights_N1 = self.weights_N.repeat(len(hidden)).unsqueeze(1)
-        weighted_NH, weighted_ND = weights_N1 * rows_NH, weights_N1 * drift_ND
-        sums = [weights_N1.sum(), weighted_NH.sum(0), weighted_ND.sum(0)]
-        products = [weighted_NH.T @ rows_NH, weighted_ND.T @ rows_NH]
-        parts = [part.double() for part in (*sums, *products)]
-        self.sums = [total.add_(part) for total, part in zip(self.sums, parts, strict=True)] if self.sums else parts
+        self.hidden.add(rows_NH, weights_N1)
+        weighted_ND = weights_N1 * drift_ND
+        self.drift_D = self.drift_D + weighted_ND.sum(0).double()
+        self.drift_DH = self.drift_DH + (weighted_ND.T @ (rows_NH - self.hidden.shift_H)).double()
 
+    def merge(self, other: _DriftMoments) -> _DriftMoments:
+        """Return the moments of the images of both."""
+        merged = _DriftMoments(self.gain_D, self.hidden.shift_H, self.weights_N)
+        merged.hidden = self.hidden.merge(other.hidden)
+        merged.drift_D, merged.drift_DH = self.drift_D + other.drift_D, self.drift_DH + other.drift_DH
+        return merged
 
-def _finish(sums: Sequence[Tensor], shift_H: Tensor) -> _Drift:
-    count = max(float(sums[0]), 1.0)
-    offset_H, drift_D, square_HH, cross_DH = ((total / count).cpu() for total in sums[1:])
-    hidden = Statistics(
-        num_images=0,
-        num_tokens=round(float(sums[0])),
-        mean_H=shift_H.double().cpu() + offset_H,
-        covariance_HH=square_HH.sub_(torch.outer(offset_H, offset_H)),
-    )
-    return _Drift(hidden, drift_D, cross_DH.sub_(torch.outer(drift_D, offset_H)))
+    def finish(self) -> _Drift:
+        """Return what they come to; the products are used up."""
+        count = max(self.hidden.count, 1.0)
+        offset_H, drift_D = ((total / count).cpu() for total in (self.hidden.sum_H, self.drift_D))
+        num_tokens = round(self.hidden.count)
+        hidden = Statistics(0, num_tokens, *self.hidden.finish())
+        return _Drift(hidden, drift_D, (self.drift_DH / count).cpu().sub_(torch.outer(drift_D, offset_H)))

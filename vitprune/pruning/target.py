@@ -1,6 +1,6 @@
-"""What a plan may cost: neurons, parameters, multiply-accumulates or milliseconds, by width of every FFN.
+"""What a plan may cost: neurons, parameters, multiply-accumulates or milliseconds, by width of every group.
 
-Letters: H hidden neurons.
+Letters: H units of a group (hidden neurons of an FFN).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from vitprune.data import data_config
 from vitprune.errors import VitpruneError
-from vitprune.models.units import FeedForward, find_feed_forwards, hook_hidden
+from vitprune.models.macs import count_macs
+from vitprune.models.units import Group, find_groups, hook_hidden
 from vitprune.options import TARGETS
 
 
@@ -25,8 +26,8 @@ class Target:
     Attributes:
         kind: key of ``TARGETS``.
         limit: what the model may cost at most, in the unit of the kind.
-        fixed: what the model costs beside its FFN neurons.
-        costs: FFN name -> cost at 0, 1 .. H neurons [H + 1]; float64, non-decreasing.
+        fixed: what the model costs beside its units.
+        costs: group name -> cost at 0, 1 .. H units [H + 1]; float64, non-decreasing.
     """
 
     kind: str
@@ -45,11 +46,11 @@ class Target:
 
     @property
     def share(self) -> float:
-        """Share of what the FFN neurons cost that has to go, in [0, 1]."""
+        """Share of what the units cost that has to go, in [0, 1]."""
         return min(max((self.dense - self.limit) / (self.dense - self.fixed), 0.0), 1.0)
 
     def partly(self, share: float) -> Target:
-        """Return a milder target, where only this share of what the FFN neurons cost has to go."""
+        """Return a milder target, where only this share of what the units cost has to go."""
         limit = self.dense - share * (self.dense - self.fixed)
         return Target(self.kind, max(limit, self.limit), self.fixed, self.costs)
 
@@ -63,64 +64,83 @@ def target_neurons(model: nn.Module, pruning_ratio: float) -> Target:
 
     Raises:
         VitpruneError: if the ratio is out of range.
+
+    >>> import timm
+    >>> target_neurons(timm.create_model("vit_tiny_patch16_224", depth=2), 0.5).limit
+    768.0
     """
     if not 0 <= pruning_ratio < 1:
         raise VitpruneError(f"pruning_ratio must be in [0, 1), got {pruning_ratio}")
-    ffns = find_feed_forwards(model)
-    limit = sum(ffn.num_neurons for ffn in ffns) * (1 - pruning_ratio)
-    return Target("neurons", limit, 0.0, _linear(dict.fromkeys(ffns, 1)))
+    groups = find_groups(model)
+    limit = sum(group.num_units for group in groups) * (1 - pruning_ratio)
+    return Target("neurons", limit, 0.0, _linear(dict.fromkeys(groups, 1)))
 
 
 def target_parameters(model: nn.Module, limit: float) -> Target:
     """Ask for a number of parameters of the whole model.
 
-    An output projection without bias counts as if it had one, because compensation may give it one.
+    A layer without bias that reads units counts as if it had one, because compensation may give it one.
 
     Raises:
         VitpruneError: if the model cannot be that small or is smaller already.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    >>> target = target_parameters(model, 600_000)
+    >>> round(target.predict({"blocks.0.mlp": 768})) == sum(p.numel() for p in model.parameters())
+    True
     """
-    per_neuron = {}
-    for ffn in find_feed_forwards(model):
-        ups = [model.get_submodule(name) for name in ffn.up_projs]
-        rows = 2 if ffn.packed else 1
-        per_neuron[ffn] = model.get_submodule(ffn.down_proj).out_features + sum(
-            rows * (up.in_features + (up.bias is not None)) for up in ups
-        )
+    groups = find_groups(model)
     total = sum(parameter.numel() for parameter in model.parameters())
-    for ffn in find_feed_forwards(model):
-        down = model.get_submodule(ffn.down_proj)
-        total += down.out_features if down.bias is None else 0
-    return _checked("parameters", limit, total, per_neuron)
+    for group in groups:
+        reader = model.get_submodule(group.read_by)
+        total += reader.out_features if reader.bias is None else 0
+    return _checked("parameters", limit, total, {group: parameters_per_unit(model, group) for group in groups})
 
 
-def target_macs(model: nn.Module, limit: float, *, total: int) -> Target:
+def target_macs(model: nn.Module, limit: float, *, total: int | None = None) -> Target:
     """Ask for a number of multiply-accumulates of one image.
 
     Args:
         model: timm Vision Transformer in eval mode.
         limit: of the whole model.
-        total: of the whole dense model, as ``count_macs`` counts them.
+        total: of the whole dense model, where ``count_macs`` has counted them already.
 
     Raises:
         VitpruneError: if the model cannot be that small or is smaller already.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1).eval()
+    >>> target_macs(model, 1e8).dense == count_macs(model)
+    True
     """
-    ffns = find_feed_forwards(model)
-    tokens = count_tokens(model, ffns)
-    per_neuron = {}
-    for ffn in ffns:
-        ups = [model.get_submodule(name) for name in ffn.up_projs]
-        weights = sum((2 if ffn.packed else 1) * up.in_features for up in ups)
-        per_neuron[ffn] = tokens[ffn.name] * (weights + model.get_submodule(ffn.down_proj).out_features)
-    return _checked("macs", limit, total, per_neuron)
+    groups = find_groups(model)
+    tokens = count_tokens(model, groups)
+    per_unit = {group: tokens[group.name] * macs_per_unit(model, group) for group in groups}
+    return _checked("macs", limit, count_macs(model) if total is None else total, per_unit)
+
+
+def parameters_per_unit(model: nn.Module, group: Group) -> int:
+    """Return how many parameters go with a unit of a group."""
+    biases = sum(
+        part.copies for part in group.owned if part.axis == 0 and model.get_submodule(part.linear).bias is not None
+    )
+    return macs_per_unit(model, group) + biases * group.unit_size
+
+
+def macs_per_unit(model: nn.Module, group: Group) -> int:
+    """Return how many multiply-accumulates of one token go with a unit of a group: the weights that it owns."""
+    lengths = [model.get_submodule(part.linear).weight.shape[1 - part.axis] * part.copies for part in group.owned]
+    return sum(lengths) * group.unit_size
 
 
 @torch.no_grad()
-def count_tokens(model: nn.Module, ffns: Sequence[FeedForward]) -> dict[str, int]:
-    """Return how many tokens of one image each FFN computes, by name."""
+def count_tokens(model: nn.Module, groups: Sequence[Group]) -> dict[str, int]:
+    """Return for how many tokens of one image the units of each group are computed, by name."""
     tokens: dict[str, int] = {}
     parameter = next(model.parameters())
     image = torch.zeros(1, *data_config(model)["input_size"], device=parameter.device, dtype=parameter.dtype)
-    with hook_hidden(model, ffns, lambda name, h: tokens.update({name: h[..., 0].numel()})):
+    with hook_hidden(model, groups, lambda name, h: tokens.update({name: h[..., 0].numel()})):
         model(image)
     return tokens
 
@@ -134,27 +154,29 @@ def target_latency(
         model: timm Vision Transformer.
         limit: ms of one run of the whole model.
         total: measured ms of the whole dense model.
-        tables: FFN name -> pairs (width, measured ms), the dense width among them; times between are interpolated, and
-            a time above that of a larger width is lowered to it.
+        tables: group name -> pairs (width, measured ms), the dense width among them; times between are interpolated,
+            and a time above that of a larger width is lowered to it.
 
     Raises:
         VitpruneError: if the model cannot be that fast or is faster already.
     """
     costs = {}
-    for ffn in find_feed_forwards(model):
-        widths, times = zip(*sorted(tables[ffn.name]), strict=True)
-        grid = np.interp(np.arange(ffn.num_neurons + 1), widths, np.minimum.accumulate(times[::-1])[::-1])
-        costs[ffn.name] = torch.from_numpy(grid).double()
+    for group in find_groups(model):
+        widths, times = zip(*sorted(tables[group.name]), strict=True)
+        grid = np.interp(np.arange(group.num_units + 1), widths, np.minimum.accumulate(times[::-1])[::-1])
+        costs[group.name] = torch.from_numpy(grid).double()
     fixed = total - sum(float(cost_H[-1]) for cost_H in costs.values())
     return _check(Target("latency", limit, fixed, costs))
 
 
-def _linear(per_neuron: Mapping[FeedForward, float]) -> dict[str, Tensor]:
-    return {ffn.name: cost * torch.arange(ffn.num_neurons + 1, dtype=torch.float64) for ffn, cost in per_neuron.items()}
+def _linear(per_unit: Mapping[Group, float]) -> dict[str, Tensor]:
+    return {
+        group.name: cost * torch.arange(group.num_units + 1, dtype=torch.float64) for group, cost in per_unit.items()
+    }
 
 
-def _checked(kind: str, limit: float, total: float, per_neuron: Mapping[FeedForward, float]) -> Target:
-    costs = _linear(per_neuron)
+def _checked(kind: str, limit: float, total: float, per_unit: Mapping[Group, float]) -> Target:
+    costs = _linear(per_unit)
     return _check(Target(kind, limit, total - sum(float(cost_H[-1]) for cost_H in costs.values()), costs))
 
 

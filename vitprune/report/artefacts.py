@@ -12,8 +12,8 @@ from vitprune.card import Card, read_card
 from vitprune.discovery.run import RUN_FILE, load_run
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.curve_folder import CURVE_FILE, load_curve
+from vitprune.evaluation.evaluation_folder import EVALUATION_FILE, load_evaluation
 from vitprune.evaluation.model_facts import ModelFacts, describe_network
-from vitprune.evaluation.record import EVALUATION_FILE, load_evaluation
 from vitprune.files import read_json
 from vitprune.models.load import load
 from vitprune.models.saved_folder import PLAN_FILE, build_dense

@@ -11,8 +11,8 @@ from vitprune.card import Card
 from vitprune.data import digest_images
 from vitprune.discovery.run import Run
 from vitprune.evaluation.curve_folder import CurveRecord
+from vitprune.evaluation.evaluation_folder import Evaluation
 from vitprune.evaluation.model_facts import ModelFacts
-from vitprune.evaluation.record import Evaluation
 from vitprune.report.artefacts import KINDS, Artefact, PrunedModel
 from vitprune.report.sections.links import card_id
 from vitprune.report.text import count, duration, plural, scaled

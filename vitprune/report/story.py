@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitprune.evaluation.accuracy import Accuracy, compare, count_right
+from vitprune.evaluation.evaluation_folder import Evaluation, flipped
 from vitprune.evaluation.model_facts import ModelFacts
-from vitprune.evaluation.record import Evaluation, flipped
 from vitprune.figures.fronts_figure import FrontPoint, draw_front
 from vitprune.figures.widths_figure import draw_widths
 from vitprune.options import BACKENDS

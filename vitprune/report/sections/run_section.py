@@ -11,7 +11,7 @@ from vitprune.data import describe_class
 from vitprune.discovery.discover import class_paths, count_correct
 from vitprune.discovery.run import Run
 from vitprune.evaluation.accuracy import count_right
-from vitprune.evaluation.record import Evaluation
+from vitprune.evaluation.evaluation_folder import Evaluation
 from vitprune.figures.path_figure import MAX_CLASSES, draw_paths
 from vitprune.figures.utilisation_figure import draw_utilisation
 from vitprune.figures.violins_figure import draw_violins

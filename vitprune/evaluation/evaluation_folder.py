@@ -100,6 +100,8 @@ def describe_evaluation(evaluation: Evaluation) -> dict[str, Any]:
     accuracy = count_right(judged.answers)
     answer = describe_accuracy(accuracy, judged.model.num_classes, judged.class_names)
     answer |= {"skipped": list(evaluation.skipped), "against": None}
+    if judged.answers.num_overlap:
+        answer["num_overlap"] = judged.answers.num_overlap
     if against is None:
         return answer
     before = count_right(against.answers)
@@ -123,7 +125,7 @@ def flipped(evaluation: Evaluation) -> tuple[list[int], list[int]]:
         VitpruneError: if there is no other model.
     """
     if evaluation.against is None:
-        raise VitpruneError("one model alone flips no answers; evaluate it with --against MODEL")
+        raise VitpruneError("one model alone flips no answers; compare it with another one")
     after, before = (count_right(each.answers).correct for each in (evaluation.judged, evaluation.against))
     pairs = list(enumerate(zip(before, after, strict=True)))
     lost = [place for place, (was, now) in pairs if was and not now]

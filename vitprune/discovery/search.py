@@ -1,0 +1,35 @@
+"""What a path search is asked for, handed on whole from the verb to the method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vitprune.discovery.objective import DEFAULT_OBJECTIVE, Objective
+from vitprune.discovery.quadrature import Quadrature
+from vitprune.models.units import Group
+
+
+@dataclass(frozen=True)
+class Search:
+    """A request for paths.
+
+    Attributes:
+        ffns: the model's FFNs.
+        method: key of ``METHODS``.
+        top_k: K, neurons per FFN; 1 .. the narrowest FFN.
+        tokens: ``cls``, ``patch`` or ``all``.
+        rule: for the integral over α; the joint score of a path (not of ``jas-complete``) takes its first nodes.
+        objective: what F is.
+        precision: of the matrix products behind the layer under test at the first nodes, key of ``PRECISIONS``; what it
+            leaves in doubt is scored again in the model's own. Other than ``float32`` only with an adaptive rule.
+        seed: of the random paths; the other methods draw nothing.
+    """
+
+    ffns: tuple[Group, ...]
+    method: str
+    top_k: int
+    tokens: str
+    rule: Quadrature
+    objective: Objective = DEFAULT_OBJECTIVE
+    precision: str = "float32"
+    seed: int = 0

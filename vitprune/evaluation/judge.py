@@ -1,0 +1,174 @@
+"""Ask one model, or two of them, about the images of a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vitprune.data import Batches, ImageBatches, ImageChoice, ImageSet, digest_images, hash_images
+from vitprune.errors import VitpruneError
+from vitprune.evaluation.accuracy import collect_answers
+from vitprune.evaluation.evaluation_folder import Evaluation, Judged, name_classes
+from vitprune.evaluation.model_facts import describe_file, describe_network
+from vitprune.export.runtime import OnnxModel, open_onnx
+from vitprune.models.load import load
+from vitprune.seen_images import check_unseen, seen_by
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to open, as ``open_model`` takes it.
+
+    Attributes:
+        name: timm name, folder of a saved model, elastic file, or ONNX file.
+        checkpoint: weights for a timm name.
+        ratio: of an elastic file.
+    """
+
+    name: str
+    checkpoint: str | None = None
+    ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read.
+
+    Attributes:
+        batch_size: images at once.
+        num_workers: processes that decode; 0 decodes in this one.
+        strict: refuse an undecodable image instead of leaving it out.
+        wrap: (batches, description) -> the same batches, with progress perhaps.
+    """
+
+    batch_size: int = 64
+    num_workers: int = 0
+    strict: bool = False
+    wrap: Callable[[ImageBatches, str], Batches] = lambda batches, _description: batches
+
+
+def open_model(source: Source, *, device: str | None = None) -> nn.Module | OnnxModel:
+    """Open what can be asked about images: whatever ``vitprune.load`` loads, or an ONNX file.
+
+    Args:
+        source: what to open.
+        device: of a torch model; an ONNX file runs on ONNX Runtime's CPU provider.
+
+    Raises:
+        VitpruneError: if it cannot be opened, or is asked for what it does not have.
+    """
+    name = source.name
+    if Path(name).suffix != ".onnx":
+        return load(name, checkpoint=source.checkpoint, device=device or "cpu", ratio=source.ratio)
+    if source.ratio is not None:
+        raise VitpruneError(f"{name} has one width only; leave `ratio` out")
+    if source.checkpoint is not None:
+        raise VitpruneError(f"{name} holds its own weights; leave `checkpoint` out")
+    if device not in (None, "cpu"):
+        raise VitpruneError(f"{name} runs on ONNX Runtime's CPU provider, not on '{device}'")
+    return open_onnx(name)
+
+
+def judge(
+    source: Source,
+    choice: ImageChoice,
+    *,
+    against: Source | None = None,
+    device: str | None = None,
+    onnx_device: str | None = None,
+    reading: Reading | None = None,
+    allow_overlap: bool = False,
+) -> tuple[Evaluation, ImageSet]:
+    """Ask a model about the images of a folder, and another one about the same images.
+
+    Args:
+        source: the model.
+        choice: the images; each model numbers their classes in its own way.
+        against: the model to compare with.
+        device: of torch models.
+        onnx_device: where an ONNX file was asked to run; only a CPU can.
+        reading: how to read images.
+        allow_overlap: ask about images that had a say in a model as well, and count them.
+
+    Returns:
+        The evaluation, and the images that were found.
+
+    Raises:
+        VitpruneError: if a model cannot be opened or has no classifier, an image had a say in one, or the other model
+            has no class for an image.
+    """
+    reading = Reading() if reading is None else reading
+    asked = [source, *([] if against is None else [against])]
+    opened = [open_model(each, device=onnx_device if _is_onnx(each) else device) for each in asked]
+    images = choice.find(opened[0])
+    chosen = [images]
+    if against is not None:
+        chosen.append(_same_images(choice.find(opened[1]), images, against.name))
+    if not allow_overlap:
+        # Before the first model is asked anything.
+        for model, of_model in zip(opened, chosen, strict=True):
+            check_unseen(of_model, seen_by(model))
+    judged, read = [], []
+    for each, model, of_model in zip(asked, opened, chosen, strict=True):
+        answers, batches = _ask(each, model, of_model, reading, allow_overlap)
+        judged.append(answers)
+        read.append(batches)
+    if len({tuple(batches.files_read) for batches in read}) > 1:
+        raise VitpruneError(f"{choice.root}: images changed while they were read; evaluate again")
+    used = images.only(read[0].files_read)
+    evaluation = Evaluation(
+        root=images.root,
+        files=used.files,
+        images_sha256=digest_images(hash_images(used)),
+        skipped=tuple(name for name, _reason in read[0].skipped),
+        judged=judged[0],
+        against=judged[1] if against is not None else None,
+    )
+    return evaluation, images
+
+
+def judge_network(
+    model: nn.Module, images: ImageSet, *, name: str, reading: Reading | None = None, allow_overlap: bool = False
+) -> Judged:
+    """Ask a torch model about images.
+
+    Args:
+        model: in eval mode.
+        images: numbered as it numbers its classes.
+        name: what it was loaded by, or where it will be.
+        reading: how to read images.
+        allow_overlap: as in ``evaluate``.
+    """
+    return _ask(Source(name), model, images, reading or Reading(), allow_overlap)[0]
+
+
+def _is_onnx(source: Source) -> bool:
+    return Path(source.name).suffix == ".onnx"
+
+
+def _ask(
+    source: Source, model: Any, images: ImageSet, reading: Reading, allow_overlap: bool
+) -> tuple[Judged, ImageBatches]:
+    batches = ImageBatches(
+        images, model, batch_size=reading.batch_size, num_workers=reading.num_workers, strict=reading.strict
+    )
+    wrapped = reading.wrap(batches, f"evaluate {Path(source.name).name}")
+    answers = collect_answers(model, wrapped, allow_overlap=allow_overlap)
+    if _is_onnx(source):
+        facts = describe_file(source.name, model)
+    else:
+        facts = describe_network(model, source.name, checkpoint=source.checkpoint, ratio=source.ratio)
+    return Judged(facts, answers, name_classes(model, images, answers)), batches
+
+
+def _same_images(others: ImageSet, images: ImageSet, against: str) -> ImageSet:
+    """Return the images that both models are asked about, in the numbering of the other model."""
+    kept = others.only(images.files)
+    if kept.files != images.files:
+        missing = next(name for name in images.files if name not in set(kept.files))
+        raise VitpruneError(f"{against} has no class for {missing} and {len(images) - len(kept) - 1} more images")
+    return replace(kept, left_out=())
