@@ -19,6 +19,7 @@ import vitprune
 from vitprune.data import hash_images
 from vitprune.files import open_resumable
 from vitprune.models.identity import hash_weights
+from vitprune.seen_images import check_unseen
 
 RESULTS = Path(__file__).resolve().parent / "results"
 STARTED = time.perf_counter()
@@ -31,10 +32,8 @@ def read_batches(images: vitprune.ImageSet, model: torch.nn.Module) -> list:
 
 def refuse_overlap(*sets: vitprune.ImageSet) -> None:
     """Refuse sets of images that share a file; the last is what is evaluated on."""
-    *used, evaluated = (set(hash_images(images)) for images in sets)
-    shared = evaluated & set().union(*used)
-    if shared:
-        raise SystemExit(f"{len(shared)} evaluation images are calibration images as well")
+    *used, evaluated = sets
+    check_unseen(evaluated, {digest for images in used for digest in hash_images(images)})
 
 
 def open_points(folder: str, model: torch.nn.Module, *sets: vitprune.ImageSet) -> Path:

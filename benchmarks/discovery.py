@@ -29,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import vitprune
-from vitprune.discovery.discover import plan_search, set_pace
+from vitprune.discovery.discover import set_pace
+from vitprune.discovery.methods import plan_search
 from vitprune.models.trunk import plain_attention
 from vitprune.options import DEFAULT_QUADRATURE
 from vitprune.processes import peak_memory_bytes

@@ -19,11 +19,12 @@ from common import RESULTS, describe_machine
 from jsonargparse import auto_cli
 
 import vitprune
-from vitprune.discovery.discover import Part, Search
+from vitprune.discovery.discover import Part
 from vitprune.discovery.objective import DEFAULT_OBJECTIVE
 from vitprune.discovery.quadrature import parse_quadrature
+from vitprune.discovery.search import Search
 from vitprune.discovery.shards import Shards, read_shards, write_shard
-from vitprune.models.units import FeedForward
+from vitprune.models.units import group_of_neurons
 from vitprune.processes import peak_memory_bytes
 
 NUM_FFNS, NUM_NEURONS, PER_SHARD, PER_CLASS = 12, 3072, 256, 1281
@@ -36,7 +37,7 @@ def main(num_shards: int = 500):
         num_shards: of 256 images each; ImageNet's training images make 5,005.
     """
     names = [f"blocks.{index}.mlp" for index in range(NUM_FFNS)]
-    ffns = tuple(FeedForward(name, (f"{name}.fc1",), f"{name}.fc2", NUM_NEURONS) for name in names)
+    ffns = tuple(group_of_neurons(name, (f"{name}.fc1",), f"{name}.fc2", NUM_NEURONS) for name in names)
     search = Search(ffns, "jas", 1, "cls", parse_quadrature("gauss-legendre:4"), DEFAULT_OBJECTIVE)
     labels = torch.arange(num_shards * PER_SHARD) // PER_CLASS
     files = tuple(f"class{label:04}/image{index:08}.JPEG" for index, label in enumerate(labels.tolist()))

@@ -13,16 +13,15 @@ from families import build, example
 import vitprune
 from vitprune.data import digest_images, hash_images
 from vitprune.discovery.discover import (
-    _FIND_PATHS,
     Discovery,
     class_paths,
     count_correct,
     count_visits,
     discover,
-    plan_search,
     set_pace,
 )
 from vitprune.discovery.memory import budget_bytes, measure_row_bytes
+from vitprune.discovery.methods import REGISTRY, plan_search
 from vitprune.discovery.run import Run, load_run, save_run
 from vitprune.options import METHODS
 
@@ -30,7 +29,7 @@ LABELS = torch.tensor([3, 1, 3])
 
 
 def test_the_methods_and_the_help_name_the_same_things():
-    assert list(_FIND_PATHS) == list(METHODS)
+    assert list(REGISTRY) == list(METHODS)
 
 
 @pytest.mark.parametrize("method", METHODS)

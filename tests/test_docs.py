@@ -25,7 +25,7 @@ from warm_vitprune import CLIENT, Program
 import vitprune
 from vitprune import options
 from vitprune.cli.commands import COMMANDS, build_parser
-from vitprune.discovery.discover import plan_search
+from vitprune.discovery.methods import plan_search
 from vitprune.discovery.shards import Shards, find_shards
 from vitprune.files import open_resumable
 

@@ -17,6 +17,7 @@ LAYERS = (
     ("options", "processes", "intervals"),
     ("files", "timing"),
     ("card", "data"),
+    ("seen_images",),
     ("models",),
     ("discovery",),
     ("figures", "calibration"),

@@ -22,10 +22,10 @@ from vitprune.card import make_card, write_card
 from vitprune.data import ImageBatches, ImageSet, data_config, digest_images, find_images, hash_images
 from vitprune.discovery.discover import Discovery, class_paths, discover
 from vitprune.discovery.run import Run, save_run
-from vitprune.evaluation.accuracy import collect_answers, compare, count_right
+from vitprune.evaluation.accuracy import compare, count_right
 from vitprune.evaluation.curve import Curve, measure_curve
-from vitprune.evaluation.evaluation_folder import Evaluation, Judged, name_classes, save_evaluation
-from vitprune.evaluation.model_facts import describe_network
+from vitprune.evaluation.evaluation_folder import Evaluation, save_evaluation
+from vitprune.evaluation.judge import Reading, judge_network
 from vitprune.export.onnx_file import export_onnx
 from vitprune.figures.curve_figure import draw_curve
 from vitprune.figures.style import save_figure
@@ -35,7 +35,6 @@ from vitprune.models.load import load
 from vitprune.models.macs import count_parameters
 from vitprune.models.saved_folder import save
 from vitprune.progress import Track
-from vitprune.pruning.plan import Plan
 from vitprune.pruning.prune import prune
 from vitprune.report.page import write_report
 from vitprune.speed.bench import BenchRow, bench, describe_hardware
@@ -114,8 +113,7 @@ def run_demo(output: str | Path, *, seed: int, track: Track, note: Callable[[str
     curve = Curve(("jas", "taylor", "obs"), ("uniform",), ("none", "ridge"), step=1.0, seed=seed)
     points = measure_curve(model, calibration, evaluation, curve, ratios=RATIOS, found=found, track=track)
     pruned, plan = prune(model, calibration, seed=seed)
-    plan = Plan(plan.keep, {**plan.facts, "calibration": _describe_calibration(train_images)})
-    compared = _compare(model, pruned, ImageBatches(test_images, model, batch_size=128), names=(model_folder, output))
+    compared = _compare(model, pruned, test_images, names=(model_folder, output))
     dense, after = count_right(compared.against.answers), count_right(compared.judged.answers)
     with atomic_folder(output) as folder:
         run = Run(
@@ -179,31 +177,18 @@ def run_demo(output: str | Path, *, seed: int, track: Track, note: Callable[[str
     return DemoResult(str(output), files, str(model_folder), str(data / "test"), answer, tables)
 
 
-def _compare(model: nn.Module, pruned: nn.Module, batches: ImageBatches, *, names: tuple[Path, Path]) -> Evaluation:
+def _compare(model: nn.Module, pruned: nn.Module, images: ImageSet, *, names: tuple[Path, Path]) -> Evaluation:
     """Ask the dense and the pruned model about the same images."""
-    images, (dense_folder, output) = batches.images, names
-
-    def judge(network: nn.Module, name: str) -> Judged:
-        answers = collect_answers(network, batches)
-        return Judged(describe_network(network, name), answers, name_classes(network, images, answers))
-
+    dense_folder, output = names
+    reading = Reading(batch_size=128)
     return Evaluation(
         root=images.root,
         files=images.files,
         images_sha256=digest_images(hash_images(images)),
         skipped=(),
-        judged=judge(pruned, str(Path(output).absolute() / "pruned")),
-        against=judge(model, str(dense_folder)),
+        judged=judge_network(pruned, images, name=str(Path(output).absolute() / "pruned"), reading=reading),
+        against=judge_network(model, images, name=str(dense_folder), reading=reading),
     )
-
-
-def _describe_calibration(images: ImageSet) -> dict[str, Any]:
-    return {
-        "data": str(images.root),
-        "files": images.files,
-        "labels": images.labels,
-        "sha256": sorted(set(hash_images(images))),
-    }
 
 
 def _paths_table(found: Discovery):

@@ -31,6 +31,7 @@ from vitprune.cli import (
     report,
     run,
 )
+from vitprune.cli.wording import in_flags
 from vitprune.errors import VitpruneError
 from vitprune.processes import count_processes
 from vitprune.recipe.command_options import command_line, explain_mistake, option_names
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, given = arguments.subcommand, arguments[arguments.subcommand]
         _run_command(command, given.as_dict())
     except VitpruneError as error:
-        print(f"vitprune: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"vitprune: {in_flags(' '.join(str(error).split()))}", file=sys.stderr)
         return EXIT_MISTAKE
     except KeyboardInterrupt:
         print("vitprune: interrupted; nothing half-written was kept", file=sys.stderr)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from jsonargparse import ArgumentParser
 
 from vitprune import options
 from vitprune.cli.arguments import add_checkpoint, add_device, add_images, listed
 from vitprune.cli.inputs import (
-    choose_images,
-    describe_calibration,
-    images_of,
+    calibration_images,
+    choose,
+    find_images,
     make_batches,
     open_source,
-    plan_of,
-    refuse_shared,
     refuse_without_data,
     report_skipped,
     warn_of_few_classes,
@@ -66,9 +61,8 @@ def run(
     source, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, eval_data,
     eval_images_per_class, ratios, criteria, allocations, compensations, step, max_drop, device, output, overwrite,
 ):  # fmt: skip
-    from vitprune.evaluation.curve import Curve, find_largest_ratio, measure_curve, parse_ratios
-    from vitprune.evaluation.curve_folder import CURVE_FILES, POINTS_FOLDER, CurveRecord, save_curve
-    from vitprune.files import open_resumable
+    from vitprune.evaluation.curve import Curve, parse_ratios
+    from vitprune.evaluation.curve_folder import record_curve
 
     several = {"criteria": criteria, "allocations": allocations, "compensations": compensations}
     if max_drop is not None:
@@ -80,35 +74,34 @@ def run(
     shares = parse_ratios(["0.1:0.8:0.1"] if ratios is None else ratios)
     run, network = open_source(source, checkpoint, device)
     refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
-    images = images_of(source, run, network, data, class_map, classes, images_per_class, seed)
+    images = calibration_images(source, run, network, data, class_map, classes, images_per_class, seed)
     if images is None:
         raise VitpruneError("curve needs calibration images; pass --data DIR")
-    others = choose_images(network, eval_data, class_map, None, eval_images_per_class, seed)
-    used = describe_calibration(
-        images, None if run is None else run.images, plan_of(source if run is None else run.model)
-    )
-    refuse_shared(others, used["sha256"], source)
+    others = find_images(choose(eval_data, class_map, None, eval_images_per_class, seed), network)
     calibration, evaluation = (
         make_batches(each, network, batch_size=batch_size, workers=workers, strict=strict) for each in (images, others)
     )
-    request = {**_describe_run(source, run, network, images, others), "step": step, "seed": seed}
-    folder = open_resumable(output, request, owned=CURVE_FILES, overwrite=overwrite)
-    curve = Curve(**several, step=step, seed=seed, folder=folder / POINTS_FOLDER)
     calibrated = set(compensations) != {"none"}
     for each, what in ((images, "calibration"), (others, "evaluation"))[0 if calibrated else 1 :]:
         warn_of_few_classes(network, each, what)
-    found = None if run is None else run.found
-    largest = None
-    if max_drop is None:
-        points = measure_curve(network, calibration, evaluation, curve, ratios=shares, found=found, track=track)
-    else:
-        largest, points = find_largest_ratio(
-            network, calibration, evaluation, curve, max_drop=max_drop, found=found, track=track
-        )
-    skipped = [name for batches in (calibration, evaluation) for name in report_skipped(batches)]
-    record = CurveRecord(tuple(points), max_drop, largest, str(others.root), others.files, skipped, request)
-    save_curve(record, folder)
+    record = record_curve(
+        network,
+        calibration,
+        evaluation,
+        Curve(**several, step=step, seed=seed),
+        output,
+        ratios=shares,
+        max_drop=max_drop,
+        found=None if run is None else run.found,
+        source=None if run is None else source,
+        overwrite=overwrite,
+        track=track,
+    )
+    for batches in (calibration, evaluation):
+        report_skipped(batches)
+    points, largest = record.points, record.largest_ratio
     rows = [vars(point) for point in points]
+    skipped = list(record.skipped)
     answer = {"output": output, "points": rows, "max_drop": max_drop, "largest_ratio": largest, "skipped": skipped}
 
     def show() -> None:
@@ -143,22 +136,3 @@ def run(
         print(f"wrote {output}: curve.csv, curve.json, curve.png, curve.svg")
 
     return answer, show
-
-
-def _describe_run(source: str, run, network, images, others) -> dict[str, Any]:
-    """Say everything that a curve's points depend on beside their own names."""
-    from vitprune import __version__
-    from vitprune.data import data_config, hash_images
-    from vitprune.discovery.run import RUN_FILES
-    from vitprune.files import hash_file
-    from vitprune.models.identity import architecture, hash_weights
-
-    return {
-        "vitprune": __version__,
-        "architecture": architecture(network),
-        "transform": data_config(network),
-        "weights": hash_weights(network),
-        "calibration images": sorted(zip(hash_images(images), images.labels, strict=True)),
-        "evaluation images": sorted(zip(hash_images(others), others.labels, strict=True)),
-        "run": None if run is None else {name: hash_file(Path(source) / name) for name in sorted(RUN_FILES)},
-    }

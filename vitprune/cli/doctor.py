@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 
 from vitprune import options
 from vitprune.cli.arguments import add_checkpoint, listed
-from vitprune.cli.inputs import load_model, plan_of, refuse_elastic
+from vitprune.cli.inputs import load_model, refuse_elastic
 from vitprune.cli.terminal import print_table, track
 from vitprune.errors import VitpruneError
 
@@ -41,11 +41,12 @@ def run(model, checkpoint, backend, batch_size, threads, seconds):
         path = Path(model)
         if path.suffix != ".onnx":
             from vitprune.export.onnx_file import export_onnx
+            from vitprune.pruning.plan import find_plan
             from vitprune.speed.bench import random_batch
 
             network = load_model(model, checkpoint)
             path = Path(folder) / "model.onnx"
-            export_onnx(network, path, [random_batch(network, 2)], plan=plan_of(model))
+            export_onnx(network, path, [random_batch(network, 2)], plan=find_plan(model))
         found = diagnose(
             path, backend=backend, batch_size=batch_size, num_threads=threads, seconds=seconds, track=track
         )

@@ -9,11 +9,9 @@ from jsonargparse import ArgumentParser
 from vitprune import options
 from vitprune.cli.arguments import add_checkpoint, add_device, add_images, add_output, listed
 from vitprune.cli.inputs import (
-    describe_calibration,
-    images_of,
+    calibration_images,
     make_batches,
     open_source,
-    plan_of,
     refuse_without_data,
     report_skipped,
     warn_of_few_classes,
@@ -62,7 +60,6 @@ def run(
     criterion, allocation, compensate, device, output, overwrite,
 ):  # fmt: skip
     import time
-    from dataclasses import replace
 
     from vitprune.evaluation.curve import parse_ratios
     from vitprune.files import refuse_existing
@@ -75,7 +72,7 @@ def run(
     stops = [ratio for ratio in parse_ratios(ratios) if ratio > 0]
     run, network = open_source(source, checkpoint, device)
     refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
-    images = images_of(source, run, network, data, class_map, classes, images_per_class, seed)
+    images = calibration_images(source, run, network, data, class_map, classes, images_per_class, seed)
     batches = tracked = None
     if images is not None:
         batches = make_batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
@@ -96,10 +93,7 @@ def run(
     )
     seconds = time.perf_counter() - started
     skipped = report_skipped(batches) if tracked is not None and tracked.passes else []
-    used = images.only(batches.files_read) if tracked is not None and tracked.passes else None
-    scored_on = run.images if run is not None and criterion == "jas" else None
-    facts = {**made.facts, "calibration": describe_calibration(used, scored_on, plan_of(source))}
-    save_elastic(network, replace(made, facts=facts), output)
+    save_elastic(network, made, output)
     answer = {
         "output": output,
         "ratios": stops,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from vitprune.cli.arguments import add_checkpoint, add_device, add_images, add_ratio
-from vitprune.cli.inputs import choose_images, make_batches, open_model, refuse_overlap, report_skipped
+from vitprune.cli.inputs import choose, pick_device, refuse_run
 from vitprune.cli.terminal import Tracked, note, print_table
 from vitprune.errors import VitpruneError
 
@@ -24,6 +23,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--against", type=str, help="another model, such as the dense one, to compare with image by image"
     )
     parser.add_argument("--against-checkpoint", type=str, help="its weights, as for --checkpoint")
+    parser.add_argument(
+        "--allow-overlap",
+        action="store_true",
+        help="measure on calibration images as well, and count them",
+    )
     add_device(parser)
     parser.add_argument("-o", "--output", type=str, help="folder for evaluation.json and images.jsonl (every answer)")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
@@ -31,42 +35,36 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(
     model, checkpoint, ratio, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, against,
-    against_checkpoint, device, output, overwrite,
+    against_checkpoint, allow_overlap, device, output, overwrite,
 ):  # fmt: skip
-    from vitprune.data import describe_class, digest_images, hash_images
-    from vitprune.evaluation.evaluation_folder import EVALUATION_FILES, Evaluation, describe_evaluation, save_evaluation
+    from vitprune.data import describe_class
+    from vitprune.evaluation.evaluation_folder import EVALUATION_FILES, describe_evaluation, save_evaluation
+    from vitprune.evaluation.judge import Reading, Source, judge
     from vitprune.files import refuse_existing
 
     if output is not None:
         refuse_existing(output, overwrite=overwrite, owned=EVALUATION_FILES)
     if against is None and against_checkpoint is not None:
         raise VitpruneError("--against-checkpoint has the weights of --against MODEL, which is missing")
-    chosen = (data, class_map, classes, images_per_class, seed)
-    network = open_model(model, checkpoint, device, ratio)
-    images = choose_images(network, *chosen)
-    refuse_overlap(model, network, images)
-    other, others = None, None
-    if against is not None:
-        other = open_model(against, against_checkpoint, device)
-        others = _same_images(choose_images(other, *chosen), images, against)
-        refuse_overlap(against, other, others)
-    reading = {"batch_size": batch_size, "workers": workers, "strict": strict}
-    judged, batches = _judge(network, images, model, checkpoint, ratio, reading)
-    skipped = report_skipped(batches)
-    reference = None
-    if other is not None:
-        reference, reread = _judge(other, others, against, against_checkpoint, None, reading)
-        if reread.files_read != batches.files_read:
-            raise VitpruneError(f"{data}: images changed while they were read; evaluate again")
-    read = images.only(batches.files_read)
-    evaluation = Evaluation(
-        root=images.root,
-        files=read.files,
-        images_sha256=digest_images(hash_images(read)),
-        skipped=tuple(skipped),
-        judged=judged,
-        against=reference,
+    for each in (model, *([] if against is None else [against])):
+        refuse_run(each)
+    evaluation, images = judge(
+        Source(model, checkpoint, ratio),
+        choose(data, class_map, classes, images_per_class, seed),
+        against=None if against is None else Source(against, against_checkpoint),
+        device=pick_device(device),
+        onnx_device=device,
+        reading=Reading(batch_size, workers, strict, Tracked),
+        allow_overlap=allow_overlap,
     )
+    reference = evaluation.against
+    if images.left_out:
+        known = evaluation.judged.model.num_classes
+        note(f"left out {len(images.left_out)} folders of {images.root} that are none of the model's {known} classes")
+    if evaluation.skipped:
+        note(f"skipped {len(evaluation.skipped)} images that cannot be decoded (first: {evaluation.skipped[0]})")
+    if evaluation.judged.answers.num_overlap:
+        note(f"warning: {evaluation.judged.answers.num_overlap} of these images had a say in the model")
     if output is not None:
         save_evaluation(evaluation, output)
     answer = {**describe_evaluation(evaluation), "output": output}
@@ -87,31 +85,6 @@ def run(
             print(f"wrote {output}: {', '.join(sorted(EVALUATION_FILES))}")
 
     return answer, show
-
-
-def _same_images(others, images, against: str):
-    """Return the images that both models are asked about, in the numbering of the other model."""
-    kept = others.only(images.files)
-    if kept.files != images.files:
-        missing = next(name for name in images.files if name not in set(kept.files))
-        raise VitpruneError(f"{against} has no class for {missing} and {len(images) - len(kept) - 1} more images")
-    return kept
-
-
-def _judge(network, images, model: str, checkpoint: str | None, ratio: float | None, reading: dict[str, Any]):
-    from vitprune.evaluation.accuracy import collect_answers
-    from vitprune.evaluation.evaluation_folder import Judged, name_classes
-    from vitprune.evaluation.model_facts import describe_network
-
-    batches = make_batches(images, network, **reading)
-    answers = collect_answers(network, Tracked(batches, f"evaluate {Path(model).name}"))
-    if Path(model).suffix == ".onnx":
-        from vitprune.evaluation.model_facts import describe_file
-
-        facts = describe_file(model, network)
-    else:
-        facts = describe_network(network, model, checkpoint=checkpoint, ratio=ratio)
-    return Judged(facts, answers, name_classes(network, images, answers)), batches
 
 
 def _show_comparison(answer: dict[str, Any], model: str, against: str) -> None:

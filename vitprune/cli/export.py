@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 
 from vitprune import options
 from vitprune.cli.arguments import add_checkpoint, add_images, add_ratio, listed
-from vitprune.cli.inputs import choose_images, load_model, make_batches, plan_of, refuse_without_data, report_skipped
+from vitprune.cli.inputs import choose, find_images, load_model, make_batches, refuse_without_data, report_skipped
 from vitprune.cli.terminal import Tracked
 from vitprune.errors import VitpruneError
 
@@ -36,15 +36,16 @@ def run(
 ):  # fmt: skip
     from vitprune.export.onnx_file import export_onnx
     from vitprune.files import refuse_existing
+    from vitprune.pruning.plan import find_plan
 
     refuse_existing(output, overwrite=overwrite)
     if num_images < 1:
         raise VitpruneError(f"num_images must be at least 1, got {num_images}")
     network = load_model(model, checkpoint, ratio=ratio)
-    plan = plan_of(model, ratio)
+    plan = find_plan(model, ratio)
     refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
     if data is not None:
-        images = choose_images(network, data, class_map, classes, images_per_class, seed, labels_matter=False)
+        images = find_images(choose(data, class_map, classes, images_per_class, seed), network, labels_matter=False)
     else:
         images = _calibration_images(model, plan)
     batches = make_batches(images.head(num_images), network, batch_size=batch_size, workers=workers, strict=strict)
@@ -89,7 +90,7 @@ def run(
 def _calibration_images(model: str, plan):
     from vitprune.data import ImageSet
 
-    facts = {} if plan is None else plan.facts.get("calibration", {})
-    if "data" not in facts or not Path(facts["data"]).is_dir():
+    seen = None if plan is None else plan.facts.calibration
+    if seen is None or seen.data is None or not Path(seen.data).is_dir():
         raise VitpruneError(f"parity needs real images and {model} names none that are there; pass --data DIR")
-    return ImageSet(Path(facts["data"]), tuple(facts["files"]), tuple(facts["labels"]))
+    return ImageSet(Path(seen.data), seen.files, seen.labels)

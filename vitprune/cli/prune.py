@@ -11,16 +11,14 @@ from jsonargparse import ArgumentParser
 from vitprune import options
 from vitprune.cli.arguments import add_checkpoint, add_device, add_images, add_output, listed
 from vitprune.cli.inputs import (
-    describe_calibration,
-    images_of,
+    calibration_images,
     make_batches,
     open_source,
-    plan_of,
     refuse_without_data,
     report_skipped,
     warn_of_few_classes,
 )
-from vitprune.cli.prune_onnx import prune_onnx
+from vitprune.cli.prune_onnx import run_onnx
 from vitprune.cli.terminal import Tracked, note, print_table, track
 from vitprune.errors import VitpruneError
 
@@ -93,12 +91,12 @@ def run(
     import time
 
     from vitprune.files import refuse_existing
-    from vitprune.models.identity import hash_weights
-    from vitprune.models.macs import amdahl_ceiling, count_macs, count_parameters, ffn_share
     from vitprune.models.saved_folder import FOLDER_FILES, save
-    from vitprune.pruning.plan import Plan, read_plan
-    from vitprune.pruning.prune import apply_plan, prune
+    from vitprune.pruning.plan import read_plan
+    from vitprune.pruning.prune import prune, prune_as_planned
     from vitprune.pruning.schedule import needs_steps
+    from vitprune.pruning.specialise import specialise
+    from vitprune.speed.latency_target import default_backend, measure_reached
 
     is_onnx = Path(source).suffix == ".onnx"
     refuse_existing(output, overwrite=overwrite, owned=None if is_onnx else FOLDER_FILES)
@@ -129,7 +127,7 @@ def run(
         unused = [name for name, value in unused.items() if value is not None]
         if unused or mode != "remove":
             raise VitpruneError(f"{', '.join(unused or ['mode mask'])}: not for ONNX files, whose neurons are removed")
-        return prune_onnx(
+        return run_onnx(
             source, plan, given_plan, output, compensate, ridge, data, class_map, classes, images_per_class,
             strict, batch_size, workers, seed,
         )  # fmt: skip
@@ -144,55 +142,39 @@ def run(
         raise VitpruneError(f"--step: the scores of criterion {criterion} do not change on the way; leave it out")
     run, network = open_source(source, checkpoint, device)
     refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
-    images = images_of(source, run, network, data, class_map, classes, images_per_class, seed)
+    images = calibration_images(source, run, network, data, class_map, classes, images_per_class, seed)
     found = None if run is None else run.found
     if keep_classes is not None:
-        network, images, found = _keep_classes(network, images, found, keep_classes, data_given=data is not None)
-    batches = None
+        wanted = _classes_to_keep(keep_classes, images, data_given=data is not None)
+        network, images, found = specialise(network, images, wanted, found=found)
+    batches = tracked = None
     if images is not None:
         batches = make_batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
+        tracked = Tracked(batches, "calibrate")
         if compensate != "none":
             warn_of_few_classes(network, images, "calibration")
-    tracked = None if batches is None else Tracked(batches, "calibrate")
+    applied = {"compensation": compensate, "mode": mode, "ridge": ridge, "seed": seed, "track": track}
+    timing = {
+        "backend": backend or (default_backend(network) if timed else None),
+        "batch_size": latency_batch_size or 1,
+    }
     started = time.perf_counter()
     if given_plan is None:
-        if timed and backend is None:
-            backend = "onnxruntime-cpu" if next(network.parameters()).device.type == "cpu" else "torch-eager"
-        target = _make_target(network, backend, latency_batch_size, **targets)
+        target = _make_target(network, timing, **targets)
         if round_to == "auto":
-            decisions["round_to"] = _find_round_to(network, target, ratio, backend, latency_batch_size)
+            decisions["round_to"] = _find_multiple(network, target, ratio, timing)
         if tracked is not None:
             tracked.description = _describe_passes(network, ratio, target, criterion, step, compensate)
-        pruned, made = prune(
-            network,
-            tracked,
-            **decisions,
-            target=target,
-            compensation=compensate,
-            mode=mode,
-            found=found,
-            ridge=ridge,
-            seed=seed,
-            track=track,
-        )
+        pruned, made = prune(network, tracked, **decisions, target=target, found=found, **applied)
     else:
-        applied = {"compensation": compensate, "mode": mode, "ridge": ridge, "weights_sha256": hash_weights(network)}
-        made = Plan(given_plan.keep, {**given_plan.facts, **applied})
-        pruned = apply_plan(
-            network, made, mode=mode, compensation=compensate, ridge=ridge, batches=tracked, seed=seed, track=track
-        )
+        pruned, made = prune_as_planned(network, given_plan, tracked, **applied)
     seconds = time.perf_counter() - started
     skipped = report_skipped(batches) if tracked is not None and tracked.passes else []
-    used = images.only(batches.files_read) if tracked is not None and tracked.passes else None
-    scored_on = run.images if run is not None and made.facts["criterion"] == "jas" else None
-    made = Plan(
-        made.keep, {**made.facts, "calibration": describe_calibration(used, scored_on, plan_of(source), given_plan)}
-    )
     save(pruned, output, plan=made)
+    facts = made.facts
     latency = None
     if target_latency is not None:
-        latency = _measure_latency(network, pruned, made.facts["target"], backend, latency_batch_size)
-    macs, macs_dense = count_macs(pruned), count_macs(network)
+        latency = vars(measure_reached(network, pruned, facts.target, **timing, track=track))
     answer = {
         "output": output,
         "latency": latency,
@@ -200,65 +182,62 @@ def run(
         "num_neurons": made.num_neurons,
         "num_neurons_dense": made.num_neurons_dense,
         "pruning_ratio": made.pruning_ratio,
-        "target": made.facts.get("target"),
-        "round_to": made.facts.get("round_to"),
+        "target": None if facts.target is None else vars(facts.target),
+        "round_to": facts.round_to,
         "classes": list(getattr(network, "label_names", None) or ()),
-        "num_parameters": count_parameters(pruned),
-        "num_parameters_dense": count_parameters(network),
-        "macs": macs,
-        "macs_dense": macs_dense,
-        "ffn_share": ffn_share(network),
-        "speedup_ceiling": amdahl_ceiling(macs_dense, macs),
+        "num_parameters": facts.sizes.num_parameters,
+        "num_parameters_dense": facts.sizes_dense.num_parameters,
+        "macs": facts.sizes.macs,
+        "macs_dense": facts.sizes_dense.macs,
+        "ffn_share": facts.ffn_share,
+        "speedup_ceiling": facts.speedup_ceiling,
         "seconds": seconds,
         "skipped": skipped,
     }
 
     def show() -> None:
-        from vitprune.data import describe_class
-
-        dense_widths = {name: len(keep) for name, keep in made.keep.items()}
-        rows = [(name, str(dense_widths[name]), str(width)) for name, width in made.widths.items()]
-        print_table("neurons", ("FFN", "dense", "kept"), rows)
-        print(f"removed {made.pruning_ratio:.1%} of {made.num_neurons_dense} FFN neurons ({mode}) in {seconds:.0f} s")
-        if targets:
-            asked = made.facts["target"]
-            unit = options.TARGETS[asked["kind"]]
-            print(f"target {asked['limit']:g} {unit}; predicted {asked['predicted']:.6g}")
-        if latency is not None:
-            print(
-                f"measured {latency['median_ms']:.2f} ms, in the same run dense {latency['dense_median_ms']:.2f} ms: "
-                f"{latency['speedup']:.2f} x as fast (predicted {latency['predicted_speedup']:.2f} x)"
-            )
-        if answer["classes"]:
-            shown = ", ".join(map(describe_class, answer["classes"][:10]))
-            print(f"answers {len(answer['classes'])} classes: {shown}{', ...' if len(answer['classes']) > 10 else ''}")
-        print(f"parameters {answer['num_parameters_dense']:,} -> {answer['num_parameters']:,}")
-        print(
-            f"multiply-accumulates {macs_dense / 1e6:,.1f} -> {macs / 1e6:,.1f} M: "
-            f"at most {answer['speedup_ceiling']:.2f} x faster"
-        )
-        print(f"(the FFNs of the dense model are {answer['ffn_share']:.0%} of its multiply-accumulates)")
-        print(f"wrote {output}")
+        _show(answer, made, mode=mode, targeted=bool(targets))
 
     return answer, show
 
 
-def _keep_classes(network, images, found, wanted: Sequence[str], *, data_given: bool):
-    """Reduce a model's classifier, its calibration images and its discovery to some classes."""
-    from vitprune.data import find_class
-    from vitprune.discovery.discover import only_classes
-    from vitprune.models.classifier import keep_classes
+def _show(answer: dict[str, Any], made: Any, *, mode: str, targeted: bool) -> None:
+    from vitprune.data import describe_class
 
+    dense_widths = {name: len(keep) for name, keep in made.keep.items()}
+    rows = [(name, str(dense_widths[name]), str(width)) for name, width in made.widths.items()]
+    print_table("neurons", ("FFN", "dense", "kept"), rows)
+    seconds, latency = answer["seconds"], answer["latency"]
+    print(f"removed {made.pruning_ratio:.1%} of {made.num_neurons_dense} FFN neurons ({mode}) in {seconds:.0f} s")
+    if targeted:
+        asked = made.facts.target
+        print(f"target {asked.limit:g} {options.TARGETS[asked.kind]}; predicted {asked.predicted:.6g}")
+    if latency is not None:
+        print(
+            f"measured {latency['median_ms']:.2f} ms, in the same run dense {latency['dense_median_ms']:.2f} ms: "
+            f"{latency['speedup']:.2f} x as fast (predicted {latency['predicted_speedup']:.2f} x)"
+        )
+    if answer["classes"]:
+        shown = ", ".join(map(describe_class, answer["classes"][:10]))
+        print(f"answers {len(answer['classes'])} classes: {shown}{', ...' if len(answer['classes']) > 10 else ''}")
+    print(f"parameters {answer['num_parameters_dense']:,} -> {answer['num_parameters']:,}")
+    print(
+        f"multiply-accumulates {answer['macs_dense'] / 1e6:,.1f} -> {answer['macs'] / 1e6:,.1f} M: "
+        f"at most {answer['speedup_ceiling']:.2f} x faster"
+    )
+    print(f"(the FFNs of the dense model are {answer['ffn_share']:.0%} of its multiply-accumulates)")
+    print(f"wrote {answer['output']}")
+
+
+def _classes_to_keep(wanted: Sequence[str], images: Any, *, data_given: bool) -> list[str] | None:
+    """Return the classes that were named; None for those of the images."""
     if images is None:
         raise VitpruneError("--keep-classes needs images of these classes; pass --data DIR")
-    if list(wanted) == ["data"]:
-        if not data_given:
-            raise VitpruneError("--keep-classes data takes the classes of --data DIR, which is missing")
-        indices = sorted(images.class_names)
-    else:
-        indices = sorted({find_class(images.root, images.class_names, name) for name in wanted})
-    reduced = keep_classes(network, indices, label_names=[images.class_names[index] for index in indices])
-    return reduced, images.only_classes(indices), None if found is None else only_classes(found, indices)
+    if list(wanted) != ["data"]:
+        return list(wanted)
+    if not data_given:
+        raise VitpruneError("--keep-classes data takes the classes of --data DIR, which is missing")
+    return None
 
 
 def _describe_passes(
@@ -284,23 +263,25 @@ def _parse_round_to(round_to: str | None) -> int | str | None:
     return int(round_to)
 
 
-def _find_round_to(network, target, ratio: float | None, backend: str, batch_size: int | None) -> int:
-    from vitprune.speed.alignment import find_round_to
-    from vitprune.speed.ffn_latency import ffn_shapes
+def _share(target, ratio: float | None) -> float:
+    if target is not None:
+        return target.share
+    return options.DEFAULT_RATIO if ratio is None else ratio
 
-    share = target.share if target is not None else options.DEFAULT_RATIO if ratio is None else ratio
-    largest = max(ffn_shapes(network).values(), key=lambda shape: shape.num_neurons)
-    device = str(next(network.parameters()).device)
-    note(f"timing widths of {largest.num_neurons * (1 - share):.0f} neurons on {backend}")
-    found = find_round_to(largest, share, backend=backend, batch_size=batch_size or 1, device=device)
+
+def _find_multiple(network, target, ratio: float | None, timing: dict[str, Any]) -> int:
+    from vitprune.speed.latency_target import find_multiple
+
+    note(f"timing widths on {timing['backend']}")
+    found = find_multiple(network, _share(target, ratio), **timing)
     note(f"widths are multiples of {found}")
     return found
 
 
-def _make_target(network, backend: str | None, batch_size: int | None, **targets: float):
+def _make_target(network, timing: dict[str, Any], **targets: float):
     """Build the target that was asked for; None where the ratio decides."""
-    from vitprune.models.macs import count_macs
-    from vitprune.pruning.target import target_latency, target_macs, target_parameters
+    from vitprune.pruning.target import target_macs, target_parameters
+    from vitprune.speed.latency_target import measure_target
 
     if not targets:
         return None
@@ -308,35 +289,5 @@ def _make_target(network, backend: str | None, batch_size: int | None, **targets
     if name == "target_params":
         return target_parameters(network, limit)
     if name == "target_macs":
-        return target_macs(network, limit, total=count_macs(network))
-    from vitprune.speed.ffn_latency import measure_ffn_latency
-
-    device = str(next(network.parameters()).device)
-    total, tables = measure_ffn_latency(
-        network, backend=backend, batch_size=batch_size or 1, device=device, track=track
-    )
-    return target_latency(network, limit, total=total, tables=tables)
-
-
-def _measure_latency(network, pruned, asked: dict, backend: str, batch_size: int | None) -> dict[str, Any]:
-    """Time the pruned model beside the dense one, which tells a prediction's error from a change of the machine."""
-    from vitprune.speed.bench import bench
-
-    device = "cpu" if backend.startswith("onnxruntime") else str(next(network.parameters()).device)
-    rows = bench(
-        {"dense": network, "pruned": pruned},
-        backends=[backend],
-        batch_sizes=[batch_size or 1],
-        device=device,
-        track=track,
-    )
-    dense, small = rows
-    return {
-        "backend": small.backend,
-        "batch_size": small.batch_size,
-        "median_ms": small.median_ms,
-        "dense_median_ms": dense.median_ms,
-        "speedup": small.speedup,
-        "predicted_ms": asked["predicted"],
-        "predicted_speedup": asked["dense"] / asked["predicted"],
-    }
+        return target_macs(network, limit)
+    return measure_target(network, limit, **timing, track=track)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vitprune.cli.inputs import choose_images, describe_calibration, make_batches, refuse_without_data, report_skipped
+from vitprune.cli.inputs import choose, find_images, make_batches, refuse_without_data, report_skipped
 from vitprune.cli.terminal import Tracked, track
 from vitprune.errors import VitpruneError
 
 
-def prune_onnx(
+def run_onnx(
     source, plan, given_plan, output, compensate, ridge, data, class_map, classes, images_per_class, strict, batch_size,
     workers, seed,
 ):  # fmt: skip
     from vitprune.export.onnx_prune import prune_onnx
     from vitprune.export.runtime import open_onnx, open_session, read_facts
     from vitprune.models.load import load
-    from vitprune.pruning.plan import Plan
 
     if Path(output).suffix != ".onnx":
         raise VitpruneError(f"{output}: of an ONNX file comes an ONNX file; end the output in .onnx")
@@ -43,12 +42,8 @@ def prune_onnx(
                 f"{source} does not say which transform its images need; pass the pruned folder as --plan"
             )
         network = open_onnx(source) if knows else load(plan)
-        images = choose_images(network, data, class_map, classes, images_per_class, seed, labels_matter=False)
+        images = find_images(choose(data, class_map, classes, images_per_class, seed), network, labels_matter=False)
         batches = make_batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
-        facts = {key: value for key, value in given_plan.facts.items() if key != "weights_sha256"}
-        if compensate != "none":
-            facts["calibration"] = describe_calibration(images, None, given_plan)
-        given_plan = Plan(given_plan.keep, facts)
     report = prune_onnx(
         source,
         given_plan,
@@ -59,7 +54,7 @@ def prune_onnx(
         donor=donor,
         track=track,
     )
-    taken_over = given_plan.facts.get("compensation", "none")
+    taken_over = given_plan.facts.compensation or "none"
     answer = {
         "output": output,
         "widths": dict(report.widths),

@@ -12,11 +12,17 @@ SECONDS_BETWEEN_LINES = 20
 
 
 class Tracked:
-    """Batches with progress on stderr each time they are read."""
+    """Batches with progress on stderr each time they are read; otherwise as they are."""
 
     def __init__(self, batches: Any, description: str) -> None:
         self.batches, self.description = batches, description
         self.passes = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.batches, name)
 
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self.batches)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,15 @@ from torch import nn
 from vitprune.data import ImageSet, hash_images
 from vitprune.discovery.discover import Discovery
 from vitprune.errors import VitpruneError
+from vitprune.files import FORMAT_VERSION, atomic_folder, read_json, read_tensors, write_json, write_tensors
 from vitprune.models.identity import hash_weights
 from vitprune.models.load import load
 from vitprune.seen_images import SeenImages, as_hashes, as_numbers
-from vitprune.files import FORMAT_VERSION, atomic_folder, read_json, read_tensors, write_json, write_tensors
 
 # Tensor of the paths file: hashes of the images, as ``as_numbers`` writes them.
 _SEEN = "seen_images"
 RUN_FILE, PATHS_FILE, SCORES_FILE = "run.json", "paths.safetensors", "class_scores.safetensors"
-RUN_FILES = frozenset({# Tensor of the paths file: hashes of the images, as ``as_numbers`` writes them.
-_SEEN = "seen_images"
-RUN_FILE, PATHS_FILE, SCORES_FILE})
+RUN_FILES = frozenset({RUN_FILE, PATHS_FILE, SCORES_FILE})
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,8 @@ def record_curve(
         track: wraps (points, description), for progress.
 
     Raises:
-        VitpruneError: if an argument is out of range, images of both kinds overlap, or the folder is of another request.
+        VitpruneError: if an argument is out of range, images of both kinds overlap, or the folder is of another
+            request.
     """
     check_unseen(evaluation.images, {*hash_images(calibration.images), *seen_by(model), *_seen_in(found)})
     request = {

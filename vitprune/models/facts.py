@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from vitprune.models.macs import Sizes
+from vitprune.models.macs import Sizes, amdahl_ceiling
 from vitprune.seen_images import SeenImages
 
 
@@ -68,6 +68,13 @@ class Facts:
     sizes: Sizes | None = None
     sizes_dense: Sizes | None = None
     ffn_share: float | None = None
+
+    @property
+    def speedup_ceiling(self) -> float | None:
+        """What fewer multiply-accumulates allow at most (Amdahl); None where they are not known."""
+        if self.sizes is None or self.sizes_dense is None:
+            return None
+        return amdahl_ceiling(self.sizes_dense.macs, self.sizes.macs)
 
     def as_json(self) -> dict[str, Any]:
         """Return what is known, as JSON values."""
