@@ -12,15 +12,15 @@ from torch import nn
 from vitprune.analysis.held_out import assign_paths, halves_paths, paths_of, split_halves
 from vitprune.analysis.hierarchy import cluster_classes, compare_with_wordnet
 from vitprune.analysis.image_similarity import measure_path_similarity
-from vitprune.analysis.interventions import Answers
+from vitprune.analysis.interventions import Reactions
 from vitprune.analysis.manipulation import (
     CLASS,
     OTHER_CLASS,
     OTHER_HALF,
     OWN,
-    answer_undisturbed,
     compare_joint_scores,
     manipulate,
+    measure_undisturbed,
 )
 from vitprune.analysis.mistakes import compare_mistakes
 from vitprune.analysis.similarity import compare_scores, compare_visits, plain, rank_pairs
@@ -101,8 +101,8 @@ def run_experiments(
     keeping = {"folder": folder, "track": track}
 
     @cache
-    def clean() -> Answers:
-        return answer_undisturbed(model, batches, "undisturbed", **keeping)
+    def clean() -> Reactions:
+        return measure_undisturbed(model, batches, "undisturbed", **keeping)
 
     def manipulation() -> list[Any]:
         own = {method: found.neurons for method, found in runs.items()}
@@ -117,9 +117,10 @@ def run_experiments(
         return rows
 
     def transfer() -> list[Any]:
-        answers = answer_undisturbed(model, other_batches, "undisturbed, other images", **keeping)
-        assigned = {method: assign_paths(class_paths(found), answers.label.tolist()) for method, found in runs.items()}
-        return manipulate(model, other_batches, answers, assigned, whose=CLASS, **scaling)
+        undisturbed = measure_undisturbed(model, other_batches, "undisturbed, other images", **keeping)
+        labels = undisturbed.label.tolist()
+        assigned = {method: assign_paths(class_paths(found), labels) for method, found in runs.items()}
+        return manipulate(model, other_batches, undisturbed, assigned, whose=CLASS, **scaling)
 
     def topk_mask() -> list[Any]:
         scopes_masked = tuple(dict.fromkeys((first.tokens, "all"))) if tokens is None else scopes
