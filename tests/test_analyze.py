@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitprune.analysis.analysis_views import analysis_figures
+from vitprune.analysis.analysis_figures import analysis_figures
+from vitprune.analysis.analysis_folder import load_analysis
 from vitprune.cli import main
 from vitprune.discovery.run import load_run
 from vitprune.options import EXPERIMENTS
@@ -61,10 +62,11 @@ def test_every_experiment_and_its_figures(runs, other_folder, tmp_path, capsys):
         score = next(row for row in answer["scores"] if row["method"] == method)
         assert score["joint_score"]["mean"] == pytest.approx(mean, rel=1e-5)
     assert set(answer["similarity"]) == set(METHODS)
-    figures = {figure.stem for figure in analysis_figures(answer)}
+    figures = analysis_figures(load_analysis(folder))
     files = {path.name for path in (folder / "figures").iterdir()}
-    assert files == {name for figure in analysis_figures(answer) for name in figure.files}
-    assert {"joint_scores", "deviations_own", "class_similarity_visits", "topk_mask", "top_images_0"} <= figures
+    assert files == {name for figure in figures for name in figure.files}
+    stems = {figure.stem for figure in figures}
+    assert {"joint_scores", "deviations_own", "class_similarity_visits", "topk_mask", "top_images_0"} <= stems
     stored = json.loads((folder / "analysis.json").read_text())
     assert {key: stored[key] for key in stored if key not in ("kind", "version")} == {
         key: answer[key] for key in answer if key != "output"

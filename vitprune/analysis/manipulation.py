@@ -31,6 +31,14 @@ OWN = "own"
 OTHER_HALF = "other half"
 OTHER_CLASS = "other class"
 CLASS = "class"
+WHOSE: Mapping[str, str] = {
+    OWN: "each image's own path",
+    OTHER_HALF: "the class path on the other half of the class's images",
+    OTHER_CLASS: "the same of another class: the control",
+    CLASS: "the class path of the run, on other images",
+}
+# Experiments that scale path neurons; their results are lists of ``DeviationRow``.
+MANIPULATIONS = ("manipulation", "halves", "transfer")
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,7 @@ def check_same_images(runs: Mapping[str, Discovery]) -> None:
         if not torch.equal(found.labels, reference.labels):
             raise VitpruneError(
                 f"the runs of {first} ({len(reference.labels)} images) and {method} ({len(found.labels)}) are not of "
-                "the same images; discover both on the same --data with the same --images-per-class and --seed"
+                "the same images; discover both on the same folder, with the same `images_per_class` and `seed`"
             )
 
 

@@ -1,0 +1,68 @@
+"""A pruned folder as a report sees it: beside the model that came from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vitprune.discovery.run import Run
+from vitprune.evaluation.model_facts import ModelFacts, describe_network
+from vitprune.models.load import load
+from vitprune.models.saved_folder import build_dense
+from vitprune.models.units import find_feed_forwards
+from vitprune.pruning.plan import Plan, read_plan
+
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """A pruned folder.
+
+    Attributes:
+        plan: which neurons stay, and where the decision came from.
+        model: the pruned model.
+        dense: the same architecture and classes with all neurons; its ``weights_sha256`` is that of the weights which
+            the plan was applied to.
+        dense_widths: FFN name -> its neurons in ``dense``.
+        label_names: folder names of its classes, where it was reduced to some; else empty.
+    """
+
+    plan: Plan
+    model: ModelFacts
+    dense: ModelFacts
+    dense_widths: Mapping[str, int]
+    label_names: tuple[str, ...]
+
+
+def load_pruned(folder: str | Path) -> PrunedModel:
+    """Read a pruned folder.
+
+    Raises:
+        VitpruneError: if it is none, or its files do not fit each other.
+    """
+    folder = Path(folder)
+    plan = read_plan(folder)
+    network, dense = load(folder), build_dense(folder)
+    return PrunedModel(
+        plan=plan,
+        model=describe_network(network, str(folder)),
+        dense=replace(describe_network(dense, str(folder)), weights_sha256=plan.facts.get("weights_sha256", "")),
+        dense_widths={ffn.name: ffn.num_neurons for ffn in find_feed_forwards(dense)},
+        label_names=tuple(getattr(network, "label_names", None) or ()),
+    )
+
+
+def count_removed(pruned: PrunedModel) -> tuple[int, int]:
+    """Return how many FFN neurons the dense model has more, and how many it has."""
+    dense = sum(pruned.dense_widths.values())
+    return dense - pruned.plan.num_neurons, dense
+
+
+def widths_of(pruned: PrunedModel) -> dict[str, tuple[int, int]]:
+    """Return FFN name -> neurons kept, neurons of the dense model."""
+    return {name: (width, pruned.dense_widths[name]) for name, width in pruned.plan.widths.items()}
+
+
+def same_weights(pruned: PrunedModel, run: Run) -> bool:
+    """Tell whether a pruned model was made of the weights that a run is of."""
+    return pruned.dense.weights_sha256 == run.weights_sha256
