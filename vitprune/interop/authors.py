@@ -104,7 +104,7 @@ def read_authors(source: str | Path, *, method: str = "jas") -> AuthorsPaths:
         )
     if "edit_operation" in args:
         raise VitpruneError(
-            f"{args_file}: results of the manipulation experiment, not paths; name the files that its --ja_path was"
+            f"{args_file}: results of the manipulation experiment, not paths; name the files that its ja_path was"
         )
     scored_pattern = args.get("method") == _SCORED_PATTERN
     if scored_pattern and method != "influence-pattern":
@@ -226,7 +226,7 @@ def _read_path(value: Any, where: str, *, one_row: bool) -> list[list[int]]:
     if one_row and len(value) > 1:
         raise VitpruneError(
             f"{where}: {len(value)} paths where one is expected (an influence pattern of a batch is of none of its "
-            "images; make them with --batch_size 1)"
+            "images; make them with a batch_size of 1)"
         )
     lengths = sorted({len(row) for row in value})
     if len(lengths) > 1:
