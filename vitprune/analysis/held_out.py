@@ -26,6 +26,9 @@ def split_halves(labels: Tensor, *, seed: int = 0) -> Tensor:
 
     Raises:
         VitpruneError: if a class has one image only.
+
+    >>> split_halves(torch.tensor([4, 4, 9, 9, 9])).sum().item()
+    3
     """
     generator = torch.Generator().manual_seed(seed)
     second = torch.zeros(len(labels), dtype=torch.bool)
