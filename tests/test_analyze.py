@@ -1,16 +1,22 @@
-"""``vitprune analyze``: the paper's experiments on runs, from the command line."""
+"""The paper's experiments on runs: from the command line, and the same in Python."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from vitprune.analysis.analysis_views import analysis_figures
+import vitprune
+from vitprune.analysis.analysis_figures import analysis_figures
+from vitprune.analysis.analysis_folder import describe_analysis, load_analysis, save_analysis
+from vitprune.analysis.analyze import load_runs
 from vitprune.cli import main
+from vitprune.data import find_images
 from vitprune.discovery.run import load_run
 from vitprune.options import EXPERIMENTS
 
@@ -61,10 +67,11 @@ def test_every_experiment_and_its_figures(runs, other_folder, tmp_path, capsys):
         score = next(row for row in answer["scores"] if row["method"] == method)
         assert score["joint_score"]["mean"] == pytest.approx(mean, rel=1e-5)
     assert set(answer["similarity"]) == set(METHODS)
-    figures = {figure.stem for figure in analysis_figures(answer)}
+    figures = analysis_figures(load_analysis(folder))
     files = {path.name for path in (folder / "figures").iterdir()}
-    assert files == {name for figure in analysis_figures(answer) for name in figure.files}
-    assert {"joint_scores", "deviations_own", "class_similarity_visits", "topk_mask", "top_images_0"} <= figures
+    assert files == {name for figure in figures for name in figure.files}
+    stems = {figure.stem for figure in figures}
+    assert {"joint_scores", "deviations_own", "class_similarity_visits", "topk_mask", "top_images_0"} <= stems
     stored = json.loads((folder / "analysis.json").read_text())
     assert {key: stored[key] for key in stored if key not in ("kind", "version")} == {
         key: answer[key] for key in answer if key != "output"
@@ -139,3 +146,86 @@ def test_runs_that_cannot_be_compared_are_refused(runs, saved_vit, image_folder,
     assert (code, "differ in method or in folder name" in err) == (2, True)
     code, err = analyze(capsys, runs[0], "--data", image_folder, "--experiments", "transfer")
     assert (code, "were calibration images" in err) == (2, True)
+
+
+def test_python_gets_what_the_command_line_gets(runs, saved_vit, other_folder, tmp_path, capsys):
+    experiments = ("manipulation", "similarity", "transfer")
+    arguments = ("--data", other_folder, "--experiments", *experiments, "-o", tmp_path / "typed")
+    _code, answer = analyze(capsys, *runs, *arguments)
+    opened, folder = load_runs(runs), tmp_path / "called"
+    analysis = vitprune.analyze(
+        vitprune.load(saved_vit),
+        opened,
+        others=find_images(other_folder, 5),
+        experiments=experiments,
+        sources=dict(zip(opened, runs, strict=True)),
+        folder=folder,
+    )
+    assert {"output": answer["output"], **describe_analysis(analysis)} == answer
+    save_analysis(analysis, folder, runs=opened)
+    for typed in (path for path in (tmp_path / "typed").rglob("*") if path.is_file() and path.name != "card.json"):
+        assert (folder / typed.relative_to(tmp_path / "typed")).read_bytes() == typed.read_bytes()
+    again = load_analysis(folder)
+    assert all(torch.equal(again.cosines[of], analysis.cosines[of]) for of in ("visits", "scores"))
+    assert replace(again, cosines={}) == replace(analysis, cosines={})
+
+
+def test_a_killed_analysis_goes_on(runs, saved_vit, tmp_path):
+    network, opened = vitprune.load(saved_vit), load_runs(runs[:2])
+
+    def passes(stop_after=None):
+        read = []
+
+        def track(items, description):
+            if len(read) == stop_after:
+                raise KeyboardInterrupt
+            read.append(description)
+            return items
+
+        try:
+            vitprune.analyze(network, opened, experiments=["manipulation"], folder=tmp_path / "out", track=track)
+        except KeyboardInterrupt:
+            assert stop_after is not None
+        return read
+
+    assert passes(stop_after=2) == ["undisturbed", "own paths of jas"]
+    assert passes() == ["own paths of activation"]
+    with pytest.raises(vitprune.VitpruneError, match="was made with another runs, seed"):
+        vitprune.analyze(network, load_runs(runs[:1]), seed=1, folder=tmp_path / "out")
+
+
+def test_the_default_says_what_it_leaves_out(runs, saved_vit, image_folder):
+    network, opened, notes = vitprune.load(saved_vit), load_runs(runs[:1]), []
+    (name, run), *_ = opened.items()
+    one = find_images(image_folder, 5, images_per_class=1)
+    found = vitprune.discover(network, vitprune.ImageBatches(one, network), method="random")
+    few = {name: replace(run, found=found, images=one)}
+    assert "halves" not in vitprune.analyze(network, few, note=notes.append).experiments
+    assert notes == ["left out halves: some classes have one image in the run, which has no halves"]
+
+
+def test_python_refuses_in_its_own_words(runs, saved_vit, image_folder, tmp_path):
+    network, opened = vitprune.load(saved_vit), load_runs(runs[:2])
+    (first, run), (second, other) = opened.items()
+    gone = replace(run, images=replace(run.images, root=tmp_path / "gone"))
+    mine = find_images(image_folder, 5)
+    cases = (
+        ({}, {}, "an analysis needs at least one run"),
+        ({first: replace(run, weights_sha256="x")}, {}, "jas: its scores are of other weights than the model's"),
+        (
+            {**opened, second: replace(other, weights_sha256="x")},
+            {},
+            "and jas are runs of different weights",
+        ),
+        ({**opened, second: replace(other, images=mine.head(3))}, {}, "same folder, with the same `images_per_class`"),
+        ({first: gone}, {}, "the images of jas are no longer at .*gone; put them back"),
+        (opened, {"others": mine}, "20 of 20 evaluation images were calibration images of jas"),
+        (opened, {"experiments": ["transfer"]}, "transfer tests on images other than the run's; pass `others`"),
+        (opened, {"top_k": [3], "depth": 1}, "`top_k`, `depth`: for the experiment topk-mask; add topk-mask to"),
+        (opened, {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        (opened, {"num_workers": -1}, "workers must not be negative, got -1"),
+    )
+    for given, options, message in cases:
+        with pytest.raises(vitprune.VitpruneError, match=message):
+            vitprune.analyze(network, given, folder=tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()

@@ -32,6 +32,7 @@ from vitprune.interop.adopt import (
     describe_search,
 )
 from vitprune.interop.authors import folder_order, read_authors, write_authors
+from vitprune.interop.convert import read_as_run
 from vitprune.models.trunk import record_clean
 from vitprune.models.units import find_feed_forwards
 
@@ -136,7 +137,7 @@ def test_malformed_files_are_refused_by_file_and_line(results, text, complaint):
 
 
 def test_influence_patterns_of_a_batch_are_refused(results):
-    with pytest.raises(VitpruneError, match="2 paths where one is expected .* --batch_size 1"):
+    with pytest.raises(VitpruneError, match="2 paths where one is expected .* with a batch_size of 1"):
         read_authors(results({0: '{"path": [[1.0, 2.0], [1.0, 2.0]]}\n'}), method="influence-pattern")
 
 
@@ -603,6 +604,23 @@ def test_earlier_results_become_a_run_that_prune_takes(theirs, saved_vit, image_
     assert "no scores of the neurons beside them" in refused
     pruned = run("prune", output, "--criterion", "variance", "-o", tmp_path / "pruned", "--json", capsys=capsys)
     assert pruned["pruning_ratio"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_python_gets_what_the_command_line_gets(theirs, saved_vit, image_folder, tmp_path, capsys):
+    source, _jas = theirs
+    typed = ("convert", source, "--model", saved_vit, "--data", image_folder, "-o", tmp_path / "typed")
+    answer = run(*typed, "--json", capsys=capsys)
+    notes = []
+    network, images = vitprune.load(saved_vit), find_images(image_folder, 5)
+    converted = read_as_run(read_authors(source), network, images, name=str(saved_vit), note=notes.append)
+    save_run(converted.run, tmp_path / "called")
+    for path in (tmp_path / "called").iterdir():
+        assert path.read_bytes() == (tmp_path / "typed" / path.name).read_bytes()
+    assert (converted.scores_computed, converted.without_paths) == (False, ("class3", "class4"))
+    assert list(converted.differs) == answer["transform_differs"]
+    assert notes == [f"left out 2 classes of {image_folder} that have no paths (first: class3)"]
+    with pytest.raises(VitpruneError, match="batch_size must be at least 1, got 0"):
+        read_as_run(read_authors(source), network, images, name="vit", batch_size=0)
 
 
 def test_mistakes_on_the_command_line_are_one_line(theirs, run_folders, saved_vit, image_folder, tmp_path, capsys):

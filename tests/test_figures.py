@@ -310,13 +310,13 @@ def test_drawing_leaves_the_users_settings(tmp_path):
         (violins.draw_violins, make_found(), {"classes": {0: "a"}}),
         (similarity.draw_similarity, make_similarity(2)[0], {"linkage": make_similarity(2)[1], "names": ["a", "b"]}),
         (utilisation.draw_utilisation, FFNS, {"num_neurons": [9] * 4, "num_used": [1] * 4, "effective": [1] * 4}),
-        (deviations.draw_deviations, DEVIATIONS, {"quantity": "accuracy"}),
+        (deviations.draw_deviations, DEVIATIONS, {}),
         (joint_scores.draw_joint_scores, SCORES, {}),
         (topk_mask.draw_topk_mask, make_rows(), {}),
         (fronts.draw_front, make_points(2), {"quantity": "median_ms"}),
         (widths.draw_widths, PLANS, {}),
         (path_picture.draw_paths, FFNS, {"paths": PATHS}),
-        (top_images.draw_top_images, IMAGES, {"quantity": "score"}),
+        (top_images.draw_top_images, IMAGES, {}),
         (curve.draw_curve, make_curve_points(), {}),
         (bench.draw_bench, make_bench_rows(), {}),
     ],
@@ -741,43 +741,19 @@ def test_classes_that_share_neurons_are_neighbours():
     assert sorted(map(sorted, (order[:2], order[2:]))) == [["a", "c"], ["b", "d"]]
 
 
-def test_frequent_neurons_are_those_on_enough_paths():
-    found = make_found()
-    visits, images = vitprune.count_visits(found), vitprune.count_correct(found)[1]
-    frequencies = {name: of_ffn / images[:, None] for name, of_ffn in visits.items()}
-    paths = path_picture.frequent_neurons(frequencies, ["a", "b", "c"], least=0.3)
-    for index, path in enumerate(paths.values()):
-        neurons_ILK = found.neurons[found.labels == index]
-        for layer, of in enumerate(path):
-            shares = [(neurons_ILK[:, layer] == neuron).any(-1).float().mean().item() for neuron in range(40)]
-            assert set(of) == {neuron for neuron, share in enumerate(shares) if share >= 0.3}
-            assert [shares[neuron] for neuron in of] == sorted((shares[neuron] for neuron in of), reverse=True)
-
-
-def test_an_ffn_without_frequent_neurons_is_passed_dotted():
-    paths = {"a": [[1], [], [3, 4], [5]], "b": [[1], [2], [3], []]}
-    axes = path_picture.draw_paths(FFNS, paths).axes[0]
-    dotted = [patch for patch in axes.patches if patch.get_linestyle() == ":"]
-    assert len(dotted) == 4  # into and out of the gap; of b, out of it to the end of its row
-    assert sorted(text.get_text() for text in axes.texts) == ["1", "3"]
-
-
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
         ({"a": [[1]] * 4}, "needs 2 to 10 classes"),
         (dict.fromkeys("abcdefghijk", [[1]] * 4), "needs 2 to 10 classes, to tell them apart, got 11"),
         ({"a": [[1]] * 4, "b": [[1]] * 3}, "the path of 'b' covers 3 FFNs, not 4"),
+        ({"a": [[1]] * 4, "b": [[1], [], [1], [1]]}, "the path of 'b' has no neuron in an FFN"),
         ({"a": [[1]] * 4, "b": [[1, 1]] * 4}, "names a neuron twice"),
     ],
 )
 def test_paths_refuse(paths, message):
     with pytest.raises(vitprune.VitpruneError, match=message):
         path_picture.draw_paths(FFNS, paths)
-    with pytest.raises(vitprune.VitpruneError, match="share of images must be in"):
-        path_picture.frequent_neurons({}, [], least=0)
-    with pytest.raises(vitprune.VitpruneError, match="frequencies of 1 classes, but there are 2 names"):
-        path_picture.frequent_neurons({"blocks.0.mlp": [[0.5]]}, ["a", "b"], least=0.1)
 
 
 # Top images
@@ -786,11 +762,11 @@ def test_paths_refuse(paths, message):
 @pytest.mark.parametrize("count", [1, 5, 8])
 def test_top_images_stand_in_order_with_their_values(count):
     images = [(np.full((20, 30, 3), 10 * place, np.uint8), f"class {place}", 1 - place) for place in range(count)]
-    figure = top_images.draw_top_images(images, quantity="score")
+    figure = top_images.draw_top_images(images)
     panels = [panel for panel in figure.axes if panel.images]
     assert [int(panel.images[0].get_array()[0, 0, 0]) for panel in panels] == [10 * place for place in range(count)]
     captions = [panel.texts[0].get_text().replace("−", "-") for panel in panels]
-    assert captions == [f"class {place}\nscore {1 - place}" for place in range(count)]
+    assert captions == [f"class {place}\nactivation {1 - place}" for place in range(count)]
     assert not any(panel.axison for panel in figure.axes)
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitprune.analysis.held_out import assign_paths, halves_paths, paths_of, split_halves
-from vitprune.analysis.interventions import Answers, deviate, measure_answers, measure_interventions
-from vitprune.analysis.manipulation import answer_undisturbed, compare_joint_scores, manipulate
+from vitprune.analysis.interventions import Reactions, deviate, measure_interventions, measure_reactions
+from vitprune.analysis.manipulation import compare_joint_scores, manipulate, measure_undisturbed
 from vitprune.discovery.discover import Discovery, class_paths, discover
 from vitprune.errors import VitpruneError
 from vitprune.intervals import mean_interval
@@ -71,7 +71,7 @@ def test_each_image_has_its_own_path_scaled(tokens, positions, tiny_vit, images,
 
 
 def test_a_factor_of_one_changes_nothing(tiny_vit, images, found):
-    clean = measure_answers(tiny_vit, batches_of(images, 6))
+    clean = measure_reactions(tiny_vit, batches_of(images, 6))
     same = measure_interventions(tiny_vit, batches_of(images, 6), found.neurons, [(1.0, "all")])[1.0, "all"]
     deviation = deviate(clean, same)
     assert deviation.probability_deviation == mean_interval([0.0, 0.0])
@@ -80,7 +80,7 @@ def test_a_factor_of_one_changes_nothing(tiny_vit, images, found):
 
 def test_batches_and_passes_do_not_matter(tiny_vit, images, found, tmp_path):
     paths = {"jas": found.neurons, "other": found.neurons.flip(0)}
-    clean = answer_undisturbed(tiny_vit, batches_of(images, 4), "undisturbed", folder=tmp_path)
+    clean = measure_undisturbed(tiny_vit, batches_of(images, 4), "undisturbed", folder=tmp_path)
 
     def rows(size, folder, **given):
         batches = None if size is None else batches_of(images, size)
@@ -91,7 +91,7 @@ def test_batches_and_passes_do_not_matter(tiny_vit, images, found, tmp_path):
     resumed = rows(2, tmp_path, tokens=("cls", "all"))
     assert [row.by_class for row in whole] == [pytest.approx(row.by_class, rel=1e-6) for row in resumed]
     assert rows(None, tmp_path, tokens=("cls", "all")) == resumed
-    kept = answer_undisturbed(tiny_vit, None, "undisturbed", folder=tmp_path)
+    kept = measure_undisturbed(tiny_vit, None, "undisturbed", folder=tmp_path)
     assert torch.equal(kept.probability, clean.probability)
 
 
@@ -109,8 +109,8 @@ def test_no_hook_survives(tiny_vit, images, found):
 
 def test_deviation_is_the_ratio_of_class_means():
     label = torch.tensor([0, 0, 7, 7])
-    clean = Answers(torch.tensor([0.2, 0.6, 0.5, 0.5]), torch.tensor([0, 0, 7, 0]), label)
-    changed = Answers(torch.tensor([0.2, 0.2, 0.5, 1.0]), torch.tensor([0, 7, 7, 7]), label)
+    clean = Reactions(torch.tensor([0.2, 0.6, 0.5, 0.5]), torch.tensor([0, 0, 7, 0]), label)
+    changed = Reactions(torch.tensor([0.2, 0.2, 0.5, 1.0]), torch.tensor([0, 7, 7, 7]), label)
     deviation = deviate(clean, changed)
     assert deviation.by_class == pytest.approx({0: -0.5, 7: 0.5})
     assert deviation.probability_deviation.mean == pytest.approx(0.0, abs=1e-7)

@@ -203,7 +203,10 @@ def test_path_neurons_that_were_removed_are_struck_through(page, folders):
 
 def test_other_folders_are_refused(folders, tmp_path, capsys, saved_vit):
     cases = (
-        ([folders["train"]], "nothing that a report shows; it takes the folders that these write: discover (run.json)"),
+        (
+            [folders["train"]],
+            "nothing that a report shows; it takes folders of these kinds: evaluation (evaluation.json)",
+        ),
         ([saved_vit], "nothing that a report shows"),
         ([tmp_path / "absent"], "no such folder"),
         ([folders["run"], folders["run"]], "is named twice"),
@@ -223,7 +226,7 @@ def test_other_folders_are_refused(folders, tmp_path, capsys, saved_vit):
 def test_a_figure_that_is_missing_is_asked_for(folders, tmp_path):
     shutil.copytree(folders["curve"], tmp_path / "curve")
     (tmp_path / "curve" / "curve.svg").unlink()
-    with pytest.raises(vitprune.VitpruneError, match=r"has no curve.svg; run 'vitprune curve' again"):
+    with pytest.raises(vitprune.VitpruneError, match="has no curve.svg; write it again"):
         write_report([tmp_path / "curve"], tmp_path / "r.html")
 
 

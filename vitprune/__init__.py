@@ -54,6 +54,7 @@ _HOME_OF = {
     "Accuracy": "vitprune.evaluation.accuracy",
     "evaluate": "vitprune.evaluation.accuracy",
     "compare": "vitprune.evaluation.accuracy",
+    "analyze": "vitprune.analysis.analyze",
     "find_top_images": "vitprune.analysis.top_images",
     "count_macs": "vitprune.models.macs",
     "ffn_share": "vitprune.models.macs",

@@ -12,20 +12,20 @@ from torch import nn
 from vitprune.analysis.held_out import assign_paths, halves_paths, paths_of, split_halves
 from vitprune.analysis.hierarchy import cluster_classes, compare_with_wordnet
 from vitprune.analysis.image_similarity import measure_path_similarity
-from vitprune.analysis.interventions import Answers
+from vitprune.analysis.interventions import Reactions
 from vitprune.analysis.manipulation import (
     CLASS,
     OTHER_CLASS,
     OTHER_HALF,
     OWN,
-    answer_undisturbed,
     compare_joint_scores,
     manipulate,
+    measure_undisturbed,
 )
 from vitprune.analysis.mistakes import compare_mistakes
 from vitprune.analysis.similarity import compare_scores, compare_visits, plain, rank_pairs
 from vitprune.analysis.top_images import find_top_images
-from vitprune.analysis.topk_mask import measure_topk_mask
+from vitprune.analysis.topk_mask import MASK_SHARES, TOP_KS, measure_topk_mask
 from vitprune.analysis.utilisation import measure_utilisation
 from vitprune.analysis.wordnet import is_wnid
 from vitprune.data import Batches
@@ -34,6 +34,8 @@ from vitprune.errors import VitpruneError
 from vitprune.options import EXPERIMENTS, check_choice
 from vitprune.progress import Track, untracked
 
+# Experiments on images other than those that the paths were found on.
+NEED_OTHERS = ("transfer", "topk-mask")
 # One row of a picture; a picture per neuron.
 NUM_TOP_IMAGES, MOST_TOP_NEURONS = 6, 10
 
@@ -48,8 +50,8 @@ def run_experiments(
     class_names: Mapping[int, str],
     factors: Sequence[float] = (0.0, 2.0),
     tokens: Sequence[str] | None = None,
-    top_ks: Sequence[int] = (1, 5, 10, 20, 50),
-    mask_shares: Sequence[float] = (0.1, 0.3, 0.5, 1.0),
+    top_ks: Sequence[int] = TOP_KS,
+    mask_shares: Sequence[float] = MASK_SHARES,
     depth: int | None = None,
     num_pairs: int = 50,
     wordnet: str | Path | None = None,
@@ -91,18 +93,15 @@ def run_experiments(
     Source:
         arXiv:2503.09046; ``halves`` and ``transfer`` are ours: the paper finds and tests paths on the same images.
     """
-    for name in experiments:
-        check_choice("experiments", name, EXPERIMENTS)
-        if name in ("transfer", "topk-mask") and other_batches is None:
-            raise VitpruneError(f"{name} tests on images other than the run's, which are missing")
+    check_experiments(experiments, with_others=other_batches is not None)
     first = next(iter(runs.values()))
     scopes = (first.tokens,) if tokens is None else tuple(tokens)
     scaling = {"factors": factors, "tokens": scopes, "folder": folder, "track": track}
     keeping = {"folder": folder, "track": track}
 
     @cache
-    def clean() -> Answers:
-        return answer_undisturbed(model, batches, "undisturbed", **keeping)
+    def clean() -> Reactions:
+        return measure_undisturbed(model, batches, "undisturbed", **keeping)
 
     def manipulation() -> list[Any]:
         own = {method: found.neurons for method, found in runs.items()}
@@ -117,9 +116,10 @@ def run_experiments(
         return rows
 
     def transfer() -> list[Any]:
-        answers = answer_undisturbed(model, other_batches, "undisturbed, other images", **keeping)
-        assigned = {method: assign_paths(class_paths(found), answers.label.tolist()) for method, found in runs.items()}
-        return manipulate(model, other_batches, answers, assigned, whose=CLASS, **scaling)
+        undisturbed = measure_undisturbed(model, other_batches, "undisturbed, other images", **keeping)
+        labels = undisturbed.label.tolist()
+        assigned = {method: assign_paths(class_paths(found), labels) for method, found in runs.items()}
+        return manipulate(model, other_batches, undisturbed, assigned, whose=CLASS, **scaling)
 
     def topk_mask() -> list[Any]:
         scopes_masked = tuple(dict.fromkeys((first.tokens, "all"))) if tokens is None else scopes
@@ -154,6 +154,18 @@ def run_experiments(
         "topk-mask": topk_mask,
     }
     return {name.replace("-", "_"): plain(make[name]()) for name in experiments}
+
+
+def check_experiments(experiments: Sequence[str], *, with_others: bool) -> None:
+    """Refuse an experiment that is unknown, or that needs other images where there are none.
+
+    Raises:
+        VitpruneError: naming it.
+    """
+    for name in experiments:
+        check_choice("experiments", name, EXPERIMENTS)
+        if name in NEED_OTHERS and not with_others:
+            raise VitpruneError(f"{name} tests on images other than the run's; pass `others`")
 
 
 def _paths_of_another_class(found: Discovery, seed: int):

@@ -26,6 +26,9 @@ def split_halves(labels: Tensor, *, seed: int = 0) -> Tensor:
 
     Raises:
         VitpruneError: if a class has one image only.
+
+    >>> split_halves(torch.tensor([4, 4, 9, 9, 9])).sum().item()
+    3
     """
     generator = torch.Generator().manual_seed(seed)
     second = torch.zeros(len(labels), dtype=torch.bool)
@@ -110,7 +113,7 @@ def assign_paths(paths: Mapping[int, Tensor], labels: Sequence[int], *, shift: i
     classes = sorted(paths)
     absent = sorted({int(label) for label in labels} - set(classes))
     if absent:
-        raise VitpruneError(f"class {absent[0]} has images but no path in the run; choose with --classes")
+        raise VitpruneError(f"class {absent[0]} has images but no path in the run; choose with `classes`")
     if shift % len(classes) == 0 and shift:
         raise VitpruneError(f"a run of {len(classes)} classes has no other class to take paths from")
     place = {index: classes[(number + shift) % len(classes)] for number, index in enumerate(classes)}

@@ -69,7 +69,7 @@ def measure_path_similarity(found: Discovery) -> PathSimilarity:
     if used.sum() < 2:
         raise VitpruneError(
             f"pairs of images within a class need at least two classes with two images, the run has {used.sum()}; "
-            "discover with --images-per-class 2 or more"
+            "discover with `images_per_class` 2 or more"
         )
     path_size, num_images = found.neurons[0].numel(), num_images[used]
     common_CC = count_common(found).numpy()[np.ix_(used, used)]

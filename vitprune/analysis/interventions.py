@@ -19,8 +19,8 @@ from vitprune.models.units import FeedForward, find_feed_forwards, hook_hidden
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a model answers to I images, whose order is that of the batches.
+class Reactions:
+    """How a model reacts to I images, undisturbed or with neurons scaled; their order is that of the batches.
 
     Attributes:
         probability: float32 [I]; of the label's class, in [0, 1].
@@ -92,7 +92,7 @@ def measure_intervention(
 
 
 @torch.no_grad()
-def measure_answers(model: nn.Module, batches: Batches) -> Answers:
+def measure_reactions(model: nn.Module, batches: Batches) -> Reactions:
     """Return the undisturbed model's answers.
 
     Args:
@@ -102,7 +102,7 @@ def measure_answers(model: nn.Module, batches: Batches) -> Answers:
     Raises:
         VitpruneError: if there are no images.
     """
-    return _join(_answers(model(images).softmax(-1), labels) for images, labels in on_device(model, batches))
+    return _join(_reactions(model(images).softmax(-1), labels) for images, labels in on_device(model, batches))
 
 
 def measure_interventions(
@@ -110,7 +110,7 @@ def measure_interventions(
     batches: Batches,
     neurons_ILK: Tensor,
     interventions: Sequence[tuple[float, str]] = ((0.0, "cls"), (2.0, "cls")),
-) -> dict[tuple[float, str], Answers]:
+) -> dict[tuple[float, str], Reactions]:
     """Return the answers with each image's own path scaled, in one pass over the images.
 
     Args:
@@ -131,7 +131,7 @@ def measure_interventions(
     """
     ffns = find_feed_forwards(model)
     slices = {scope: scope_slice(model, resolve_scope(model, scope)) for _factor, scope in interventions}
-    parts: dict[tuple[float, str], list[Answers]] = {key: [] for key in interventions}
+    parts: dict[tuple[float, str], list[Reactions]] = {key: [] for key in interventions}
     start = 0
     for images, labels in on_device(model, batches):
         neurons_BLK = neurons_ILK[start : start + len(images)].to(images.device)
@@ -142,25 +142,25 @@ def measure_interventions(
             probabilities_BC = measure_intervention(
                 model, ffns, images, neurons_BLK, factor=factor, tokens=slices[scope]
             )
-            parts[factor, scope].append(_answers(probabilities_BC, labels))
+            parts[factor, scope].append(_reactions(probabilities_BC, labels))
     if start != len(neurons_ILK):
         raise VitpruneError(f"{len(neurons_ILK)} paths are not for these images, of which there are {start} or more")
-    return {key: _join(answers) for key, answers in parts.items()}
+    return {key: _join(reactions) for key, reactions in parts.items()}
 
 
-def _answers(probabilities_BC: Tensor, labels: Tensor) -> Answers:
+def _reactions(probabilities_BC: Tensor, labels: Tensor) -> Reactions:
     of_label = probabilities_BC.float().gather(1, labels.unsqueeze(1)).squeeze(1)
-    return Answers(of_label.cpu(), probabilities_BC.argmax(1).cpu(), labels.cpu())
+    return Reactions(of_label.cpu(), probabilities_BC.argmax(1).cpu(), labels.cpu())
 
 
-def _join(parts) -> Answers:
+def _join(parts) -> Reactions:
     parts = list(parts)
     if not parts:
         raise VitpruneError("no images to intervene on")
-    return Answers(*(torch.cat([getattr(part, name) for part in parts]) for name in Answers.__annotations__))
+    return Reactions(*(torch.cat([getattr(part, name) for part in parts]) for name in Reactions.__annotations__))
 
 
-def deviate(clean: Answers, changed: Answers) -> Deviation:
+def deviate(clean: Reactions, changed: Reactions) -> Deviation:
     """Compare the answers under an intervention with the undisturbed ones of the same images.
 
     Args:
@@ -185,7 +185,7 @@ def deviate(clean: Answers, changed: Answers) -> Deviation:
     )
 
 
-def deviations_by_class(clean: Answers, changed: Answers) -> dict[int, float]:
+def deviations_by_class(clean: Reactions, changed: Reactions) -> dict[int, float]:
     """Return class index -> mean probability of the class under an intervention / clean mean - 1.
 
     Raises:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.analysis.interventions import (
-    Answers,
+    Reactions,
     deviate,
     deviations_by_class,
-    measure_answers,
     measure_interventions,
+    measure_reactions,
 )
 from vitprune.data import Batches
 from vitprune.discovery.discover import Discovery
@@ -31,6 +31,14 @@ OWN = "own"
 OTHER_HALF = "other half"
 OTHER_CLASS = "other class"
 CLASS = "class"
+WHOSE: Mapping[str, str] = {
+    OWN: "each image's own path",
+    OTHER_HALF: "the class path on the other half of the class's images",
+    OTHER_CLASS: "the same of another class: the control",
+    CLASS: "the class path of the run, on other images",
+}
+# Experiments that scale path neurons; their results are lists of ``DeviationRow``.
+MANIPULATIONS = ("manipulation", "halves", "transfer")
 
 
 @dataclass(frozen=True)
@@ -132,25 +140,25 @@ def check_same_images(runs: Mapping[str, Discovery]) -> None:
         if not torch.equal(found.labels, reference.labels):
             raise VitpruneError(
                 f"the runs of {first} ({len(reference.labels)} images) and {method} ({len(found.labels)}) are not of "
-                "the same images; discover both on the same --data with the same --images-per-class and --seed"
+                "the same images; discover both on the same folder, with the same `images_per_class` and `seed`"
             )
 
 
-def answer_undisturbed(
+def measure_undisturbed(
     model: nn.Module, batches: Batches, name: str, *, folder: str | Path | None = None, track: Track = untracked
-) -> Answers:
+) -> Reactions:
     """Return the undisturbed model's answers, those that ``folder`` keeps under this name where it does."""
-    answers = _read(folder, name)
-    if answers is None:
-        answers = measure_answers(model, track(batches, name))
-        _write(folder, name, answers)
-    return answers
+    reactions = _read(folder, name)
+    if reactions is None:
+        reactions = measure_reactions(model, track(batches, name))
+        _write(folder, name, reactions)
+    return reactions
 
 
 def manipulate(
     model: nn.Module,
     batches: Batches,
-    clean: Answers,
+    clean: Reactions,
     paths: Mapping[str, Tensor],
     *,
     whose: str,
@@ -164,7 +172,7 @@ def manipulate(
     Args:
         model: timm Vision Transformer in eval mode.
         batches: pairs of images and labels; read once per method.
-        clean: the undisturbed model's answers to them, from ``answer_undisturbed``.
+        clean: the undisturbed model's answers to them, from ``measure_undisturbed``.
         paths: method -> int64 [I, L, K], a path for each image; the first method is compared with the others.
         whose: whose paths these are, as in ``DeviationRow.paths``.
         factors: 0 removes the neurons, 2 doubles them.
@@ -180,22 +188,22 @@ def manipulate(
         arXiv:2503.09046, figures of the manipulation experiment; intervals and comparison are ours.
     """
     wanted = [(factor, scope) for factor in factors for scope in tokens]
-    changed: dict[str, dict[tuple[float, str], Answers]] = {}
+    changed: dict[str, dict[tuple[float, str], Reactions]] = {}
     for method, neurons_ILK in paths.items():
         names = {key: f"{_slug(whose)}-{method}-{key[0]:g}-{key[1]}" for key in wanted}
         missing = [key for key in wanted if _read(folder, names[key]) is None]
         measured = {}
         if missing:
             measured = measure_interventions(model, track(batches, f"{whose} paths of {method}"), neurons_ILK, missing)
-        for key, answers in measured.items():
-            _write(folder, names[key], answers)
+        for key, reactions in measured.items():
+            _write(folder, names[key], reactions)
         changed[method] = {key: measured[key] if key in measured else _read(folder, names[key]) for key in wanted}
     first = next(iter(changed))
     rows = []
     for key in wanted:
         reference = deviations_by_class(clean, changed[first][key])
-        for method, answers in changed.items():
-            found = deviate(clean, answers[key])
+        for method, reactions in changed.items():
+            found = deviate(clean, reactions[key])
             rows.append(
                 DeviationRow(
                     method=method,
@@ -220,14 +228,14 @@ def _slug(text: str) -> str:
     return text.replace(" ", "-")
 
 
-def _read(folder: str | Path | None, name: str) -> Answers | None:
+def _read(folder: str | Path | None, name: str) -> Reactions | None:
     path = None if folder is None else Path(folder) / f"{name}.safetensors"
     if path is None or not path.is_file():
         return None
     tensors, _facts = read_tensors(path, kind="answers")
-    return Answers(**tensors)
+    return Reactions(**tensors)
 
 
-def _write(folder: str | Path | None, name: str, answers: Answers) -> None:
+def _write(folder: str | Path | None, name: str, reactions: Reactions) -> None:
     if folder is not None:
-        write_tensors(Path(folder) / f"{name}.safetensors", vars(answers), kind="answers", facts={"pass": name})
+        write_tensors(Path(folder) / f"{name}.safetensors", vars(reactions), kind="answers", facts={"pass": name})

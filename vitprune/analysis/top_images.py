@@ -54,6 +54,13 @@ def find_top_images(
 
     Raises:
         VitpruneError: if a neuron or FFN is not the model's, ``num_images`` is less than 1, or there are no images.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1).eval()
+    >>> alike = [(torch.zeros(3, 3, 224, 224), torch.tensor([0, 0, 1]))]
+    >>> found = find_top_images(model, alike, {"blocks.0.mlp": [7]}, num_images=2)
+    >>> found["blocks.0.mlp", 7].positions
+    tensor([0, 1])
     """
     watched = _check_neurons(model, neurons)
     if num_images < 1:

@@ -20,6 +20,9 @@ from vitprune.models.units import find_feed_forwards, hook_hidden
 from vitprune.options import CLEAN, ONE_PLAN, ORACLE
 from vitprune.progress import Track, untracked
 
+# Neurons per FFN to spare, and shares of the others to mask, where nobody says otherwise.
+TOP_KS, MASK_SHARES = (1, 5, 10, 20, 50), (0.1, 0.3, 0.5, 1.0)
+
 
 @dataclass(frozen=True)
 class TopKRow:
@@ -53,8 +56,8 @@ def measure_topk_mask(
     batches: Batches,
     found: Discovery,
     *,
-    top_ks: Sequence[int] = (1, 5, 10, 20, 50),
-    mask_shares: Sequence[float] = (0.1, 0.3, 0.5, 1.0),
+    top_ks: Sequence[int] = TOP_KS,
+    mask_shares: Sequence[float] = MASK_SHARES,
     tokens: Sequence[str] = ("cls", "all"),
     depth: int | None = None,
     track: Track = untracked,
@@ -118,7 +121,7 @@ def _measure(model, batches, found: Discovery, factors, scope: slice) -> tuple[f
     for images, labels in on_device(model, batches):
         absent = [int(label) for label in labels if int(label) not in row_of]
         if absent:
-            raise VitpruneError(f"class {absent[0]} has images but no scores in the run; choose with --classes")
+            raise VitpruneError(f"class {absent[0]} has images but no scores in the run; choose with `classes`")
         rows_B = torch.tensor([row_of[int(label)] for label in labels])
 
         def mask(name: str, h_BNH: Tensor, rows_B: Tensor = rows_B) -> Tensor:

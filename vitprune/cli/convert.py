@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from jsonargparse import ArgumentParser
 
 from vitprune import options
 from vitprune.cli.arguments import add_checkpoint, add_device, add_output, listed
-from vitprune.cli.inputs import as_stored, choose_images, load_model, make_batches, pick_device
+from vitprune.cli.inputs import choose, find_images, load_model, pick_device
 from vitprune.cli.terminal import Tracked, note
 from vitprune.errors import VitpruneError
 
 SUMMARY = "read result files of the paper's authors as a run, or write runs as such files"
-
-# What their --model_type is called by timm.
-_TIMM_NAMES = {
-    "ViT-B_16": "vit_base_patch16_224",
-    "ViT-B_32": "vit_base_patch32_224",
-    "ViT-L_32": "vit_large_patch32_224",
-}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -82,48 +73,30 @@ def _read(
     source, model, checkpoint, data, class_map, classes, method, least_agreement, batch_size, workers, device, output,
     overwrite,
 ):  # fmt: skip
-    from vitprune.data import data_config, digest_images, hash_images
-    from vitprune.discovery.run import RUN_FILES, Run, save_run
+    from vitprune.discovery.run import RUN_FILES, save_run
     from vitprune.files import refuse_existing
-    from vitprune.interop.adopt import LEAST_AGREEMENT, adopt, assign_images, authors_transform, describe_search
+    from vitprune.interop.adopt import LEAST_AGREEMENT
     from vitprune.interop.authors import read_authors
-    from vitprune.models.identity import hash_weights
+    from vitprune.interop.convert import read_as_run
 
     refuse_existing(output, overwrite=overwrite, owned=RUN_FILES)
     paths = read_authors(source, method=method)
     _require(paths.args, model, data)
     network = load_model(model, checkpoint, pick_device(device))
-    search = describe_search(paths, network)
-    transform = authors_transform(paths.args, network)
-    images = choose_images(network, data, class_map, classes, None, seed=0)
-    assigned = assign_images(paths, images)
-    if assigned.joint_scores is None:
-        note("the files have no joint scores of whole paths; they are computed")
-    batches = make_batches(
-        assigned.images, network, batch_size=batch_size, workers=workers, strict=True, transform=transform
-    )
-    found, agreement = adopt(
+    converted = read_as_run(
+        paths,
         network,
-        search,
-        assigned,
-        Tracked(batches, "convert"),
+        find_images(choose(data, class_map, classes), network),
+        name=model,
+        checkpoint=checkpoint,
         least_agreement=LEAST_AGREEMENT if least_agreement is None else least_agreement,
+        batch_size=batch_size,
+        num_workers=workers,
+        note=note,
+        track=Tracked,
     )
-    without = sorted(set(images.labels) - set(paths.neurons))
-    if without:
-        note(f"left out {len(without)} classes of {data} that have no paths (first: {images.class_names[without[0]]})")
-    differs = sorted(key for key, value in data_config(network).items() if transform[key] != value)
-    converted = Run(
-        found=found,
-        images=assigned.images,
-        model=as_stored(model),
-        checkpoint=None if checkpoint is None else str(Path(checkpoint).resolve()),
-        weights_sha256=hash_weights(network),
-        transform=transform if differs else None,
-        images_sha256=digest_images(hash_images(assigned.images)),
-        model_transform=data_config(network),
-    )
-    save_run(converted, output)
+    save_run(converted.run, output)
+    found, agreement = converted.run.found, converted.agreement
     answer = {
         "output": output,
         "method": found.method,
@@ -133,12 +106,12 @@ def _read(
         "tokens": found.tokens,
         "quadrature": found.quadrature,
         "mean_joint_score": found.joint_scores.mean().item(),
-        "joint_scores": "computed" if assigned.joint_scores is None else "read",
+        "joint_scores": "computed" if converted.scores_computed else "read",
         "compared": agreement.compared,
         "agreement": agreement.share,
-        "transform": transform,
-        "transform_differs": differs,
-        "classes_without_paths": [images.class_names[index] for index in without],
+        "transform": converted.transform,
+        "transform_differs": list(converted.differs),
+        "classes_without_paths": list(converted.without_paths),
     }
 
     def show() -> None:
@@ -153,8 +126,9 @@ def _read(
                 f"the model agrees with {agreement.share:.2%} of the {agreement.compared} in the files "
                 f"({agreement.num_images} images)"
             )
-        if differs:
-            print(f"images prepared as the authors' program does, other than the model's own: {', '.join(differs)}")
+        if converted.differs:
+            differs = ", ".join(converted.differs)
+            print(f"images prepared as the authors' program does, other than the model's own: {differs}")
         print("the files hold no scores of the other neurons: for prune --criterion jas, run 'vitprune discover'")
         print(f"wrote {output}")
 
@@ -163,10 +137,11 @@ def _read(
 
 def _require(args, model: str | None, data: str | None) -> None:
     """Ask for what the files lack, with what they say of it."""
+    from vitprune.interop.convert import name_model
+
     if model is None:
-        name, weights = args.get("model_type"), args.get("pretrain_weight")
-        timm_name = _TIMM_NAMES.get(name, name if "vitprune" in args else None)
-        hint = f", such as {timm_name}" if timm_name else ""
+        name, weights = name_model(args), args.get("pretrain_weight")
+        hint = f", such as {name}" if name else ""
         weights_hint = f" with --checkpoint {weights}" if weights else ""
         raise VitpruneError(f"say which model the paths were found on with --model{hint}{weights_hint}")
     if data is None:

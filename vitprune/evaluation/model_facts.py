@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from vitprune.data import data_config
 from vitprune.export.profile import count_graph_macs
 from vitprune.export.runtime import OnnxModel, read_facts
 from vitprune.models.identity import architecture, hash_weights
-from vitprune.models.macs import count_macs, count_parameters
+from vitprune.models.macs import Sizes, measure_sizes
 
 _BLOCK_BYTES = 2**20
 
@@ -49,7 +49,12 @@ class ModelFacts:
 
 
 def describe_network(
-    network: nn.Module, name: str, *, checkpoint: str | None = None, ratio: float | None = None
+    network: nn.Module,
+    name: str,
+    *,
+    checkpoint: str | None = None,
+    ratio: float | None = None,
+    sizes: Sizes | None = None,
 ) -> ModelFacts:
     """Say which torch model it is.
 
@@ -58,7 +63,9 @@ def describe_network(
         name: what it was loaded by; the path of a folder or file is made absolute.
         checkpoint: file of its weights.
         ratio: that it was loaded at.
+        sizes: of it, where they are known.
     """
+    sizes = measure_sizes(network) if sizes is None else sizes
     return ModelFacts(
         name=str(Path(name).resolve()) if Path(name).exists() else name,
         checkpoint=None if checkpoint is None else str(Path(checkpoint).resolve()),
@@ -67,9 +74,7 @@ def describe_network(
         weights_sha256=hash_weights(network),
         transform=data_config(network),
         num_classes=network.num_classes,
-        num_parameters=count_parameters(network),
-        macs=count_macs(network),
-        size_bytes=sum(value.numel() * value.element_size() for value in network.state_dict().values()),
+        **asdict(sizes),
     )
 
 

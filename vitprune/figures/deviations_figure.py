@@ -30,9 +30,7 @@ Deviations = Mapping[str, Mapping[tuple[str, float], Sequence[float]]]
 
 
 @styled
-def draw_deviations(
-    deviations: Deviations, *, quantity: str = "probability of the true class", title: str = ""
-) -> Figure:
+def draw_deviations(deviations: Deviations, *, title: str = "") -> Figure:
     """Draw boxes over classes: a row of panels per token scope, one panel for removal and one for doubling.
 
     Boxes reach from the first to the third quartile, whiskers to the last class within 1.5 times that; the line is the
@@ -41,7 +39,6 @@ def draw_deviations(
     Args:
         deviations: token scope (``cls``, ``patch``, ``all``) -> (method, factor) -> deviation of each class, ratio to
             clean - 1, in [-1, inf); factor 0 removes, 2 doubles.
-        quantity: what deviates.
         title: above the picture.
 
     Raises:
@@ -75,7 +72,7 @@ def draw_deviations(
             panels[0, column].set_xscale("symlog", linthresh=100)
             plain_numbers(panels[0, column])
             unit = "\n(%, logarithmic beyond 100)"
-        panels[-1, column].set_xlabel(f"change of the {quantity}{unit}")
+        panels[-1, column].set_xlabel(f"change of the probability of the true class{unit}")
     panels[0, 0].set_yticks(range(len(methods)), methods)
     panels[0, 0].set_ylim(len(methods) - 0.4, -0.6)
     counts = sorted({len(each) for each in values.values()})

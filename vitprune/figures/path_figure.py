@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Outline
-from numpy.typing import ArrayLike
 from scipy.cluster.hierarchy import leaves_list
 from scipy.cluster.hierarchy import linkage as cluster
 from scipy.spatial.distance import pdist
@@ -52,55 +51,22 @@ class Node:
     height: float
 
 
-def frequent_neurons(
-    frequencies: Mapping[str, ArrayLike], names: Sequence[str], *, least: float
-) -> dict[str, ClassPath]:
-    """Return per class and FFN the neurons that lie on the paths of at least a share of the images.
-
-    Args:
-        frequencies: FFN name -> [C, H]; share of the images of each class with the neuron on their path, in [0, 1].
-        names: of the C classes.
-        least: that share, in (0, 1].
-
-    Returns:
-        name -> per FFN the neurons, most frequent first (ties: the lower index); an FFN may have none.
-
-    Raises:
-        VitpruneError: if ``least`` is out of range or ``names`` are not C.
-
-    >>> frequent_neurons({"blocks.0.mlp": [[0.2, 0.5, 0.3]]}, ["tench"], least=0.3)
-    {'tench': [[1, 2]]}
-    """
-    if not 0 < least <= 1:
-        raise VitpruneError(f"share of images must be in (0, 1], got {least}")
-    paths: dict[str, list[list[int]]] = {name: [] for name in names}
-    for ffn, of_ffn in frequencies.items():
-        of_ffn = np.asarray(of_ffn)
-        if len(of_ffn) != len(names):
-            raise VitpruneError(f"{ffn} has frequencies of {len(of_ffn)} classes, but there are {len(names)} names")
-        for name, frequency_H in zip(names, of_ffn, strict=True):
-            order = np.argsort(-frequency_H, kind="stable")
-            paths[name].append(order[frequency_H[order] >= least].tolist())
-    return paths
-
-
 @styled
 def draw_paths(ffns: Sequence[str], paths: Mapping[str, ClassPath], *, title: str = "") -> Figure:
     """Draw one line per class from FFN to FFN; where classes share a neuron, their lines meet in its number.
 
-    A line goes through the best neuron of each FFN (dotted past an FFN without any); thin ones branch off to the
-    others. Each class has rows of its own. A shared neuron stands in a row of one of its classes, the one nearest to
-    the middle of them, so that no two neurons of an FFN stand in one place. Classes that share many neurons are
-    neighbours.
+    A line goes through the best neuron of each FFN; thin ones branch off to the others. Each class has rows of its
+    own. A shared neuron stands in a row of one of its classes, the one nearest to the middle of them, so that no two
+    neurons of an FFN stand in one place. Classes that share many neurons are neighbours.
 
     Args:
         ffns: L FFN names.
-        paths: class name -> per FFN its neurons, best first: int64 [L, K], or as ``frequent_neurons`` returns; 2 to 10
-            classes.
+        paths: class name -> per FFN its neurons, best first: int64 [L, K]; 2 to 10 classes.
         title: above the picture.
 
     Raises:
-        VitpruneError: if there are fewer or more classes, a path does not cover ``ffns``, or names a neuron twice.
+        VitpruneError: if there are fewer or more classes, a path does not cover ``ffns``, has no neuron in
+            one, or names one twice.
     """
     if not 2 <= len(paths) <= MAX_CLASSES:
         raise VitpruneError(f"path picture: needs 2 to {MAX_CLASSES} classes, to tell them apart, got {len(paths)}")
@@ -108,10 +74,10 @@ def draw_paths(ffns: Sequence[str], paths: Mapping[str, ClassPath], *, title: st
     for name, path in neurons.items():
         if len(path) != len(ffns):
             raise VitpruneError(f"path picture: the path of '{name}' covers {len(path)} FFNs, not {len(ffns)}")
+        if not all(path):
+            raise VitpruneError(f"path picture: the path of '{name}' has no neuron in an FFN")
         if any(len(set(layer)) < len(layer) for layer in path):
             raise VitpruneError(f"path picture: the path of '{name}' names a neuron twice in an FFN")
-    if not any(layer for path in neurons.values() for layer in path):
-        raise VitpruneError("path picture: no class has a neuron")
     names = order_classes(neurons)
     digits = max(len(str(neuron)) for path in neurons.values() for layer in path for neuron in layer)
     # Numbers side by side where there is room for them at 7 points, else turned.
@@ -175,7 +141,7 @@ def place_neurons(paths: Sequence[ClassPath], *, slot: float) -> tuple[dict[tupl
     """
     rows, top = [], 0.0
     for path in paths:
-        num_ranks = max(1, *(len(layer) for layer in path))
+        num_ranks = max(map(len, path))
         rows.append([top + slot * rank for rank in range(num_ranks)])
         top = rows[-1][-1] + slot + GAP
     nodes = {}
@@ -205,13 +171,11 @@ def _draw_class(
         # Lines that meet stay beside each other.
         return node.height + LINE_GAP * (node.classes.index(row) - (len(node.classes) - 1) / 2)
 
-    best = [height_in(nodes[layer, of[0]]) if of else own_height for layer, of in enumerate(path)]
+    best = [height_in(nodes[layer, of[0]]) for layer, of in enumerate(path)]
     # From the class's name and back to its row.
     stops = [(-STUB, own_height), *enumerate(best), (len(path) - 1 + STUB, own_height)]
-    known = [True, *map(bool, path), True]
     for place in range(len(stops) - 1):
-        style = "-" if known[place] and known[place + 1] else ":"
-        _draw_curve(axes, stops[place], stops[place + 1], colour, linewidth=1.4, linestyle=style)
+        _draw_curve(axes, stops[place], stops[place + 1], colour, linewidth=1.4)
         if 0 < place + 1 < len(stops) - 1:
             for neuron in path[place][1:]:
                 end = (place, height_in(nodes[place, neuron]))

@@ -28,7 +28,6 @@ def draw_similarity(
     linkage: ArrayLike,
     *,
     names: Sequence[str],
-    quantity: str = "cosine similarity",
     title: str = "",
 ) -> Figure:
     """Draw class-by-class similarities in the order of a hierarchical clustering, its tree on top.
@@ -40,7 +39,6 @@ def draw_similarity(
         matrix: [C, C], symmetric, C at least 2.
         linkage: [C - 1, 4], as SciPy's ``linkage`` returns it.
         names: of the C classes.
-        quantity: what the matrix holds.
         title: above the picture.
 
     Raises:
@@ -76,7 +74,7 @@ def draw_similarity(
     _draw_tree(tree, linkage, order)
     colours = colormaps[SEQUENTIAL].with_extremes(bad="0.92")
     image = heat.imshow(shown, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
-    bar = figure.colorbar(image, ax=heat, label=quantity, fraction=0.05, pad=0.02, aspect=30)
+    bar = figure.colorbar(image, ax=heat, label="cosine similarity", fraction=0.05, pad=0.02, aspect=30)
     bar.outline.set_visible(False)
     heat.spines[:].set_visible(False)
     heat.tick_params(length=0 if num_classes <= MAX_NAMES else 2)

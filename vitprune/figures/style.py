@@ -116,7 +116,7 @@ def method_colours(methods: Sequence[str]) -> dict[str, str]:
 
 
 def order_methods(methods: Sequence[str]) -> list[str]:
-    """Put ways to find paths in the order of the command line's help, unknown ones last.
+    """Put ways to find paths in the order of ``METHODS``, unknown ones last.
 
     >>> order_methods(["random", "activation", "jas", "activation"])
     ['jas', 'activation', 'random']

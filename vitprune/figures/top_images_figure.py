@@ -20,13 +20,12 @@ TopImage = tuple[Image.Image | ArrayLike, str, float]
 
 
 @styled
-def draw_top_images(images: Sequence[TopImage], *, quantity: str = "activation", title: str = "") -> Figure:
+def draw_top_images(images: Sequence[TopImage], *, title: str = "") -> Figure:
     """Draw images in the order given, each with its name and value below.
 
     Args:
         images: picture (PIL image, or array [height, width] or [height, width, 3] as matplotlib takes it: uint8, or
             float in [0, 1]), name, value.
-        quantity: what the values are.
         title: above the picture.
 
     Raises:
@@ -47,7 +46,7 @@ def draw_top_images(images: Sequence[TopImage], *, quantity: str = "activation",
         panel.text(
             0.5,
             -0.04,
-            f"{shorten(name, 22)}\n{quantity} {write_number(value)}",
+            f"{shorten(name, 22)}\nactivation {write_number(value)}",
             transform=panel.transAxes,
             ha="center",
             va="top",

@@ -18,12 +18,15 @@ from torch import Tensor, nn
 
 from vitprune.data import Batches, ImageSet, data_config, on_device
 from vitprune.discovery.best import best_neurons
-from vitprune.discovery.discover import Discovery, Search, plan_search, set_pace
+from vitprune.discovery.discover import Discovery, set_pace
 from vitprune.discovery.engine import first_rule, score_paths
+from vitprune.discovery.methods import plan_search
+from vitprune.discovery.search import Search
 from vitprune.errors import VitpruneError
 from vitprune.interop.authors import ARGS_SUFFIX, AuthorsPaths, folder_order
 from vitprune.models.trunk import record_clean, scope_slice
 from vitprune.models.units import frozen
+from vitprune.seen_images import watch
 
 LEAST_AGREEMENT = 0.9
 # Images with other weights, order or transform show after a few; a whole data set takes hours.
@@ -209,7 +212,8 @@ def adopt(
         raise VitpruneError(f"least_agreement must be in [0, 1], got {least_agreement}")
     measured = _Measured(paths)
     at_once = None
-    for images_B, _labels in on_device(model, batches):
+    watched = watch(batches)
+    for images_B, _labels in on_device(model, watched):
         if at_once is None:
             at_once = set_pace(model, search, images_B[:1]).images
         measured.add(model, search, images_B, at_once)
@@ -233,6 +237,7 @@ def adopt(
         tokens=search.tokens,
         quadrature=search.rule.name,
         precision=search.precision,
+        seen=watched.seen,
     )
     return found, agreement
 
@@ -274,20 +279,12 @@ class _Measured:
         places = self._scored[rows].nonzero().squeeze(1)
         if len(places) == 0:
             return
-        rule = first_rule(search.rule, one_token=scope == slice(0, 1))
+        asked = replace(search, rule=first_rule(search.rule, one_token=scope == slice(0, 1)))
         labels_B = torch.tensor(self.paths.images.labels[rows]).to(images_B.device)
         neurons_BLK = self.paths.neurons[rows].to(images_B.device)
         for part in places.split(at_once):
             with frozen(model):
-                score = score_paths(
-                    model,
-                    search.ffns,
-                    images_B[part],
-                    labels_B[part],
-                    neurons_BLK[part],
-                    quadrature=rule,
-                    scope=search.tokens,
-                )
+                score = score_paths(model, asked, images_B[part], labels_B[part], neurons_BLK[part])
             self.own_scores[rows.start + part] = score.float().cpu()
 
     def agreement(self) -> Agreement:

@@ -92,6 +92,16 @@ def read_authors(source: str | Path, *, method: str = "jas") -> AuthorsPaths:
     Raises:
         VitpruneError: if files are missing or malformed, disagree about the number of FFNs or neurons, have no paths by
             this method, or hold other results than paths.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "mine.args.json").write_text('{"ig_total_step": 20}')
+    ...     _ = Path(folder, "mine-3.rlt.jsonl").write_text('[{"ja": [[5, 0, 47]], "ja_score": [[0.125]]}]')
+    ...     paths = read_authors(Path(folder, "mine"))
+    >>> paths.neurons, paths.joint_scores
+    ({3: tensor([[[ 5],
+             [ 0],
+             [47]]])}, {3: tensor([0.1250])})
     """
     check_choice("method", method, AUTHORS_METHODS)
     args_file = find_args_file(source)
@@ -104,7 +114,7 @@ def read_authors(source: str | Path, *, method: str = "jas") -> AuthorsPaths:
         )
     if "edit_operation" in args:
         raise VitpruneError(
-            f"{args_file}: results of the manipulation experiment, not paths; name the files that its --ja_path was"
+            f"{args_file}: results of the manipulation experiment, not paths; name the files that its ja_path was"
         )
     scored_pattern = args.get("method") == _SCORED_PATTERN
     if scored_pattern and method != "influence-pattern":
@@ -226,7 +236,7 @@ def _read_path(value: Any, where: str, *, one_row: bool) -> list[list[int]]:
     if one_row and len(value) > 1:
         raise VitpruneError(
             f"{where}: {len(value)} paths where one is expected (an influence pattern of a batch is of none of its "
-            "images; make them with --batch_size 1)"
+            "images; make them with a batch_size of 1)"
         )
     lengths = sorted({len(row) for row in value})
     if len(lengths) > 1:
@@ -292,6 +302,15 @@ def write_authors(runs: Sequence[Run], prefix: str | Path) -> list[Path]:
     Raises:
         VitpruneError: if their format has no place for a run, the runs do not belong together, or there are files of
             this prefix for other classes.
+
+    >>> import tempfile, timm, vitprune
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=2).eval()
+    >>> found = vitprune.discover(model, [(torch.zeros(2, 3, 224, 224), torch.tensor([0, 1]))], method="activation")
+    >>> photos = vitprune.ImageSet(Path("photos"), ("cat/1.jpg", "dog/1.jpg"), (0, 1), {0: "cat", 1: "dog"})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     files = write_authors([Run(found, photos, "vit", None, "hash")], Path(folder, "mine"))
+    >>> [file.name for file in files]
+    ['mine.args.json', 'mine-0.rlt.jsonl', 'mine-1.rlt.jsonl']
     """
     prefix = Path(str(prefix).removesuffix(ARGS_SUFFIX))
     by_method = _check_together(runs)

@@ -1,109 +1,66 @@
-"""Folders that a report shows: what each kind is recognised by, and what is read of it."""
+"""Kinds of folders that a report shows: what each is recognised by, how it is read, and what the page tells of it."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitprune.card import Card, read_card
+from vitprune.analysis.analysis_folder import ANALYSIS_FILE, load_analysis
+from vitprune.card import read_card
 from vitprune.discovery.run import RUN_FILE, load_run
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.curve_folder import CURVE_FILE, load_curve
 from vitprune.evaluation.evaluation_folder import EVALUATION_FILE, load_evaluation
-from vitprune.evaluation.model_facts import ModelFacts, describe_network
-from vitprune.files import read_json
-from vitprune.models.load import load
-from vitprune.models.saved_folder import PLAN_FILE, build_dense
-from vitprune.models.units import find_feed_forwards
-from vitprune.pruning.plan import Plan, read_plan
+from vitprune.models.saved_folder import PLAN_FILE
+from vitprune.report.card_facts import (
+    Fact,
+    analysis_facts,
+    bench_facts,
+    curve_facts,
+    evaluation_facts,
+    pruned_facts,
+    run_facts,
+)
+from vitprune.report.page_blocks import Section
+from vitprune.report.pruned_folder import load_pruned
+from vitprune.report.sections.analysis_section import analysis_section
+from vitprune.report.sections.bench_section import bench_section
+from vitprune.report.sections.curve_section import curve_section
+from vitprune.report.sections.evaluation_section import evaluation_section
+from vitprune.report.sections.pruned_section import pruned_section
+from vitprune.report.sections.run_section import run_section
+from vitprune.report.shown_folder import Artefact
 from vitprune.speed.bench_folder import BENCH_FILE, load_bench
-
-ANALYSIS_FILE = "analysis.json"
-
-
-@dataclass(frozen=True)
-class PrunedModel:
-    """A pruned folder.
-
-    Attributes:
-        plan: which neurons stay, and where the decision came from.
-        model: the pruned model.
-        dense: the same architecture and classes with all neurons; its ``weights_sha256`` is that of the weights which
-            the plan was applied to.
-        dense_widths: FFN name -> its neurons in ``dense``.
-        label_names: folder names of its classes, where it was reduced to some; else empty.
-    """
-
-    plan: Plan
-    model: ModelFacts
-    dense: ModelFacts
-    dense_widths: Mapping[str, int]
-    label_names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Artefact:
-    """One folder of a report.
-
-    Attributes:
-        kind: key of ``KINDS``.
-        key: short name, unique in the report; what its links begin with.
-        name: of the folder, for people; unique in the report.
-        folder: absolute.
-        content: ``Run``, ``PrunedModel``, ``Evaluation``, ``CurveRecord``, ``BenchRecord``, or the JSON object of an
-            analysis.
-        card: of the command that wrote it; None where another program did.
-    """
-
-    kind: str
-    key: str
-    name: str
-    folder: Path
-    content: Any
-    card: Card | None
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How one kind of folder is recognised and read.
+    """One kind of folder.
 
     Attributes:
         marker: the file that only such a folder has.
-        made_by: the command that writes it.
-        read: folder -> content.
+        load: folder -> content.
+        section: the folder, and all of the report -> its part of the page.
+        facts: content -> what its card says of model and images.
     """
 
     marker: str
-    made_by: str
-    read: Callable[[Path], Any]
+    load: Callable[[Path], Any]
+    section: Callable[[Artefact, Sequence[Artefact]], Section]
+    facts: Callable[[Any], list[Fact]]
 
 
-def _read_pruned(folder: Path) -> PrunedModel:
-    plan = read_plan(folder)
-    network, dense = load(folder), build_dense(folder)
-    return PrunedModel(
-        plan=plan,
-        model=describe_network(network, str(folder)),
-        dense=replace(describe_network(dense, str(folder)), weights_sha256=plan.facts.get("weights_sha256", "")),
-        dense_widths={ffn.name: ffn.num_neurons for ffn in find_feed_forwards(dense)},
-        label_names=tuple(getattr(network, "label_names", None) or ()),
-    )
-
-
-def _read_analysis(folder: Path) -> Mapping[str, Any]:
-    return read_json(folder / ANALYSIS_FILE, kind="analysis")
-
-
+# In the order of the page: first what pruning cost and brought, then why these neurons.
 KINDS: Mapping[str, Kind] = {
-    "run": Kind(RUN_FILE, "discover", load_run),
-    "pruned": Kind(PLAN_FILE, "prune", _read_pruned),
-    "evaluation": Kind(EVALUATION_FILE, "evaluate -o", load_evaluation),
-    "curve": Kind(CURVE_FILE, "curve", load_curve),
-    "bench": Kind(BENCH_FILE, "bench -o", load_bench),
-    "analysis": Kind(ANALYSIS_FILE, "analyze", _read_analysis),
+    "evaluation": Kind(EVALUATION_FILE, load_evaluation, evaluation_section, evaluation_facts),
+    "pruned": Kind(PLAN_FILE, load_pruned, pruned_section, pruned_facts),
+    "bench": Kind(BENCH_FILE, load_bench, bench_section, bench_facts),
+    "curve": Kind(CURVE_FILE, load_curve, curve_section, curve_facts),
+    "run": Kind(RUN_FILE, load_run, run_section, run_facts),
+    "analysis": Kind(ANALYSIS_FILE, load_analysis, analysis_section, analysis_facts),
 }
 
 
@@ -118,8 +75,8 @@ def find_kind(folder: str | Path) -> str:
         raise VitpruneError(f"{folder}: no such folder")
     kinds = [name for name, kind in KINDS.items() if (folder / kind.marker).is_file()]
     if not kinds:
-        accepted = ", ".join(f"{kind.made_by} ({kind.marker})" for kind in KINDS.values())
-        raise VitpruneError(f"{folder}: nothing that a report shows; it takes the folders that these write: {accepted}")
+        accepted = ", ".join(f"{name} ({kind.marker})" for name, kind in KINDS.items())
+        raise VitpruneError(f"{folder}: nothing that a report shows; it takes folders of these kinds: {accepted}")
     return kinds[0]
 
 
@@ -143,5 +100,5 @@ def read_artefacts(folders: Sequence[str | Path]) -> list[Artefact]:
         numbers[kind] += 1
         name = path.name if short[path.name] == 1 else f"{path.parent.name}/{path.name}"
         key = f"{kind}-{numbers[kind]}"
-        artefacts.append(Artefact(kind, key, name, path, KINDS[kind].read(path), read_card(path)))
+        artefacts.append(Artefact(kind, key, name, path, KINDS[kind].load(path), read_card(path)))
     return artefacts

@@ -13,27 +13,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from vitprune.files import atomic_file
-from vitprune.report.artefacts import Artefact, read_artefacts
+from vitprune.report.artefacts import KINDS, read_artefacts
 from vitprune.report.page_blocks import Gallery, Picture, Section
-from vitprune.report.provenance import CardView, make_cards
-from vitprune.report.sections.analysis_section import analysis_section
-from vitprune.report.sections.bench_section import bench_section
-from vitprune.report.sections.curve_section import curve_section
-from vitprune.report.sections.evaluation_section import evaluation_section
-from vitprune.report.sections.links import of_kind
-from vitprune.report.sections.pruned_section import pruned_section
-from vitprune.report.sections.run_section import run_section
+from vitprune.report.provenance import CardView, make_card_view
+from vitprune.report.shown_folder import Artefact, of_kind
 from vitprune.report.story import Story, tell_story
 
-# First what pruning cost and brought, then why these neurons.
-_SECTIONS = {
-    "evaluation": evaluation_section,
-    "pruned": pruned_section,
-    "bench": bench_section,
-    "curve": curve_section,
-    "run": run_section,
-    "analysis": analysis_section,
-}
 TEMPLATES = "templates"
 
 
@@ -73,7 +58,7 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> PageReport:
     artefacts = read_artefacts(folders)
     story = tell_story(artefacts)
     sections = [*([story.models] if story.models else []), *make_sections(artefacts)]
-    html = render_page(story, sections, make_cards(artefacts))
+    html = render_page(story, sections, list(map(make_card_view, artefacts)))
     path = Path(path)
     with atomic_file(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
@@ -92,7 +77,7 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> PageReport:
 
 def make_sections(artefacts: Sequence[Artefact]) -> list[Section]:
     """Tell what each folder holds, kind by kind."""
-    return [make(artefact, artefacts) for kind, make in _SECTIONS.items() for artefact in of_kind(artefacts, kind)]
+    return [kind.section(each, artefacts) for name, kind in KINDS.items() for each in of_kind(artefacts, name)]
 
 
 def render_page(story: Story, sections: Sequence[Section], cards: Sequence[CardView]) -> str:

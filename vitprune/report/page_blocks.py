@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -196,15 +196,3 @@ def _cell_of(value: str | float | int | None) -> Cell:
     if value is None:
         return Cell("")
     return Cell(value, value) if isinstance(value, str) else Cell(number(value), value)
-
-
-def collect_ids(sections: Sequence[Section]) -> list[str]:
-    """Return the id of everything that a link may lead to, of sections and what is in them."""
-    ids = []
-    for section in sections:
-        ids.append(section.id)
-        for block in section.blocks:
-            ids.append(block.id)
-            ids += [row.id for row in getattr(block, "rows", ()) if row.id]
-            ids += [shot.id for shot in getattr(block, "shots", ()) if shot.id]
-    return ids

@@ -34,25 +34,25 @@ def embed_svg(content: str, *, id: str, caption: str) -> Picture:
     return Picture(id, embed(content.encode(), "image/svg+xml"), width, height, caption)
 
 
-def read_svg(path: Path, *, id: str, caption: str, made_by: str) -> Picture:
+def read_svg(path: Path, *, id: str, caption: str) -> Picture:
     """Make a picture of an SVG file.
 
     Raises:
         VitpruneError: if it is not there.
     """
     if not path.is_file():
-        raise VitpruneError(f"{path.parent} has no {path.name}; run 'vitprune {made_by}' again")
+        raise VitpruneError(f"{path.parent} has no {path.name}; write it again")
     return embed_svg(path.read_text(), id=id, caption=caption)
 
 
-def read_photos(path: Path, *, id: str, caption: str, made_by: str) -> Picture:
+def read_photos(path: Path, *, id: str, caption: str) -> Picture:
     """Make a picture of a PNG file that shows photos: as JPEG, of a width for screens.
 
     Raises:
         VitpruneError: if it is not there.
     """
     if not path.is_file():
-        raise VitpruneError(f"{path.parent} has no {path.name}; run 'vitprune {made_by}' again")
+        raise VitpruneError(f"{path.parent} has no {path.name}; write it again")
     with Image.open(path) as image:
         scale, printed = min(1.0, SCREEN_WIDTH / image.width), image.size
         size = (round(image.width * scale), round(image.height * scale))

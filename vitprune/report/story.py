@@ -12,11 +12,10 @@ from vitprune.evaluation.model_facts import ModelFacts
 from vitprune.figures.fronts_figure import FrontPoint, draw_front
 from vitprune.figures.widths_figure import draw_widths
 from vitprune.options import BACKENDS
-from vitprune.report.artefacts import Artefact, PrunedModel
 from vitprune.report.page_blocks import Cell, Column, Grid, Picture, Row, Section, without_empty
 from vitprune.report.pictures import embed_figure
-from vitprune.report.sections.links import of_kind
-from vitprune.report.sections.pruned_section import count_removed, widths_of
+from vitprune.report.pruned_folder import PrunedModel, count_removed, widths_of
+from vitprune.report.shown_folder import Artefact, of_kind
 from vitprune.report.text import count, p_value, percent, plural, points, scaled, times
 from vitprune.speed.bench import BenchRow
 
@@ -162,8 +161,8 @@ def _title(main: _Main, artefacts: Sequence[Artefact]) -> str:
 def _say_removed(pruned: PrunedModel) -> str:
     removed, dense = count_removed(pruned)
     facts = pruned.plan.facts
-    how = f" by {facts['criterion']}" if "criterion" in facts else ""
-    made_good = facts.get("compensation", "none")
+    how = "" if facts.criterion is None else f" by {facts.criterion}"
+    made_good = facts.compensation or "none"
     how += f", with {made_good} compensation" if made_good != "none" else ", without compensation"
     return f"{removed:,} of {dense:,} FFN neurons were removed{how}."
 

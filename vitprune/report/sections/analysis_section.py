@@ -5,48 +5,48 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vitprune.analysis.analysis_views import WHOSE, analysis_figures, analysis_tables
+from vitprune.analysis.analysis_figures import analysis_figures
+from vitprune.analysis.analysis_folder import FIGURES_FOLDER, Analysis
+from vitprune.analysis.analysis_tables import analysis_tables
+from vitprune.analysis.manipulation import MANIPULATIONS, OTHER_CLASS, WHOSE
 from vitprune.figures.deviations_figure import FACTORS
-from vitprune.report.artefacts import Artefact
 from vitprune.report.page_blocks import Section, grid_of
 from vitprune.report.pictures import read_photos, read_svg
-from vitprune.report.sections.links import card_id, of_kind, part_name
+from vitprune.report.shown_folder import Artefact, card_id, of_kind, part_name
 from vitprune.report.text import SPACE, percent, points
 
-# Figures of a run alone: where it is on the page too, its own part shows them.
-OF_A_RUN = frozenset({"utilisation", "violins", "class_paths"})
 # In a sentence, where nothing stands before it.
-PATHS_OF = {**WHOSE, "other class": "another class's path, the control"}
+PATHS_OF = {**WHOSE, OTHER_CLASS: "another class's path, the control"}
 
 
 def analysis_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Section:
     """Show what experiments on the paths of runs gave."""
-    left_out = OF_A_RUN if of_kind(artefacts, "run") else frozenset()
+    analysis: Analysis = artefact.content
+    # Where the run is on the page too, its own part shows it.
+    run_is_shown = bool(of_kind(artefacts, "run"))
     pictures = tuple(
         (read_photos if figure.of_photos else read_svg)(
-            artefact.folder / "figures" / figure.files[0],
+            artefact.folder / FIGURES_FOLDER / figure.files[0],
             id=f"{artefact.key}-{figure.stem}",
             caption=f"{figure.title}. {figure.caption}",
-            made_by="analyze",
         )
-        for figure in analysis_figures(artefact.content)
-        if figure.stem not in left_out
+        for figure in analysis_figures(analysis)
+        if not (figure.of_run and run_is_shown)
     )
     grids = tuple(
-        grid_of(table, id=f"{artefact.key}-table-{number}")
-        for number, table in enumerate(analysis_tables(artefact.content), 1)
+        grid_of(table, id=f"{artefact.key}-table-{number}") for number, table in enumerate(analysis_tables(analysis), 1)
     )
     title = f"{artefact.name}: what the path neurons do"
     name = part_name(artefact, artefacts, "Analysis")
-    return Section(artefact.key, name, "analysis", title, tell(artefact.content), pictures + grids, card_id(artefact))
+    return Section(artefact.key, name, "analysis", title, tell(analysis), pictures + grids, card_id(artefact))
 
 
-def tell(content: Mapping[str, Any]) -> tuple[str, ...]:
+def tell(analysis: Analysis) -> tuple[str, ...]:
     """Say in sentences what the first run's paths showed."""
-    method = content["runs"][0]["method"]
+    method, results = analysis.runs[0].method, analysis.results
     told = []
-    for experiment in ("manipulation", "halves", "transfer"):
-        rows = [row for row in content.get(experiment, ()) if row["method"] == method and row["factor"] in FACTORS]
+    for experiment in MANIPULATIONS:
+        rows = [row for row in results.get(experiment, ()) if row["method"] == method and row["factor"] in FACTORS]
         for whose, tokens in dict.fromkeys((row["paths"], row["tokens"]) for row in rows):
             changes = [
                 f"{_change(row)} when {FACTORS[row['factor']]}"
@@ -57,8 +57,8 @@ def tell(content: Mapping[str, Any]) -> tuple[str, ...]:
                 f"Neurons of {PATHS_OF[whose]} ({method}, tokens {tokens}): the probability of the true class changes "
                 f"by {', by '.join(changes)}."
             )
-    if "similarity" in content and "images" in content["similarity"][method]:
-        images = content["similarity"][method]["images"]
+    if "similarity" in results and "images" in results["similarity"][method]:
+        images = results["similarity"][method]["images"]
         told.append(
             f"Two images of one class share {percent(images['intra'])} of their path neurons, two of different classes "
             f"{percent(images['inter'])} ({method})."

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitprune.report.artefacts import Artefact
 from vitprune.report.page_blocks import Cell, Column, Grid, Row, Section, without_empty
 from vitprune.report.pictures import read_svg
-from vitprune.report.sections.links import card_id, part_name
+from vitprune.report.shown_folder import Artefact, card_id, part_name
 from vitprune.report.text import scaled, times
 from vitprune.speed.bench import BenchRow
 from vitprune.speed.bench_folder import BenchRecord
@@ -36,7 +35,6 @@ def bench_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Section:
         id=f"{artefact.key}-picture",
         caption=f"Images per second, and speed-up over {Path(first).name} with 95 % intervals; dotted: the ceiling "
         "that fewer multiply-accumulates allow (Amdahl).",
-        made_by="bench -o",
     )
     grid = _bench_grid(artefact, bench.rows)
     title = f"{artefact.name}: speed"

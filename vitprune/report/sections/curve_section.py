@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from vitprune.evaluation.curve import CurvePoint
 from vitprune.evaluation.curve_folder import CurveRecord
-from vitprune.report.artefacts import Artefact
 from vitprune.report.page_blocks import Cell, Column, Grid, Row, Section
 from vitprune.report.pictures import read_svg
-from vitprune.report.sections.links import card_id, part_name
+from vitprune.report.shown_folder import Artefact, card_id, part_name
 from vitprune.report.text import count, p_value, percent, plural, points
 
 SIGNIFICANT = 0.05
@@ -39,7 +38,6 @@ def curve_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Section:
         artefact.folder / "curve.svg",
         id=f"{artefact.key}-picture",
         caption="Top-1 accuracy against the share of FFN neurons removed, with 95 % intervals; line: the dense model.",
-        made_by="curve",
     )
     grid = _curve_grid(artefact, dense, curve.points)
     title = f"{artefact.name}: accuracy against size"

@@ -9,9 +9,8 @@ from pathlib import Path
 from vitprune.data import describe_class
 from vitprune.evaluation.accuracy import Accuracy, count_right
 from vitprune.evaluation.evaluation_folder import Evaluation, Judged, describe_evaluation, flipped
-from vitprune.report.artefacts import Artefact
 from vitprune.report.page_blocks import Cell, Column, Gallery, Grid, Row, Section, Shot
-from vitprune.report.sections.links import card_id, class_id, of_kind, part_name
+from vitprune.report.shown_folder import Artefact, card_id, class_id, of_kind, part_name
 from vitprune.report.text import p_value, percent, plural, points
 from vitprune.report.thumbnails import make_thumbnail
 

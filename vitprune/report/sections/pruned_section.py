@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from vitprune import options
 from vitprune.data import describe_class
 from vitprune.discovery.discover import class_paths
-from vitprune.discovery.run import Run
 from vitprune.figures.widths_figure import draw_widths
-from vitprune.report.artefacts import Artefact, PrunedModel
 from vitprune.report.page_blocks import Cell, Column, Grid, Row, Section
 from vitprune.report.pictures import embed_figure
-from vitprune.report.sections.links import card_id, of_kind, part_name
+from vitprune.report.pruned_folder import PrunedModel, count_removed, same_weights, widths_of
+from vitprune.report.shown_folder import Artefact, card_id, of_kind, part_name
 from vitprune.report.text import percent, plural
 
 
@@ -23,7 +22,7 @@ def pruned_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Section
     removed, dense = count_removed(content)
     lead = [
         f"{removed:,} of {dense:,} FFN neurons ({percent(removed / dense)}) are removed"
-        + (", by masking: the shapes are those of the dense model." if facts.get("mode") == "mask" else "."),
+        + (", by masking: the shapes are those of the dense model." if facts.mode == "mask" else "."),
         describe_decision(content),
     ]
     if content.label_names:
@@ -54,30 +53,17 @@ def pruned_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Section
     return Section(artefact.key, name, "pruned model", title, tuple(lead), (picture, grid), card_id(artefact))
 
 
-def count_removed(pruned: PrunedModel) -> tuple[int, int]:
-    """Return how many FFN neurons the dense model has more, and how many it has."""
-    dense = sum(pruned.dense_widths.values())
-    return dense - pruned.plan.num_neurons, dense
-
-
-def widths_of(pruned: PrunedModel) -> dict[str, tuple[int, int]]:
-    """Return FFN name -> neurons kept, neurons of the dense model."""
-    return {name: (width, pruned.dense_widths[name]) for name, width in pruned.plan.widths.items()}
-
-
 def describe_decision(pruned: PrunedModel) -> str:
     """Say in a sentence how neurons were chosen and what made up for the others."""
     facts = pruned.plan.facts
-    known = (("criterion", options.CRITERIA), ("allocation", options.ALLOCATIONS))
-    said = [f"{what} {facts[what]} ({choices[facts[what]]})" for what, choices in known if facts.get(what) in choices]
-    if "compensation" in facts:
-        said.append("no compensation" if facts["compensation"] == "none" else f"compensation {facts['compensation']}")
+    known = (
+        ("criterion", options.CRITERIA, facts.criterion),
+        ("allocation", options.ALLOCATIONS, facts.allocation),
+    )
+    said = [f"{what} {name} ({choices[name]})" for what, choices, name in known if name in choices]
+    if facts.compensation is not None:
+        said.append("no compensation" if facts.compensation == "none" else f"compensation {facts.compensation}")
     return f"Decided by {', '.join(said)}." if said else "The plan does not say how it was decided."
-
-
-def same_weights(pruned: PrunedModel, run: Run) -> bool:
-    """Tell whether a pruned model was made of the weights that a run is of."""
-    return pruned.dense.weights_sha256 == run.weights_sha256
 
 
 def _kept_on_paths(pruned: PrunedModel, run: Artefact) -> str:

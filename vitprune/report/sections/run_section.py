@@ -15,12 +15,11 @@ from vitprune.evaluation.evaluation_folder import Evaluation
 from vitprune.figures.path_figure import MAX_CLASSES, draw_paths
 from vitprune.figures.utilisation_figure import draw_utilisation
 from vitprune.figures.violins_figure import draw_violins
-from vitprune.report.artefacts import Artefact, PrunedModel
 from vitprune.report.page_blocks import Cell, Column, Grid, Picture, Row, Section
 from vitprune.report.pictures import embed_figure
+from vitprune.report.pruned_folder import PrunedModel, same_weights
 from vitprune.report.sections.evaluation_section import accuracy_by_name
-from vitprune.report.sections.links import card_id, class_id, of_kind, part_name
-from vitprune.report.sections.pruned_section import same_weights
+from vitprune.report.shown_folder import Artefact, card_id, class_id, of_kind, part_name
 from vitprune.report.text import plural, points
 from vitprune.report.thumbnails import Thumbnail, make_thumbnail
 

@@ -1,10 +1,35 @@
-"""How parts of a report name each other."""
+"""One folder of a report, and how parts of the page find and name it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from vitprune.report.artefacts import Artefact
+from vitprune.card import Card
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """One folder of a report.
+
+    Attributes:
+        kind: key of ``KINDS``.
+        key: short name, unique in the report; what its links begin with.
+        name: of the folder, for people; unique in the report.
+        folder: absolute.
+        content: what its kind loads: ``Run``, ``PrunedModel``, ``Evaluation``, ``CurveRecord``, ``BenchRecord`` or
+            ``Analysis``.
+        card: of the command that wrote it; None where another program did.
+    """
+
+    kind: str
+    key: str
+    name: str
+    folder: Path
+    content: Any
+    card: Card | None
 
 
 def of_kind(artefacts: Sequence[Artefact], kind: str) -> list[Artefact]:

@@ -1,0 +1,192 @@
+"""The results of an analysis as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vitprune.analysis.manipulation import MANIPULATIONS, WHOSE
+from vitprune.data import describe_class
+from vitprune.figures.deviations_figure import FACTORS
+from vitprune.options import ORACLE
+from vitprune.table import Table
+
+if TYPE_CHECKING:
+    from vitprune.analysis.analysis_folder import Analysis
+
+
+def analysis_tables(analysis: Analysis) -> tuple[Table, ...]:
+    """Return the results of an analysis as tables."""
+    results = analysis.results
+    tables = []
+    if "scores" in results:
+        tables.append(_scores_table(results["scores"]))
+    for experiment in MANIPULATIONS:
+        if experiment in results:
+            tables.append(_deviations_table(experiment, results[experiment]))
+    if "similarity" in results:
+        tables += _similarity_tables(results["similarity"], analysis.class_names)
+    if "topk_mask" in results:
+        tables.append(_topk_table(results["topk_mask"]))
+    return tuple(tables)
+
+
+def _interval(measured: Mapping[str, Any] | None, *, scale: float = 1) -> tuple[float | None, str | None]:
+    """Return a mean, and its interval as text."""
+    if measured is None:
+        return None, None
+    if measured["low"] is None:
+        return measured["mean"] * scale, None
+    return measured["mean"] * scale, f"{measured['low'] * scale:.3g} .. {measured['high'] * scale:.3g}"
+
+
+def _scores_table(rows) -> Table:
+    first = rows[0]["method"]
+    cells = tuple((row["method"], *_interval(row["joint_score"]), *_interval(row["advantage"])) for row in rows)
+    return Table(
+        f"joint attribution score ({rows[0]['num_images']} images of {len(rows[0]['by_class'])} classes)",
+        ("paths of", "mean JAS", "95 % interval", f"{first} higher by", "95 % interval "),
+        cells,
+        "means of class means; intervals by Student's t over classes",
+    )
+
+
+def _deviations_table(experiment: str, rows) -> Table:
+    first = rows[0]["method"]
+    cells = []
+    for row in rows:
+        accuracy = row["accuracy_deviation"]
+        cells.append(
+            (
+                row["paths"],
+                FACTORS.get(row["factor"], f"times {row['factor']:g}"),
+                row["tokens"],
+                row["method"],
+                *_interval(row["probability_deviation"], scale=100),
+                *_interval(row["advantage"], scale=100),
+                None if accuracy is None else 100 * accuracy,
+            )
+        )
+    shown = dict.fromkeys(row["paths"] for row in rows)
+    return Table(
+        f"{experiment} ({rows[0]['num_images']} images, top-1 {rows[0]['top1_clean']:.3f} undisturbed)",
+        (
+            "paths",
+            "neurons",
+            "tokens",
+            "method",
+            "probability (%)",
+            "95 % interval",
+            f"{first} minus it",
+            "95 % interval ",
+            "top-1 (%)",
+        ),
+        tuple(cells),
+        "change of the true class's probability (mean over classes) and of top-1, against the undisturbed model; "
+        + "; ".join(f"{whose}: {WHOSE[whose]}" for whose in shown),
+    )
+
+
+def _similarity_tables(similarity: Mapping[str, Any], class_names: Mapping[int, str]) -> list[Table]:
+    tables = []
+    with_images = {method: each["images"] for method, each in similarity.items() if "images" in each}
+    if with_images:
+        cells = []
+        for method, images in with_images.items():
+            cells.append((method, images["intra"], images["inter"], *_interval(images["difference"])))
+        tables.append(
+            Table(
+                "share of path neurons that two images have in common",
+                ("paths of", "same class", "different classes", "difference", "95 % interval"),
+                tuple(cells),
+                "means over classes; interval by the jackknife over classes",
+            )
+        )
+    tables.append(
+        Table(
+            "neurons that ever lie on a path",
+            ("paths of", "neurons", "of all (%)", "entropy per FFN (bits)"),
+            tuple(
+                (
+                    method,
+                    sum(row["num_visited"] for row in each["utilisation"]),
+                    100
+                    * sum(row["num_visited"] for row in each["utilisation"])
+                    / sum(row["num_neurons"] for row in each["utilisation"]),
+                    sum(row["entropy_bits"] for row in each["utilisation"]) / len(each["utilisation"]),
+                )
+                for method, each in similarity.items()
+            ),
+        )
+    )
+    tables.append(_mistakes_table(similarity))
+    first = next(iter(similarity.values()))
+    names = {index: describe_class(name) for index, name in class_names.items()}
+    for of, what in (("visits", "how often they use each neuron"), ("scores", "their mean scores")):
+        if of in first:
+            tables.append(_pairs_table(first[of], what, names))
+    return tables
+
+
+def _mistakes_table(similarity: Mapping[str, Any]) -> Table:
+    cells = []
+    for method, each in similarity.items():
+        found = each["mistakes"]
+        cells.append(
+            (
+                method,
+                found["joint_score_correct"]["value"],
+                found["joint_score_wrong"]["value"],
+                found["p_value"],
+                found["own_correct"]["value"],
+                found["own_wrong"]["value"],
+                found["wrong_predicted"]["value"],
+            )
+        )
+    counts = next(iter(similarity.values()))["mistakes"]
+    return Table(
+        f"right and wrong answers ({counts['joint_score_correct']['num_images']} and "
+        f"{counts['joint_score_wrong']['num_images']} images)",
+        ("paths of", "JAS right", "JAS wrong", "p", "own, right", "own, wrong", "predicted, wrong"),
+        tuple(cells),
+        "p: Mann-Whitney; own, predicted: share of path neurons in common with the other images of the own and of the "
+        "predicted class",
+    )
+
+
+def _pairs_table(similarity: Mapping[str, Any], what: str, names: Mapping[int, str]) -> Table:
+    cells = [
+        (kind, names[pair["first"]], names[pair["second"]], pair["cosine"])
+        for kind, pairs in (("most", similarity["most_similar"]), ("least", similarity["least_similar"]))
+        for pair in pairs[:10]
+    ]
+    wordnet = similarity["wordnet"]
+    note = ""
+    if wordnet is not None:
+        note = (
+            f"rank correlation of class distance with WordNet distance {wordnet['cosine']['rho']:.3f} "
+            f"(p {wordnet['cosine']['p_value']:.3g}), along the tree {wordnet['tree']['rho']:.3f} "
+            f"(p {wordnet['tree']['p_value']:.3g}); Mantel permutation test"
+        )
+    return Table(f"most and least similar classes by {what}", ("", "class", "and", "cosine"), tuple(cells), note)
+
+
+def _topk_table(rows) -> Table:
+    cells = tuple(
+        (
+            row["mask"],
+            row["tokens"],
+            row["top_k"],
+            100 * row["mask_share"],
+            row["num_neurons_masked"],
+            row["probability"],
+            row["top1"],
+        )
+        for row in rows
+    )
+    return Table(
+        f"top-K neurons of each class ({rows[0]['num_images']} images)",
+        ("mask", "tokens", "top-K", "masked of others (%)", "neurons", "probability", "top-1"),
+        cells,
+        f"{ORACLE}: each image is masked by the scores of its true class, which no deployed model knows",
+    )
