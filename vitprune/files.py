@@ -49,7 +49,7 @@ def refuse_existing(path: str | Path, *, overwrite: bool, owned: frozenset[str] 
     if owned is not None and not any(path.iterdir()):
         return
     if not overwrite:
-        raise VitpruneError(f"{path} exists; choose another output or add --overwrite")
+        raise VitpruneError(f"{path} exists; choose another output or add `overwrite`")
     foreign = sorted({entry.name for entry in path.iterdir()} - owned - {CARD_FILE}) if owned is not None else []
     if foreign:
         raise VitpruneError(f"{path} holds {foreign[0]}, which this command does not write; it will not be replaced")
@@ -307,7 +307,7 @@ def open_resumable(folder: str | Path, request: Mapping[str, Any], *, owned: fro
         changed = sorted(key for key in {**before, **wanted} if before.get(key) != wanted.get(key))
         if not overwrite:
             raise VitpruneError(
-                f"{folder} was made with another {', '.join(changed)}; choose another output or add --overwrite"
+                f"{folder} was made with another {', '.join(changed)}; choose another output or add `overwrite`"
             )
         refuse_existing(folder, overwrite=True, owned=owned | {REQUEST_FILE})
         shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""What a user can choose, with one line of help each; plain data, so that ``--help`` needs no torch."""
+"""What a user can choose, with one line of help each; plain data, so that help for it needs no torch."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ EXPERIMENTS: Mapping[str, str] = {
     "halves": "the same with class paths found on the other half of each class's images, and with another class's",
     "similarity": "how alike the paths of images and classes are, and how many neurons ever lie on one",
     "top-images": "images of the run that excite the neurons at the end of the class paths most",
-    "transfer": "as manipulation, with the class paths of the run on the images of --data",
-    "topk-mask": "mask all but the top neurons of each class, on the images of --data (slow)",
+    "transfer": "as manipulation, with the class paths of the run on other images",
+    "topk-mask": "mask all but the top neurons of each class, on other images (slow)",
 }
 
 MODES: Mapping[str, str] = {

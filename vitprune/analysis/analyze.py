@@ -248,10 +248,10 @@ def _describe_request(
 
 def _hash_paths(found: Discovery) -> str:
     """Return the first 16 hexadecimal digits of a hash of paths and scores."""
-    tensors = {name: value for name, value in vars(found).items() if isinstance(value, Tensor)}
-    facts = {name: value for name, value in vars(found).items() if name not in (*tensors, "class_scores", "seen")}
-    digest = hashlib.sha256(repr(sorted(facts.items())).encode())
-    for name, tensor in sorted({**tensors, **found.class_scores}.items()):
+    facts = (found.ffns, found.classes, found.method, found.tokens, found.quadrature, found.target, found.quantity)
+    digest = hashlib.sha256(repr(facts).encode())
+    tensors = {name: getattr(found, name) for name in ("neurons", "joint_scores", "labels", "predictions")}
+    for name, tensor in {**tensors, **found.class_scores}.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -317,13 +317,12 @@ def check_needs(
     row = REGISTRY[criterion]
     if "found" in row.needs and found is None:
         raise VitpruneError(
-            f"criterion {criterion} needs the scores of a run; "
-            "run 'vitprune discover MODEL --data DIR -o RUN' first and prune RUN"
+            f"criterion {criterion} needs the scores of a run; pass `found`"
         )
     if "found" in row.needs:
         check_class_scores(found)
     if {"batches", "statistics"} & set(row.needs) and batches is None:
-        raise VitpruneError(f"criterion {criterion} needs calibration images; pass --data DIR")
+        raise VitpruneError(f"criterion {criterion} needs calibration images; pass `batches`")
     if row.needs_classifier and not has_classifier(model):
         raise VitpruneError(f"criterion {criterion} needs a classifier, but the model has none (num_classes=0)")
 

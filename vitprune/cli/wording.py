@@ -8,6 +8,7 @@ import re
 _PHRASES = {
     "pass `batches`": "pass --data DIR",
     "pass some as `batches`": "pass some (--data DIR)",
+    "pass `others`": "pass --data DIR",
     "pass `found`": "run 'vitprune discover MODEL --data DIR -o RUN' first and prune RUN",
     "use `device` cuda": "use --device cuda",
     "with `class_map`": "with --class-map FILE",

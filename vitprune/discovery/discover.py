@@ -308,7 +308,7 @@ def check_class_scores(found: Discovery) -> None:
     if not has_class_scores(found):
         raise VitpruneError(
             "the run has paths, but no scores of the neurons beside them (it was converted from files without any); "
-            "make one with 'vitprune discover', or ask for what needs paths only"
+            "discover its images anew, or ask for what needs paths only"
         )
 
 

@@ -123,5 +123,5 @@ def plan_search(
     if precision != "float32" and dtype != torch.float32:
         raise VitpruneError(f"precision {precision} is for float32 weights, the model has {dtype}; use model.float()")
     if precision == "tf32" and next(model.parameters()).device.type != "cuda":
-        raise VitpruneError("precision tf32 needs an NVIDIA GPU; use --device cuda")
+        raise VitpruneError("precision tf32 needs an NVIDIA GPU; use `device` cuda")
     return Search(tuple(ffns), method, top_k, scope, rule, objective, precision, seed)

@@ -47,8 +47,8 @@ def _attention(
     """Return softmax(scale q kᵀ + mask) v for q, k, v [R, A, N, E]."""
     if dropout_p or any(options.values()):
         raise VitpruneError(
-            "the path search cannot follow this attention (dropout or grouped queries); the criteria can: "
-            "'vitprune prune MODEL --data DIR --criterion taylor'"
+            "the path search cannot follow this attention (dropout or grouped queries); the criteria that prune by "
+            "images can, such as `criterion` taylor"
         )
     (q, q_moved), (k, k_moved), (v, v_moved) = (_unpack(tensor) for tensor in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -79,7 +79,7 @@ def open_onnx(path: str | Path, *, num_threads: int | None = None, backend: str 
     session = open_session(path, num_threads=num_threads, backend=backend)
     facts = read_facts(session)
     if not facts:
-        raise VitpruneError(f"{path}: does not say which transform its images need; export it with 'vitprune export'")
+        raise VitpruneError(f"{path}: does not say which transform its images need; export it anew")
     return OnnxModel(session, facts)
 
 

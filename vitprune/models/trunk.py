@@ -52,7 +52,7 @@ def resolve_scope(model: nn.Module, tokens: str | None) -> str:
         return "cls" if has_class_token and getattr(model, "global_pool", "") == "token" else "patch"
     check_choice("tokens", tokens, TOKENS)
     if tokens == "cls" and not has_class_token:
-        raise VitpruneError(f"{type(model).__name__} has no class token; use --tokens patch")
+        raise VitpruneError(f"{type(model).__name__} has no class token; use `tokens` patch")
     return tokens
 
 
@@ -100,7 +100,7 @@ def check_trunk(model: nn.Module, ffns: Sequence[Group], images: Tensor) -> None
     if reason:
         raise VitpruneError(
             f"{type(model).__name__} has no isotropic trunk (stem -> blocks -> head): {reason}; the path search cannot "
-            "follow it, but the criteria can: 'vitprune prune MODEL --data DIR --criterion taylor'"
+            "follow it, but the criteria that prune by images can, such as `criterion` taylor"
         )
 
 

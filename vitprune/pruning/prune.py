@@ -247,8 +247,8 @@ def prune_as_planned(
     """
     check_choice("mode", mode, MODES)
     check_ridge(ridge)
-    check_compensation(compensation, has_images=batches is not None)
     fit_plan(model, plan)
+    check_compensation(compensation, has_images=batches is not None)
     wanted = needed_statistics(model, compensations=[compensation])
     session = Session(model, batches, wanted=wanted, ridge=ridge, seed=seed, track=track)
     plan = plan.with_facts(weights_sha256=hash_weights(model), ridge=ridge)

@@ -192,7 +192,7 @@ def _check(models, backends, precisions, batch_sizes, threads, device: str) -> N
     if "int8" in precisions:
         files = [name for name, model in models.items() if not isinstance(model, nn.Module)]
         if files:
-            raise VitpruneError(f"{files[0]} is timed as it is; 'vitprune export --int8' makes an int8 file")
+            raise VitpruneError(f"{files[0]} is timed as it is; export its model with `precision` int8")
     for what, values in (("batch sizes", batch_sizes), ("thread counts", threads)):
         if min(values, default=0) < 1:
             raise VitpruneError(f"{what} must be at least 1, got {list(values)}")
@@ -203,7 +203,7 @@ def _check(models, backends, precisions, batch_sizes, threads, device: str) -> N
             fixed = open_session(model).get_inputs()[0].shape[0]
             if isinstance(fixed, int) and set(batch_sizes) != {fixed}:
                 raise VitpruneError(
-                    f"{model} runs {fixed} images at a time, not {list(batch_sizes)}; pass --batch-size {fixed}"
+                    f"{model} runs {fixed} images at a time, not {list(batch_sizes)}; pass {fixed} as `batch_size`"
                 )
 
 

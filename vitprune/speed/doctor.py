@@ -259,7 +259,7 @@ def _judge(name: str, variant: _Variant, measured: Mapping[str, Latency]) -> Fin
     told = f"{speedup.ratio:.2f} x as fast ({speedup.low:.2f} .. {speedup.high:.2f})"
     worth = speedup.low > WORTH
     if name == "int8":
-        remedy = "vitprune export --int8, and evaluate what it costs in accuracy" if worth else ""
+        remedy = "export it with `precision` int8, and evaluate what it costs in accuracy" if worth else ""
         return Finding(name, GAIN if worth else KNOW, f"with 8-bit products: {told}", saved, remedy)
     found = _CHANGES[name].found.format(count=variant.count)
     if worth:
@@ -382,7 +382,7 @@ def _about_placement(nodes: Sequence[NodeRun], backend: str) -> Finding:
         return Finding("placement", FINE, listed)
     kinds = ", ".join(sorted({node.op_type for node in away}))
     cost = sum(node.milliseconds for node in away)
-    remedy = "export with --operators standard, or use another provider"
+    remedy = "export with `operators` standard, or use another provider"
     return Finding("placement", COSTS, f"{listed}; not on {PROVIDERS[backend]}: {kinds}", cost, remedy)
 
 
@@ -412,7 +412,7 @@ def _about_facts(session: onnxruntime.InferenceSession) -> Finding:
     if facts:
         return Finding("metadata", FINE, f"says its transform and classes ({facts['architecture']})")
     text = "does not say which transform its images need, nor its classes"
-    return Finding("metadata", KNOW, text, None, "'vitprune export' writes files that do")
+    return Finding("metadata", KNOW, text, None, "files that vitprune exports do")
 
 
 def _about_widths(shapes: Sequence[FfnShape], settings: Mapping[str, Any], seconds: float) -> Finding:
@@ -426,4 +426,4 @@ def _about_widths(shapes: Sequence[FfnShape], settings: Mapping[str, Any], secon
         return Finding("widths", FINE, f"{listed} neurons in each FFN{told}")
     saved = measured[1].median_ms * (1 - 1 / faster[best].ratio)
     text = f"{listed} neurons in each FFN: rounded up to multiples of {best} they would run faster"
-    return Finding("widths", COSTS, text, saved, f"prune with --round-to {best} (or auto)")
+    return Finding("widths", COSTS, text, saved, f"prune with `round_to` {best}")
