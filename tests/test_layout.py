@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import vitprune
+from vitprune.cli.commands import COMMANDS
+from vitprune.cli.wording import in_flags
 
 PACKAGE = Path(__file__).resolve().parents[1] / "vitprune"
 
@@ -79,6 +85,46 @@ def test_only_the_command_line_prints(path):
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     printing = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
     assert not printing or part_of(path) == "cli"
+
+
+FLAG_OR_COMMAND = re.compile(
+    r"(?<![\w-])--[a-z][a-z-]+|['`]?vitprune (" + "|".join(COMMANDS) + r")\b|'(" + "|".join(COMMANDS) + r")'"
+)
+
+
+@pytest.mark.parametrize(
+    "path",
+    # Recipes are commands, and speak of them.
+    [path for path in MODULES if part_of(path) not in ("cli", "recipe")],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_no_string_outside_the_command_line_names_a_flag_or_a_command(path):
+    strings = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+    named = [text for text in strings if isinstance(text, str) and FLAG_OR_COMMAND.search(text)]
+    assert not named
+
+
+def test_the_command_line_words_every_parameter_as_a_flag():
+    """What the library puts in backquotes a user of the command line sees as a flag."""
+    parameters = {
+        name
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Raise)
+        for text in ast.walk(node)
+        if isinstance(text, ast.Constant) and isinstance(text.value, str)
+        for name in re.findall(r"`([a-z_]+)`", text.value)
+    }
+    assert parameters
+    for name in parameters:
+        assert in_flags(f"`{name}`").startswith("--")
+
+
+@pytest.mark.parametrize("name", vitprune.__all__)
+def test_every_public_function_has_an_example(name):
+    value = getattr(vitprune, name)
+    if inspect.isfunction(value):
+        assert ">>> " in (inspect.getdoc(value) or ""), name
 
 
 def test_importing_everything_changes_nothing_global():

@@ -146,6 +146,15 @@ def find_images(
 
     Raises:
         VitpruneError: if there are no images, or a folder is no class of the model.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name in ("cat", "dog"):
+    ...         (Path(folder) / name).mkdir()
+    ...         Image.new("RGB", (8, 8)).save(Path(folder) / name / "1.png")
+    ...     images = find_images(folder, 2)
+    >>> images.files, images.labels, images.class_names
+    (('cat/1.png', 'dog/1.png'), (0, 1), {0: 'cat', 1: 'dog'})
     """
     root = Path(root)
     if images_per_class is not None and images_per_class < 1:

@@ -81,12 +81,13 @@ class DemoResult:
     tables: tuple[tuple[str, tuple[str, ...], list[tuple[str, ...]]], ...]
 
 
-def run_demo(output: str | Path, *, seed: int, track: Track, note: Callable[[str], None]) -> DemoResult:
+def run_demo(output: str | Path, *, seed: int, command: str, track: Track, note: Callable[[str], None]) -> DemoResult:
     """Train (or take from the cache), discover, prune, evaluate, export, time, and write a report of it all.
 
     Args:
         output: folder to write; an earlier demo there is replaced.
         seed: of the training and of every random choice.
+        command: as one would type it, for the cards of the folders.
         track: wraps sequences for progress.
         note: receives one line per stage.
 
@@ -152,7 +153,7 @@ def run_demo(output: str | Path, *, seed: int, track: Track, note: Callable[[str
             "size_bytes": report.size_bytes,
         }
         write_json(folder / "demo.json", {"kind": "demo", "version": FORMAT_VERSION, **answer})
-        card = make_card(f"vitprune demo --seed {seed}", {"seed": seed}, seconds=time.perf_counter() - started)
+        card = make_card(command, {"seed": seed}, seconds=time.perf_counter() - started)
         for name in SHOWN:
             write_card(card, folder / name)
     note("writing the report")

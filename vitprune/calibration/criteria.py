@@ -316,9 +316,7 @@ def check_needs(
     check_choice("criterion", criterion, CRITERIA)
     row = REGISTRY[criterion]
     if "found" in row.needs and found is None:
-        raise VitpruneError(
-            f"criterion {criterion} needs the scores of a run; pass `found`"
-        )
+        raise VitpruneError(f"criterion {criterion} needs the scores of a run; pass `found`")
     if "found" in row.needs:
         check_class_scores(found)
     if {"batches", "statistics"} & set(row.needs) and batches is None:
@@ -356,6 +354,11 @@ def score_neurons(
 
     Raises:
         VitpruneError: if the criterion is unknown or lacks what it needs.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    >>> score_neurons(model, "magnitude")["blocks.0.mlp"].shape
+    torch.Size([768])
     """
     row = REGISTRY.get(criterion)
     given = {"batches": batches, "found": found, "statistics": statistics, "ridge": ridge, "seed": seed, "track": track}

@@ -23,7 +23,7 @@ class Moments:
     Args:
         shift_H: where it is not to be found from the first rows.
 
-    >>> rows_NH = torch.tensor([[1.0, 2.0], [3.0, 6.0], [5.0, 4.0], [7.0, 0.0]])
+    >>> rows_NH = torch.tensor([[1.0, 2.0], [3.0, 6.0], [5.0, 4.0], [7.0, 0.0]]).double()
     >>> moments, other = Moments(), Moments()
     >>> moments.add(rows_NH[:1])
     >>> other.add(rows_NH[1:])

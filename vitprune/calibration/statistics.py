@@ -75,6 +75,15 @@ def measure_statistics(
 
     Raises:
         VitpruneError: if ``batches`` is empty.
+
+    >>> import timm
+    >>> from vitprune import find_feed_forwards
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=5).eval()
+    >>> batches = [(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 4]))]
+    >>> statistics = measure_statistics(model, find_feed_forwards(model), batches, {"moments", "gradients"})
+    >>> of_ffn = statistics["blocks.1.mlp"]
+    >>> of_ffn.covariance_HH.shape, of_ffn.energy_N.shape
+    (torch.Size([768, 768]), torch.Size([5]))
     """
     wanted = frozenset(wanted)
     sums = {group.name: _Sums(model.get_submodule(group.read_by).weight.detach(), wanted) for group in groups}

@@ -19,7 +19,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(output, seed):
     from vitprune.demo import run_demo
 
-    result = run_demo(output, seed=seed, track=track, note=note)
+    result = run_demo(output, seed=seed, command=f"vitprune demo --seed {seed}", track=track, note=note)
 
     def show() -> None:
         for title, columns, rows in result.tables:

@@ -10,6 +10,7 @@ from vitprune import options
 from vitprune.cli.arguments import add_checkpoint, listed
 from vitprune.cli.inputs import load_model, refuse_elastic
 from vitprune.cli.terminal import print_table, track
+from vitprune.cli.wording import in_flags
 from vitprune.errors import VitpruneError
 
 SUMMARY = "tell why a model is not faster here, and what each cause costs"
@@ -27,7 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(model, checkpoint, backend, batch_size, threads, seconds):
     import tempfile
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from vitprune.speed.doctor import VERDICTS, diagnose
 
@@ -50,7 +51,8 @@ def run(model, checkpoint, backend, batch_size, threads, seconds):
         found = diagnose(
             path, backend=backend, batch_size=batch_size, num_threads=threads, seconds=seconds, track=track
         )
-    answer = {**asdict(found), "path": model, "findings": [asdict(finding) for finding in found.findings]}
+    findings = [replace(finding, remedy=in_flags(finding.remedy)) for finding in found.findings]
+    answer = {**asdict(found), "path": model, "findings": [asdict(finding) for finding in findings]}
 
     def show() -> None:
         cells = [
@@ -60,7 +62,7 @@ def run(model, checkpoint, backend, batch_size, threads, seconds):
                 "" if finding.cost_ms is None else f"{finding.cost_ms:.2f}",
                 finding.text + (f" -> {finding.remedy}" if finding.remedy else ""),
             )
-            for finding in found.findings
+            for finding in findings
         ]
         columns = ("what", "verdict", "ms", "finding -> remedy")
         print_table(f"{model} on {backend}, batch {found.batch_size}", columns, cells, texts=columns[1::2])

@@ -10,6 +10,10 @@ _PHRASES = {
     "pass some as `batches`": "pass some (--data DIR)",
     "pass `others`": "pass --data DIR",
     "pass `found`": "run 'vitprune discover MODEL --data DIR -o RUN' first and prune RUN",
+    "export its model with `precision` int8": "'vitprune export --int8' makes an int8 file",
+    "export it with `precision` int8": "vitprune export --int8",
+    "export it anew": "export it with 'vitprune export'",
+    "files that vitprune exports do": "'vitprune export' writes files that do",
     "use `device` cuda": "use --device cuda",
     "with `class_map`": "with --class-map FILE",
 }

@@ -131,6 +131,13 @@ def discover(
 
     Source:
         arXiv:2503.09046.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=5).eval()
+    >>> batches = [(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 4]))]
+    >>> found = discover(model, batches, top_k=2)
+    >>> found.neurons.shape, found.classes
+    (torch.Size([4, 2, 2]), (0, 1, 4))
     """
     search = plan_search(
         model,
@@ -319,6 +326,12 @@ def class_paths(found: Discovery) -> dict[int, Tensor]:
 
     Returns:
         class index -> int64 [L, K].
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=5).eval()
+    >>> batches = [(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 4]))]
+    >>> {index: tuple(path.shape) for index, path in class_paths(discover(model, batches)).items()}
+    {0: (2, 1), 1: (2, 1), 4: (2, 1)}
     """
     top_k = found.neurons.shape[-1]
     visits = count_visits(found)
@@ -342,6 +355,12 @@ def count_visits(found: Discovery) -> dict[str, Tensor]:
 
     Returns:
         FFN name -> int64 [C, H]; rows as ``found.classes``.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=5).eval()
+    >>> batches = [(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 4]))]
+    >>> count_visits(discover(model, batches))["blocks.0.mlp"].sum(1)
+    tensor([1, 2, 1])
     """
     rows = torch.searchsorted(torch.tensor(found.classes), found.labels)
     visits = {}
@@ -360,6 +379,12 @@ def count_correct(found: Discovery) -> tuple[Tensor, Tensor]:
 
     Returns:
         Both int64 [C]; rows as ``found.classes``.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=5).eval()
+    >>> batches = [(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 4]))]
+    >>> count_correct(discover(model, batches, method="activation"))[1]
+    tensor([1, 2, 1])
     """
     rows = torch.searchsorted(torch.tensor(found.classes), found.labels)
     correct = rows[found.predictions == found.labels]

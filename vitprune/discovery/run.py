@@ -55,7 +55,18 @@ def is_run(folder: str | Path) -> bool:
 
 
 def save_run(run: Run, folder: str | Path) -> None:
-    """Write a run folder, all or nothing: ``run.json``, ``paths.safetensors`` and ``class_scores.safetensors``."""
+    """Write a run folder, all or nothing: ``run.json``, ``paths.safetensors`` and ``class_scores.safetensors``.
+
+    >>> import tempfile, timm
+    >>> from vitprune import discover
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=2).eval()
+    >>> found = discover(model, [(torch.zeros(1, 3, 32, 32), torch.tensor([1]))], method="activation")
+    >>> run = Run(found, ImageSet(Path("photos"), ("dog/1.png",), (1,), {1: "dog"}), "tiny", None, hash_weights(model))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_run(run, folder)
+    ...     load_run(folder).images.class_names
+    {1: 'dog'}
+    """
     found, images = run.found, run.images
     asked = ("method", "tokens", "quadrature", "target", "quantity", "precision")
     facts = {name: getattr(found, name) for name in asked}
@@ -107,6 +118,12 @@ def load_run(folder: str | Path) -> Run:
 
     Raises:
         VitpruneError: if the folder is no run, or its files disagree.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     load_run(folder)
+    Traceback (most recent call last):
+    vitprune.errors.VitpruneError: ... is no run of a discovery: it has no run.json
     """
     folder = Path(folder)
     if not is_run(folder):

@@ -147,6 +147,12 @@ def compare(first: Accuracy, second: Accuracy) -> Comparison:
 
     Source:
         McNemar, Psychometrika 1947; exact binomial form.
+
+    >>> images = torch.eye(3).view(3, 1, 1, 3)
+    >>> of = lambda labels: evaluate(lambda x: x.flatten(1), [(images, torch.tensor(labels))])
+    >>> first, second = of([0, 1, 2]), of([0, 2, 1])
+    >>> compare(first, second)
+    Comparison(gained=0, lost=2, p_value=0.5)
     """
     if first.num_images != second.num_images:
         raise VitpruneError(f"cannot pair evaluations of {first.num_images} and {second.num_images} images")

@@ -117,6 +117,14 @@ def export_onnx(
     Raises:
         VitpruneError: if there are no images, an argument is unknown, or ONNX Runtime's float32 logits differ from
             torch's by more than rtol 1e-3, atol 1e-4.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=5).eval()
+    >>> batches = [(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 4]))]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     report = export_onnx(model, Path(folder) / "model.onnx", batches)
+    >>> report.top1_agreement, report.max_abs_diff < 1e-4
+    (1.0, True)
     """
     path = Path(path)
     check_choice("precision", precision, PRECISIONS_ONNX)

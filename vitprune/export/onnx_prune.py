@@ -116,6 +116,16 @@ def prune_onnx(
     Raises:
         VitpruneError: if the plan is not for this file, an argument is out of range, images are missing, the donor was
             made from other weights, or the outputs of removal and masking differ by more than rtol 1e-3, atol 1e-4.
+
+    >>> import tempfile, timm
+    >>> from vitprune import export_onnx
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5).eval()
+    >>> plan = Plan({"blocks.0.mlp": torch.arange(768) < 384})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     dense, half = (Path(folder) / f"{name}.onnx" for name in ("dense", "half"))
+    ...     _ = export_onnx(model, dense, [(torch.randn(2, 3, 32, 32), torch.zeros(2))])
+    ...     prune_onnx(dense, plan, half).pruning_ratio
+    0.5
     """
     source, output = Path(source), Path(output)
     _check_arguments(compensation, batches, ridge, donor)

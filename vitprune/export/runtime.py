@@ -75,6 +75,15 @@ def open_onnx(path: str | Path, *, num_threads: int | None = None, backend: str 
     Raises:
         VitpruneError: if there is no such file, ONNX Runtime cannot read it, or it does not say which transform its
             images need.
+
+    >>> import tempfile, timm
+    >>> from vitprune import export_onnx
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5).eval()
+    >>> images = torch.randn(2, 3, 32, 32)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = export_onnx(model, Path(folder) / "model.onnx", [(images, torch.zeros(2))])
+    ...     open_onnx(Path(folder) / "model.onnx")(images).shape
+    torch.Size([2, 5])
     """
     session = open_session(path, num_threads=num_threads, backend=backend)
     facts = read_facts(session)

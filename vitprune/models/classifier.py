@@ -27,6 +27,7 @@ def keep_classes(model: nn.Module, classes: Sequence[int], *, label_names: Seque
     Raises:
         VitpruneError: if the classifier is not linear, or a class is unknown, doubled or the only one.
 
+    >>> import timm
     >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
     >>> keep_classes(model, [7, 3], label_names=["cock", "shark"]).head.out_features
     2

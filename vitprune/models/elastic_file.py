@@ -276,6 +276,15 @@ def save_elastic(model: nn.Module, elastic: Elastic, path: str | Path) -> None:
 
     Raises:
         VitpruneError: if the model is another one, the file would not load again, or it cannot be written.
+
+    >>> import tempfile, timm
+    >>> from vitprune import load, make_elastic
+    >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=5)
+    >>> elastic = make_elastic(model, ratios=[0.5], criterion="magnitude", compensation="none")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_elastic(model, elastic, Path(folder) / "tiny.safetensors")
+    ...     load(Path(folder) / "tiny.safetensors", ratio=0.5).blocks[0].mlp.fc2.in_features < 768
+    True
     """
     path = Path(path)
     if path.suffix != ".safetensors":

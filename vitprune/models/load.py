@@ -33,6 +33,13 @@ def load(
     Raises:
         VitpruneError: if there is no such model, its weights cannot be fetched, the checkpoint does not fit, or
             ``ratio`` is out of range, beyond the largest of the file, or given with anything else.
+
+    >>> import tempfile, timm
+    >>> from vitprune import save
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(timm.create_model("vit_tiny_patch16_224", num_classes=5), folder)
+    ...     load(folder).num_classes
+    5
     """
     name = str(model)
     check_device(device)

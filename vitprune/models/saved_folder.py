@@ -37,6 +37,12 @@ def save(model: nn.Module, folder: str | Path, *, plan: Any = None) -> None:
 
     Raises:
         VitpruneError: if the folder would not load again, or cannot be written.
+
+    >>> import tempfile, timm
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(timm.create_model("vit_tiny_patch16_224", num_classes=5), folder)
+    ...     sorted(path.name for path in Path(folder).iterdir())
+    ['config.json', 'model.safetensors']
     """
     with atomic_folder(folder) as temporary:
         save_for_hf(model, temporary, **unrecorded(model), safe_serialization=True)

@@ -64,6 +64,14 @@ def distill(
     Source:
         Answers as in Hinton et al., arXiv:1503.02531, at temperature 1; states of the blocks as in Romero et al.,
         arXiv:1412.6550.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=5).eval()
+    >>> batches = [(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 4]))]
+    >>> plan = Plan({f"blocks.{block}.mlp": torch.arange(768) < 384 for block in range(2)})
+    >>> result = distill(model, model, plan, batches, num_steps=1)
+    >>> bool((result.blocks[1].mlp.fc2.weight != model.blocks[1].mlp.fc2.weight).any())
+    True
     """
     ffns = fit_plan(model, plan)
     blocks = [ffn.name.removesuffix(".mlp") for ffn in ffns]

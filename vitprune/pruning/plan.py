@@ -89,6 +89,12 @@ def read_plan(path: str | Path) -> Plan:
 
     Raises:
         VitpruneError: if there is none, or it has units of a kind that this version does not know.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Plan({"blocks.0.mlp": torch.arange(4) < 3}).write(Path(folder) / "plan.safetensors")
+    ...     read_plan(folder).widths
+    {'blocks.0.mlp': 3}
     """
     path = Path(path)
     path = path / PLAN_FILE if path.is_dir() else path
@@ -110,6 +116,15 @@ def read_elastic_plan(path: str | Path, ratio: float | None = None) -> Plan:
 
     Raises:
         VitpruneError: if the file is missing or no elastic file, or ``ratio`` is out of range or beyond the largest.
+
+    >>> import tempfile, timm
+    >>> from vitprune import make_elastic, save_elastic
+    >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=5)
+    >>> elastic = make_elastic(model, ratios=[0.5], criterion="magnitude", compensation="none")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_elastic(model, elastic, Path(folder) / "tiny.safetensors")
+    ...     read_elastic_plan(Path(folder) / "tiny.safetensors", 0.25).pruning_ratio
+    0.25
     """
     ranking, facts = read_ranking(path)
     keep = ranking.keep(ratio or 0.0)

@@ -86,6 +86,14 @@ def compensate_sequentially(
         The statistics of the pruned prefix are those of sequential layer-wise reconstruction (Frantar and Alistarh,
         NeurIPS 2022, arXiv:2208.11580); steering towards the dense stream is the asymmetric target of Li et al.,
         arXiv:2504.02692 (GPTAQ), here with a regularisation of its own.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=5).eval()
+    >>> batches = [(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 4]))]
+    >>> plan = Plan({f"blocks.{block}.mlp": torch.arange(768) < 384 for block in range(2)})
+    >>> result = compensate_sequentially(model, plan, batches, towards_stream=True)
+    >>> bool((result.blocks[1].mlp.fc2.weight[:, 384:] == 0).all())
+    True
     """
     ffns = fit_plan(model, plan)
     work = copy.deepcopy(model)

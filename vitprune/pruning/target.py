@@ -159,6 +159,12 @@ def target_latency(
 
     Raises:
         VitpruneError: if the model cannot be that fast or is faster already.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    >>> target = target_latency(model, 3.0, total=4.0, tables={"blocks.0.mlp": [(384, 1.0), (768, 2.0)]})
+    >>> target.fixed, target.predict({"blocks.0.mlp": 576})
+    (2.0, 3.5)
     """
     costs = {}
     for group in find_groups(model):

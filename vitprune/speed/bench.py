@@ -125,6 +125,12 @@ def bench(
 
     Raises:
         VitpruneError: if an argument is unknown or absent here, or a combination cannot be run.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32).eval()
+    >>> rows = bench({"tiny": model}, backends=["torch-eager"], batch_sizes=[1], seconds=0.01)
+    >>> [(row.model, row.backend, row.speedup) for row in rows]
+    [('tiny', 'torch-eager', 1.0)]
     """
     threads = list(num_threads or [torch.get_num_threads()])
     _check(models, backends, precisions, batch_sizes, threads, device)
