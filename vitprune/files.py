@@ -21,6 +21,7 @@ FORMAT_VERSION = 1
 REQUEST_FILE = "request.json"
 # Every output folder may have one.
 CARD_FILE = "card.json"
+_BLOCK_BYTES = 2**20
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -317,6 +318,11 @@ def open_resumable(folder: str | Path, request: Mapping[str, Any], *, owned: fro
     return folder
 
 
-def hash_file(path: str | Path) -> str:
-    """Return the first 16 hexadecimal digits of a file's SHA-256."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+def hash_file(*paths: str | Path, digits: int = 16) -> str:
+    """Return the first hexadecimal digits of the SHA-256 of a file, or of several one behind the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with Path(path).open("rb") as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                digest.update(block)
+    return digest.hexdigest()[:digits]

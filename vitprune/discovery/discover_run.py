@@ -94,6 +94,16 @@ def discover_run(
 
     Raises:
         VitpruneError: if an argument is out of range, or the output is taken or cannot be written.
+
+    >>> import tempfile, timm
+    >>> from PIL import Image
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=2).eval()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Image.new("RGB", (32, 32)).save(Path(folder) / "1.png")
+    ...     images = ImageSet(Path(folder), ("1.png",), (0,), {0: "cat"})
+    ...     run, progress = discover_run(model, images, Path(folder) / "run", source="tiny", method="activation")
+    >>> run.found.neurons.shape, progress.num_searched
+    (torch.Size([1, 1, 1]), 1)
     """
     refuse_existing(output, overwrite=overwrite, owned=RUN_FILES)
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):

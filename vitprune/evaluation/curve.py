@@ -30,7 +30,6 @@ from vitprune.pruning.target import Target, target_neurons
 from vitprune.seen_images import check_unseen, files_of
 
 SEARCH_GRID, SEARCH_PRECISION = 0.1, 0.01
-Evaluated = Callable[[nn.Module], Accuracy]
 
 
 @dataclass(frozen=True)

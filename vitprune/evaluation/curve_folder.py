@@ -79,6 +79,20 @@ def record_curve(
     Raises:
         VitpruneError: if an argument is out of range, images of both kinds overlap, or the folder is of another
             request.
+
+    >>> import tempfile, timm
+    >>> from PIL import Image
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=2).eval()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sets = []
+    ...     for number in range(2):
+    ...         Image.new("RGB", (32, 32), (number, 0, 0)).save(Path(folder) / f"{number}.png")
+    ...         images = ImageSet(Path(folder), (f"{number}.png",), (0,), {0: "cat"})
+    ...         sets.append(ImageBatches(images, model))
+    ...     curve = Curve(["magnitude"], ["uniform"], ["none"])
+    ...     record = record_curve(model, *sets, curve, Path(folder) / "curve", ratios=[0.5])
+    >>> [point.pruning_ratio for point in record.points]
+    [0.0, 0.5]
     """
     check_unseen(evaluation.images, {*hash_images(calibration.images), *seen_by(model), *_seen_in(found)})
     request = {

@@ -100,6 +100,18 @@ def judge(
     Raises:
         VitpruneError: if a model cannot be opened or has no classifier, an image had a say in one, or the other model
             has no class for an image.
+
+    >>> import tempfile, timm
+    >>> from PIL import Image
+    >>> from vitprune import save
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name in ("cat", "dog"):
+    ...         (Path(folder) / "val" / name).mkdir(parents=True)
+    ...         Image.new("RGB", (32, 32)).save(Path(folder) / "val" / name / "1.png")
+    ...     save(timm.create_model("vit_tiny_patch16_224", num_classes=2), Path(folder) / "model")
+    ...     evaluation, _images = judge(Source(f"{folder}/model"), ImageChoice(f"{folder}/val"))
+    >>> evaluation.files, len(evaluation.judged.answers.predictions)
+    (('cat/1.png', 'dog/1.png'), 2)
     """
     reading = Reading() if reading is None else reading
     asked = [source, *([] if against is None else [against])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,10 +12,9 @@ from torch import nn
 from vitprune.data import data_config
 from vitprune.export.profile import count_graph_macs
 from vitprune.export.runtime import OnnxModel, read_facts
+from vitprune.files import hash_file
 from vitprune.models.identity import architecture, hash_weights
 from vitprune.models.macs import Sizes, measure_sizes
-
-_BLOCK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -87,17 +85,12 @@ def describe_file(path: str | Path, opened: OnnxModel) -> ModelFacts:
     """
     path = Path(path).resolve()
     files = [file for file in (path, path.with_name(f"{path.name}.data")) if file.is_file()]
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(_BLOCK_BYTES):
-                digest.update(block)
     return ModelFacts(
         name=str(path),
         checkpoint=None,
         ratio=None,
         architecture=read_facts(opened.session)["architecture"],
-        weights_sha256=digest.hexdigest(),
+        weights_sha256=hash_file(*files, digits=64),
         transform=data_config(opened),
         num_classes=opened.num_classes,
         num_parameters=None,

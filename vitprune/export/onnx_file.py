@@ -30,6 +30,7 @@ from vitprune.export.quantize import quantize
 from vitprune.export.runtime import METADATA_KEY, OnnxModel, open_onnx, open_session
 from vitprune.files import FORMAT_VERSION, atomic_siblings
 from vitprune.models.identity import architecture
+from vitprune.models.trunk import plain_attention
 from vitprune.models.units import find_feed_forwards
 from vitprune.options import OPERATORS, PRECISIONS_ONNX, check_choice
 from vitprune.pruning.plan import Plan
@@ -132,11 +133,9 @@ def export_onnx(
     if batch_size is not None and not 1 <= batch_size <= MAX_BATCH_SIZE:
         raise VitpruneError(f"batch_size must be in [1, {MAX_BATCH_SIZE}], got {batch_size}")
     model = copy.deepcopy(model).cpu().float().eval()
-    for module in model.modules():
-        if getattr(module, "fused_attn", False):
-            module.fused_attn = False  # some families export only so, and the others are fused here
     float32 = speedup = None
-    with atomic_siblings(path) as folder:
+    # Some families export only without fused attention, and the others are fused here.
+    with plain_attention(model), atomic_siblings(path) as folder:
         written = folder / path.name
         _write(_trace(model, batch_size, operators), written, _facts(model, plan, "float32"))
         parity = _measure_parity(model, open_onnx(written), batches, exact=True)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitprune.data import data_config
+from vitprune.models.trunk import plain_attention
 from vitprune.models.units import find_feed_forwards
 
 
@@ -22,11 +23,9 @@ def count_macs(model: nn.Module) -> int:
     3003264
     """
     model = copy.deepcopy(model).cpu().float()
-    for module in model.modules():
-        if getattr(module, "fused_attn", False):
-            module.fused_attn = False  # so that attention is counted as the matrix products it is
     image = torch.zeros(1, *data_config(model)["input_size"])
-    with FlopCounterMode(display=False) as counter:
+    # Without fused attention, so that it is counted as the matrix products it is.
+    with plain_attention(model), FlopCounterMode(display=False) as counter:
         model(image)
     return counter.get_total_flops() // 2
 

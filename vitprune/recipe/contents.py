@@ -9,7 +9,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from vitprune.files import CARD_FILE, FORMAT_VERSION, atomic_file, read_json
+from vitprune.files import CARD_FILE, FORMAT_VERSION, atomic_file, hash_file, read_json
 from vitprune.progress import Track
 
 # The result files of the paper's authors: PREFIX.args.json, PREFIX-LABEL.rlt.jsonl.
@@ -17,7 +17,6 @@ _ARGS_SUFFIX, _RESULT_SUFFIX = ".args.json", ".rlt.jsonl"
 # Within the resolution of a file's times it may change without showing it.
 _SETTLED_NS = 2 * 10**9
 _SHOWN_BYTES = 200 * 2**20
-_CHUNK_BYTES = 2**20
 
 
 class Contents:
@@ -129,11 +128,7 @@ def _look(file: str) -> list[int] | None:
 
 def _hash_bytes(file: str) -> str:
     """Return the SHA-256 of a file; nothing where it cannot be read, which the command that needs it will say."""
-    digest = hashlib.sha256()
     try:
-        with open(file, "rb") as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                digest.update(chunk)
+        return hash_file(file, digits=64)
     except OSError:
         return ""
-    return digest.hexdigest()
