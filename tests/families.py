@@ -1,6 +1,6 @@
 """Stock timm models, random weights: what vitprune can do with each.
 
-``python tests/families.py`` prints the README table.
+``python tests/families.py`` prints the table of docs/families.md.
 Every entry is built whole at its own width and depth; only the image size is reduced where the stock one is large.
 """
 
@@ -62,7 +62,7 @@ def try_verb(verb) -> str:
 
 
 def row(name: str) -> str:
-    """Return the model's line of the README table."""
+    """Return the model's line of that table."""
     model = build(name)
     pruning = try_verb(lambda: vitprune.find_feed_forwards(model))
     if pruning == "yes":
