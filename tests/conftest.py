@@ -20,8 +20,7 @@ import pytest
 import timm
 import torch
 from filelock import FileLock
-
-from vitprune import timing
+from quick import hurry
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -57,20 +56,18 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
 
 
+def pytest_collection_finish():
+    """All modules are there now."""
+    if IS_WORKER:
+        hurry()
+
+
 def pytest_terminal_summary(terminalreporter):
     """Say how many tests were skipped for each reason."""
     skipped = terminalreporter.stats.get("skipped", [])
     reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
     for reason, count in sorted(reasons.items()):
         terminalreporter.write_line(f"{count} skipped: {reason}", yellow=True)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _unsettled():
-    """Benchmarks in this process do not wait for a quiet machine: nothing here depends on how long anything takes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "SETTLE_SECONDS", 0.005)
-        yield
 
 
 def make_once(tmp_path_factory, name: str, make: Callable[[Path], Any]) -> Path:
