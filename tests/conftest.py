@@ -1,11 +1,17 @@
-"""Shared inputs: real photos, real weights and golden values by path, and a small random Vision Transformer."""
+"""Shared inputs: real photos, real weights and golden values by path, and a small random Vision Transformer.
+
+Several processes share the tests (pytest-xdist): what is expensive is made by the first of them that asks for it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +19,11 @@ from typing import Any
 import pytest
 import timm
 import torch
+from filelock import FileLock
+from quick import hurry
 
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # Beside the checkout, or wherever VITPRUNE_SHARED says.
 SHARED = Path(os.environ.get("VITPRUNE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -24,6 +34,54 @@ def shared(relative: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs {relative} of the shared folder (VITPRUNE_SHARED)")
     return path
+
+
+def pytest_addoption(parser, pluginmanager):
+    """Without pytest-xdist (``-p no:xdist``) its options in pyproject.toml mean nothing."""
+    if not pluginmanager.hasplugin("xdist"):
+        parser.addoption("--numprocesses")
+        parser.addoption("--dist")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes():
+    """Each process has one core, and so has what it starts."""
+    for name in THREAD_LIMITS:
+        os.environ.setdefault(name, "1")
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest and must happen one after another comes first: the demo, the quick start, its pages."""
+    first = ["test_demo.py", "test_docs.py"]
+    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
+
+
+def pytest_collection_finish():
+    """All modules are there now."""
+    if IS_WORKER:
+        hurry()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many tests were skipped for each reason."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line(f"{count} skipped: {reason}", yellow=True)
+
+
+def make_once(tmp_path_factory, name: str, make: Callable[[Path], Any]) -> Path:
+    """Return a folder that all processes of this session share; the first one to ask has it filled by ``make``."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if IS_WORKER else root) / name
+    made = folder.with_name(f"{name}.made")
+    with FileLock(f"{folder}.lock"):
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            made.touch()
+    return folder
 
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "mlp_ratio": 2, "num_classes": 5}
@@ -59,17 +117,19 @@ def deit_tiny():
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
     """Five classes of four 40 x 36 images each, as PNG and JPEG files."""
+    return make_once(tmp_path_factory, "images", write_images)
+
+
+def write_images(root: Path) -> None:
     import numpy as np
     from PIL import Image
 
-    root = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for index in range(5):
         for number in range(4):
             pixels = generator.integers(0, 256, (36, 40, 3), dtype=np.uint8) // 2 + 25 * index
             (root / f"class{index}").mkdir(exist_ok=True)
             Image.fromarray(pixels).save(root / f"class{index}" / f"{number}.{'png' if number % 2 else 'jpg'}")
-    return root
 
 
 @pytest.fixture(scope="session")
@@ -79,17 +139,16 @@ def saved_vit(tmp_path_factory):
 
     model = make_vit().float()
     model.model_args = TINY
-    folder = tmp_path_factory.mktemp("models") / "vit"
-    vitprune.save(model, folder)
-    return folder
+    return make_once(tmp_path_factory, "models", lambda root: vitprune.save(model, root / "vit")) / "vit"
 
 
 @pytest.fixture(scope="session")
 def shown_folders(saved_vit, tmp_path_factory):
     """Folders of every kind that a report shows, by name, and the images they are of."""
-    from report_folders import make_folders
+    from report_folders import SHOWN, make_folders
 
-    return make_folders(saved_vit, tmp_path_factory.mktemp("shown"))
+    root = make_once(tmp_path_factory, "shown", lambda root: make_folders(saved_vit, root))
+    return {name: root / name for name in SHOWN}
 
 
 @dataclass(frozen=True)
@@ -112,5 +171,10 @@ def run_demo(folder: Path, cache: Path) -> Demo:
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     """The demo as a newcomer runs it, whose trained model others find in its cache."""
-    folder = tmp_path_factory.mktemp("demo")
-    return run_demo(folder / "demo", folder / "cache")
+
+    def make(root: Path) -> None:
+        made = run_demo(root / "demo", root / "cache")
+        (root / "printed.json").write_text(json.dumps([made.answer, made.log]))
+
+    root = make_once(tmp_path_factory, "first-demo", make)
+    return Demo(root / "cache", root / "demo", *json.loads((root / "printed.json").read_text()))

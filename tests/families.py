@@ -6,6 +6,8 @@ Every entry is built whole at its own width and depth; only the image size is re
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import timm
 import torch
 
@@ -36,7 +38,9 @@ FAMILIES = {
 }
 
 
+@lru_cache(maxsize=1)
 def build(name: str):
+    """Build a model, which whoever uses it leaves as it was: the next who asks for the same one gets it too."""
     torch.manual_seed(0)
     return timm.create_model(name, **FAMILIES[name]).eval()
 

@@ -11,6 +11,7 @@ from vitprune.cli import main
 
 CLASSES = ("<img src=x onerror=document.title='broken'>", "<script>document.title='broken'", 'a & "b"', "d'e", "plain")
 NUM_PER_CLASS = 6
+SHOWN = ("run", "pruned", "evaluation", "curve", "bench", "alone", "analysis", "train", "val")
 EXPERIMENTS = ("scores", "manipulation", "similarity", "top-images")
 
 
@@ -24,10 +25,10 @@ def make_images(root: Path, *, seed: int) -> Path:
     return root
 
 
-def make_folders(saved_vit: Path, root: Path) -> dict[str, Path]:
-    """Run every command that writes a folder for reports."""
-    train, val = make_images(root / "train", seed=0), make_images(root / "val", seed=1)
-    made = {name: root / name for name in ("run", "pruned", "evaluation", "curve", "bench", "alone", "analysis")}
+def make_folders(saved_vit: Path, root: Path) -> None:
+    """Run every command that writes a folder for reports: ``SHOWN`` are their names, and those of the images."""
+    made = {name: root / name for name in SHOWN}
+    train, val = make_images(made["train"], seed=0), make_images(made["val"], seed=1)
     ways = ["--criteria", "magnitude", "variance", "--compensations", "none", "--step", "1"]
     commands = (
         ["discover", saved_vit, "--data", train, "-o", made["run"]],
@@ -41,4 +42,3 @@ def make_folders(saved_vit: Path, root: Path) -> dict[str, Path]:
     )
     for command in commands:
         assert main([str(word) for word in command]) == 0
-    return {**made, "train": train, "val": val}

@@ -8,7 +8,8 @@ from test_cli import other_images, pruned_folder, run, run_folder  # noqa: F401 
 
 import vitprune
 from vitprune.cli import main
-from vitprune.cli.prune import _measure_latency
+from vitprune.models.facts import Asked
+from vitprune.speed.latency_target import measure_reached
 
 
 def test_bench_writes_tables_and_pictures(pruned_folder, tmp_path, capsys):  # noqa: F811
@@ -121,10 +122,11 @@ def test_an_elastic_file_is_evaluated_and_exported_at_any_ratio(saved_vit, image
 
 def test_what_a_latency_target_made_is_timed_beside_the_dense_model(tiny_vit):
     pruned = vitprune.remove_neurons(tiny_vit, half_plan(tiny_vit))
-    measured = _measure_latency(tiny_vit, pruned, {"predicted": 2.0, "dense": 3.0}, "onnxruntime-cpu", 2)
-    assert (measured["backend"], measured["batch_size"], measured["predicted_speedup"]) == ("onnxruntime-cpu", 2, 1.5)
-    assert measured["median_ms"] > 0
-    assert measured["dense_median_ms"] > 0
+    asked = Asked("latency", 2.0, predicted=2.0, dense=3.0)
+    measured = measure_reached(tiny_vit, pruned, asked, backend="onnxruntime-cpu", batch_size=2)
+    assert (measured.backend, measured.batch_size, measured.predicted_speedup) == ("onnxruntime-cpu", 2, 1.5)
+    assert measured.median_ms > 0
+    assert measured.dense_median_ms > 0
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import make_vit, shared
+from conftest import make_once, make_vit, shared
 from markdown_it import MarkdownIt
 from safetensors import safe_open
 from warm_vitprune import CLIENT, Program
@@ -112,10 +112,8 @@ def shell(address, environment, tmp_path_factory):
     return run
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """The files that pages take for granted, each a real photo or real weights, few enough to be quick."""
-    folder = tmp_path_factory.mktemp("prepared")
+def prepare(folder: Path) -> None:
+    """Write the files that pages take for granted, each a real photo or real weights, few enough to be quick."""
     for split, count in (("train", 2), ("val", 1)):
         for name, own_name in zip(CLASSES, OWN_CLASSES, strict=True):
             link_images(shared(f"data/imagenette/{split}/{name}"), folder / "imagenette" / split / name, count)
@@ -130,7 +128,6 @@ def prepared(tmp_path_factory):
     (folder / "deit_tiny.safetensors").symlink_to(shared("weights/deit_tiny_patch16_224.safetensors"))
     shutil.copy(DOCS / "serve.py", folder)
     shutil.copytree(ROOT / "recipes", folder / "recipes")
-    return folder
 
 
 def link_images(source: Path, folder: Path, count: int) -> None:
@@ -140,12 +137,14 @@ def link_images(source: Path, folder: Path, count: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def begun(address, shell, prepared, tmp_path_factory):
+def begun(address, shell, tmp_path_factory):
     """The folder after the quick start, which the other pages go on from."""
-    folder = tmp_path_factory.mktemp("pages") / "begun"
-    shutil.copytree(prepared, folder, symlinks=True)
-    run_page(FIRST, folder, shell, address)
-    return folder
+
+    def make(folder: Path) -> None:
+        prepare(folder)
+        run_page(FIRST, folder, shell, address)
+
+    return make_once(tmp_path_factory, "begun", make)
 
 
 def run_page(page: str, folder: Path, shell, address: str) -> None:

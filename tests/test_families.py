@@ -30,10 +30,18 @@ def hook_mask(model, plan, images):
             handle.remove()
 
 
+# Both tests of a model one after the other: it is built once.
+of_every_family = pytest.mark.parametrize("name", FAMILIES, scope="module")
+
+
 @torch.inference_mode()
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in REFUSED])
-def test_masking_equals_removal_on_stock_models(name):
-    model, plan = build(name), None
+@of_every_family
+def test_masking_equals_removal_on_stock_models_or_they_are_refused(name):
+    model = build(name)
+    if name in REFUSED:
+        with pytest.raises(vitprune.VitpruneError, match="normalises its hidden|no supported FFN"):
+            vitprune.find_feed_forwards(model)
+        return
     images, plan = example(model), half_plan(model)
     expected = hook_mask(model, plan, images)
     removed = vitprune.remove_neurons(model, plan)
@@ -41,12 +49,6 @@ def test_masking_equals_removal_on_stock_models(name):
     with vitprune.masked(model, plan):
         torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-6)
     assert {ffn.name: ffn.num_neurons for ffn in vitprune.find_feed_forwards(removed)} == plan.widths
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_models_say_why(name):
-    with pytest.raises(vitprune.VitpruneError, match="normalises its hidden|no supported FFN"):
-        vitprune.find_feed_forwards(build(name))
 
 
 @torch.inference_mode()
@@ -110,6 +112,6 @@ def test_a_subclass_of_a_known_ffn_is_refused():
         vitprune.find_feed_forwards(model)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@of_every_family
 def test_the_page_of_families_says_what_works(name):
     assert row(name) in PAGE.read_text().splitlines()

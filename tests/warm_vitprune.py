@@ -58,12 +58,17 @@ def serve(address: str) -> None:
     import onnxruntime  # noqa: F401
     import onnxscript  # noqa: F401
     import torch_pruning  # noqa: F401
+    from quick import hurry
+    from torch.onnx import _constants
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     import vitprune
     from vitprune.cli import commands  # noqa: F401
 
     for name in vitprune.__all__:
         getattr(vitprune, name)
+    hurry()
+    ONNXRegistry.from_torchlib(opset_version=_constants.ONNX_DEFAULT_OPSET)  # for every fork
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # finished forks are nobody's zombies
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
