@@ -12,9 +12,9 @@ import timm
 import torch
 
 import vitprune
-from vitprune.data import data_config
 from vitprune.models.trunk import check_trunk
 from vitprune.pruning.plan import plan_from_widths
+from vitprune.views import data_config
 
 # model name -> arguments of create_model
 FAMILIES = {

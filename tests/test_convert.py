@@ -19,7 +19,7 @@ from vitprune.analysis.similarity import compare_scores, compare_visits
 from vitprune.analysis.topk_mask import measure_topk_mask
 from vitprune.analysis.utilisation import measure_utilisation
 from vitprune.cli import main
-from vitprune.data import ImageBatches, ImageSet, data_config, find_images
+from vitprune.data import ImageBatches, ImageSet, find_images
 from vitprune.discovery.discover import class_paths, count_visits, discover, only_classes
 from vitprune.discovery.run import Run, load_run, save_run
 from vitprune.errors import VitpruneError
@@ -35,6 +35,7 @@ from vitprune.interop.authors import folder_order, read_authors, write_authors
 from vitprune.interop.convert import read_as_run
 from vitprune.models.trunk import record_clean
 from vitprune.models.units import find_feed_forwards
+from vitprune.views import data_config
 
 # What argparse stores of the arguments of their path search.
 ARGS = {

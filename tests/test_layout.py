@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "vitprune"
 LAYERS = (
     ("errors", "progress", "table"),
     ("options", "processes", "intervals"),
-    ("files", "timing"),
+    ("files", "timing", "views"),
     ("card", "data"),
     ("seen_images",),
     ("models",),
@@ -42,7 +42,7 @@ ONLY_IN = {
     "onnx_ir": {"export", "speed"},
     "onnxruntime": {"export", "speed"},
     "torch_pruning": {"pruning"},
-    "timm": {"models", "data", "interop", "demo"},
+    "timm": {"models", "data", "views", "interop", "demo"},
     "matplotlib": {"figures", "report", "analysis"},
     "jinja2": {"report"},
     "rich": {"cli"},

@@ -18,8 +18,8 @@ from conftest import make_vit, shared
 from PIL import Image
 
 import vitprune
-from vitprune.data import data_config
 from vitprune.export.runtime import open_onnx
+from vitprune.views import data_config
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = (DOCS / "serving.md").read_text(encoding="utf-8")

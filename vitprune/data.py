@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitprune.errors import VitpruneError
 from vitprune.files import hash_file
+from vitprune.views import data_config
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"})
 # Images [B, channels, height, width] and class labels [B].
@@ -342,22 +343,6 @@ def on_device(model: nn.Module, batches: Batches) -> Batches:
     parameter = next(model.parameters())
     for images, labels in batches:
         yield images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
-
-
-def data_config(model: Any) -> dict[str, Any]:
-    """Return the transform that a model's images need, as timm describes it; JSON values.
-
-    Args:
-        model: a timm model, or an opened ONNX file.
-    """
-    if not isinstance(model, nn.Module):
-        return dict(model.data_config)
-    config = timm.data.resolve_model_data_config(model)
-    # A model built for another image size than its pretrained configuration says so only in its patch embedding.
-    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if built_for is not None:
-        config["input_size"] = (config["input_size"][0], *built_for)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
 
 @dataclass(frozen=True)

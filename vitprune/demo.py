@@ -19,7 +19,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from vitprune.card import make_card, write_card
-from vitprune.data import ImageBatches, ImageSet, data_config, digest_images, find_images, hash_images
+from vitprune.data import ImageBatches, ImageSet, digest_images, find_images, hash_images
 from vitprune.discovery.discover import Discovery, class_paths, discover
 from vitprune.discovery.run import Run, save_run
 from vitprune.evaluation.accuracy import compare, count_right
@@ -39,6 +39,7 @@ from vitprune.pruning.prune import prune
 from vitprune.report.page import write_report
 from vitprune.speed.bench import BenchRow, bench, describe_hardware
 from vitprune.speed.bench_folder import BenchRecord, save_bench
+from vitprune.views import data_config
 
 RATIOS = (0.5, 0.75, 0.9)
 NUM_TEST_IMAGES = 500

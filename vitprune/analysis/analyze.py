@@ -15,7 +15,7 @@ from vitprune.analysis.analysis_folder import ANALYSIS_FILES, PASSES_FOLDER, Ana
 from vitprune.analysis.experiments import NEED_OTHERS, check_experiments, run_experiments
 from vitprune.analysis.topk_mask import MASK_SHARES, TOP_KS
 from vitprune.analysis.wordnet import find_nouns, is_wnid
-from vitprune.data import ImageBatches, ImageSet, data_config, hash_images
+from vitprune.data import ImageBatches, ImageSet, hash_images
 from vitprune.discovery.discover import Discovery
 from vitprune.discovery.run import Run, load_run
 from vitprune.errors import VitpruneError
@@ -23,6 +23,7 @@ from vitprune.files import open_resumable
 from vitprune.models.identity import architecture, hash_weights
 from vitprune.progress import Track, untracked
 from vitprune.seen_images import check_unseen, seen_by
+from vitprune.views import data_config
 
 Note = Callable[[str], None]
 

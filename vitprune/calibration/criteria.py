@@ -25,10 +25,10 @@ from vitprune.data import Batches, on_device
 from vitprune.discovery.discover import Discovery, check_class_scores
 from vitprune.discovery.quadrature import parse_fixed_quadrature
 from vitprune.errors import VitpruneError
-from vitprune.models.classifier import has_classifier
 from vitprune.models.units import Group, find_groups, hook_hidden
 from vitprune.options import CRITERIA, DEFAULT_RIDGE, check_choice
 from vitprune.progress import Track, untracked
+from vitprune.views import has_classifier
 
 Scores = dict[str, Tensor]
 

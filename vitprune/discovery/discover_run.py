@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from vitprune.data import ImageSet, data_config, digest_images, find_class
+from vitprune.data import ImageSet, digest_images, find_class
 from vitprune.discovery.memory import budget_bytes
 from vitprune.discovery.methods import REGISTRY, plan_search
 from vitprune.discovery.run import RUN_FILES, Run, save_run
@@ -25,6 +25,7 @@ from vitprune.models.identity import architecture, hash_weights
 from vitprune.options import TARGET_CLASSES
 from vitprune.processes import Processes
 from vitprune.progress import Track, untracked
+from vitprune.views import data_config
 
 # A run names its images in the header of a safetensors file, which may have 100 MB.
 MOST_NAME_BYTES = 80_000_000

@@ -41,11 +41,11 @@ from vitprune.models.trunk import (
     attend_first,
     can_attend_first,
     head,
-    num_tokens_read,
     record_clean,
     scale_branch,
     scope_slice,
 )
+from vitprune.views import num_tokens_read
 
 # Rows that run through the suffix at once: enough to fill a CPU's matrix units, few enough to stay near its caches.
 CHUNK_ROWS = 32

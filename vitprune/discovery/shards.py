@@ -19,13 +19,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from vitprune.data import ImageBatches, ImageSet, ReadBatch, data_config, hash_images
+from vitprune.data import ImageBatches, ImageSet, ReadBatch, hash_images
 from vitprune.discovery.discover import Discovery, Part, Search, combine, find_part, set_pace
 from vitprune.errors import VitpruneError
 from vitprune.files import REQUEST_FILE, read_tensors, write_tensors
 from vitprune.processes import Processes
 from vitprune.progress import Track, untracked
 from vitprune.seen_images import SeenImages, hash_pixels
+from vitprune.views import data_config
 
 _TENSORS = ("neurons", "joint_scores", "labels", "predictions", "completeness_errors")
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from vitprune.data import Batches, on_device
 from vitprune.errors import VitpruneError
 from vitprune.intervals import CONFIDENCE
-from vitprune.models.classifier import has_classifier
 from vitprune.seen_images import UnseenBatches, seen_by
+from vitprune.views import has_classifier
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from vitprune.data import ImageBatches, ImageSet, data_config, hash_images
+from vitprune.data import ImageBatches, ImageSet, hash_images
 from vitprune.discovery.discover import Discovery
 from vitprune.discovery.run import RUN_FILES
 from vitprune.evaluation.curve import Curve, CurvePoint, find_largest_ratio, measure_curve
@@ -19,6 +19,7 @@ from vitprune.files import FORMAT_VERSION, REQUEST_FILE, hash_file, open_resumab
 from vitprune.models.identity import architecture, hash_weights
 from vitprune.progress import Track, untracked
 from vitprune.seen_images import check_unseen, seen_by
+from vitprune.views import data_config
 
 CURVE_FILE, POINTS_FOLDER = "curve.json", "points"
 CURVE_FILES = frozenset({CURVE_FILE, POINTS_FOLDER, "curve.csv", "curve.png", "curve.svg"})

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from vitprune.data import data_config
 from vitprune.export.profile import count_graph_macs
 from vitprune.export.runtime import OnnxModel, read_facts
 from vitprune.files import hash_file
 from vitprune.models.identity import architecture, hash_weights
 from vitprune.models.macs import Sizes, measure_sizes
+from vitprune.views import data_config
 
 
 @dataclass(frozen=True)

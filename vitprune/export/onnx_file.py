@@ -21,7 +21,7 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
-from vitprune.data import Batches, class_names, data_config
+from vitprune.data import Batches, class_names
 from vitprune.errors import VitpruneError
 from vitprune.export.fuse import fuse_attention, skip_unread_tokens
 from vitprune.export.graph import forget_shapes
@@ -36,6 +36,7 @@ from vitprune.options import OPERATORS, PRECISIONS_ONNX, check_choice
 from vitprune.pruning.plan import Plan
 from vitprune.seen_images import seen_by
 from vitprune.timing import Speedup, measure_latency, paired_speedup
+from vitprune.views import data_config
 
 # Tolerances for float32 kernels that sum in another order.
 PARITY_RTOL, PARITY_ATOL = 1e-3, 1e-4

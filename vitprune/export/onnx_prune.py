@@ -19,7 +19,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 
-from vitprune.data import Batches, data_config
+from vitprune.data import Batches
 from vitprune.errors import VitpruneError
 from vitprune.export.graph import forget_shapes, read_graph
 from vitprune.export.graph_ffns import (
@@ -42,6 +42,7 @@ from vitprune.pruning.compensate import check_ridge
 from vitprune.pruning.compensations import REGISTRY, check_compensation
 from vitprune.pruning.plan import Plan
 from vitprune.seen_images import watch
+from vitprune.views import data_config
 
 # What can be computed from one FFN's own statistics; nothing at all, too.
 IN_GRAPH = tuple(name for name, row in REGISTRY.items() if row.stand_in is not None or not row.reads_images)

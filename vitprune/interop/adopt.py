@@ -16,7 +16,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from vitprune.data import Batches, ImageSet, data_config, on_device
+from vitprune.data import Batches, ImageSet, on_device
 from vitprune.discovery.best import best_neurons
 from vitprune.discovery.discover import Discovery, set_pace
 from vitprune.discovery.engine import first_rule, score_paths
@@ -27,6 +27,7 @@ from vitprune.interop.authors import ARGS_SUFFIX, AuthorsPaths, folder_order
 from vitprune.models.trunk import record_clean, scope_slice
 from vitprune.models.units import frozen
 from vitprune.seen_images import watch
+from vitprune.views import data_config
 
 LEAST_AGREEMENT = 0.9
 # Images with other weights, order or transform show after a few; a whole data set takes hours.

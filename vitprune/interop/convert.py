@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from vitprune.data import ImageBatches, ImageSet, data_config, digest_images, hash_images
+from vitprune.data import ImageBatches, ImageSet, digest_images, hash_images
 from vitprune.discovery.run import Run
 from vitprune.errors import VitpruneError
 from vitprune.interop.adopt import (
@@ -23,6 +23,7 @@ from vitprune.interop.adopt import (
 from vitprune.interop.authors import AuthorsPaths
 from vitprune.models.identity import hash_weights
 from vitprune.progress import Track, untracked
+from vitprune.views import data_config
 
 # What their model_type is called by timm.
 _TIMM_NAMES = {

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vitprune.data import Batches, on_device
 from vitprune.errors import VitpruneError
 from vitprune.models.units import Group
+from vitprune.views import block_of
 
 _REMEDY = "compensate with ridge instead"
 
@@ -84,7 +85,7 @@ def study_blocks(model: nn.Module, ffns: Sequence[Group], batches: Batches) -> d
     images = next((images for images, _labels in on_device(model, batches)), None)
     if images is None:
         raise VitpruneError("no calibration images")
-    names = {ffn.name: ffn.name.removesuffix(".mlp") for ffn in ffns}
+    names = {ffn.name: block_of(ffn.name) for ffn in ffns}
     parallel = [name for name in names if ".ffns." in name]
     if parallel:
         raise VitpruneError(f"{parallel[0]}: blocks with several FFNs cannot be run one at a time; {_REMEDY}")

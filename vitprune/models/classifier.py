@@ -1,4 +1,4 @@
-"""The classifier of a model: whether there is one, and models that answer only some of its classes."""
+"""Models that answer only some of their classes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,6 @@ import torch
 from torch import nn
 
 from vitprune.errors import VitpruneError
-
-
-def has_classifier(model: nn.Module) -> bool:
-    """Tell whether a model has classes to answer; timm's ``num_classes=0`` has none."""
-    return getattr(model, "num_classes", 1) > 0
 
 
 def keep_classes(model: nn.Module, classes: Sequence[int], *, label_names: Sequence[str] | None = None) -> nn.Module:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitprune.data import data_config
 from vitprune.models.trunk import plain_attention
 from vitprune.models.units import find_feed_forwards
+from vitprune.views import data_config
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vitprune.errors import VitpruneError
 from vitprune.models.units import Group, hook_hidden
 from vitprune.options import TOKENS, check_choice
+from vitprune.views import has_class_token, num_prefix_tokens, num_tokens_read
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,10 @@ def resolve_scope(model: nn.Module, tokens: str | None) -> str:
     Raises:
         VitpruneError: if the scope is unknown, or ``cls`` is asked of a model without a class token.
     """
-    has_class_token = getattr(model, "cls_token", None) is not None
     if tokens is None:
-        return "cls" if has_class_token and getattr(model, "global_pool", "") == "token" else "patch"
+        return "cls" if has_class_token(model) and num_tokens_read(model) is not None else "patch"
     check_choice("tokens", tokens, TOKENS)
-    if tokens == "cls" and not has_class_token:
+    if tokens == "cls" and not has_class_token(model):
         raise VitpruneError(f"{type(model).__name__} has no class token; use `tokens` patch")
     return tokens
 
@@ -60,14 +60,7 @@ def scope_slice(model: nn.Module, scope: str) -> slice:
     """Return the scoped tokens as a slice of the sequence; register tokens are neither ``cls`` nor ``patch``."""
     if scope == "cls":
         return slice(0, 1)
-    return slice(getattr(model, "num_prefix_tokens", 0), None) if scope == "patch" else slice(None)
-
-
-def num_tokens_read(model: nn.Module) -> int | None:
-    """Count the leading tokens that the head reads; None where it reads them all."""
-    if getattr(model, "attn_pool", None) is not None or getattr(model, "global_pool", "") != "token":
-        return None
-    return 2 if hasattr(model, "head_dist") else 1
+    return slice(num_prefix_tokens(model), None) if scope == "patch" else slice(None)
 
 
 @torch.no_grad()

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from vitprune.calibration.criteria import REGISTRY as CRITERIA
 from vitprune.calibration.statistics import GRADIENTS, MOMENTS
 from vitprune.errors import VitpruneError
-from vitprune.models.classifier import has_classifier
 from vitprune.options import COMPENSATIONS, check_choice
 from vitprune.pruning.compensate import STAND_INS, compensate
 from vitprune.pruning.distill import distill
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.sequential import compensate_sequentially
 from vitprune.pruning.session import Session
+from vitprune.views import has_classifier
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from vitprune.data import Batches, on_device
 from vitprune.errors import VitpruneError
-from vitprune.models.classifier import has_classifier
 from vitprune.progress import Track, untracked
 from vitprune.pruning.apply import remove_neurons
 from vitprune.pruning.plan import Plan, fit_plan
+from vitprune.views import block_of, has_classifier
 
 NUM_STEPS, BATCH_SIZE, LEARNING_RATE = 200, 32, 3e-4
 # Weight of the blocks' relative squared error beside KL in nats; without it the few images are learned by heart.
@@ -74,7 +74,7 @@ def distill(
     True
     """
     ffns = fit_plan(model, plan)
-    blocks = [ffn.name.removesuffix(".mlp") for ffn in ffns]
+    blocks = [block_of(group.name) for group in ffns]
     images_I = torch.cat([images.cpu().half() for images, _labels in batches] or [torch.zeros(0)])
     if len(images_I) == 0:
         raise VitpruneError("no calibration images")

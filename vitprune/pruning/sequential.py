@@ -37,6 +37,7 @@ from vitprune.options import DEFAULT_RIDGE
 from vitprune.progress import Track, untracked
 from vitprune.pruning.compensate import reconstruct, regress, write_down_proj
 from vitprune.pruning.plan import Plan, fit_plan
+from vitprune.views import num_patches, num_prefix_tokens
 
 # Relative to the mean variance of the hidden neurons; infinity leaves the drift alone but for its mean, and comes
 # first so that it wins where the images cannot tell.
@@ -175,13 +176,13 @@ def weigh_tokens(model: nn.Module, statistics: Mapping[str, Statistics]) -> dict
     Returns:
         FFN name -> weights [N]; float64, mean 1, each at least 0.5.
     """
-    num_patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    patches = num_patches(model)
     weights = {}
     for name, of_ffn in statistics.items():
         energy_N = of_ffn.energy_N.clone()
         # Some models add their class token only after these blocks: count what the FFN sees.
-        num_prefix = len(energy_N) - num_patches if num_patches is not None else 0
-        if num_prefix != getattr(model, "num_prefix_tokens", 0):
+        num_prefix = len(energy_N) - patches if patches is not None else 0
+        if num_prefix != num_prefix_tokens(model):
             num_prefix = 0
         energy_N[num_prefix:] = energy_N[num_prefix:].mean()
         mean = energy_N.mean()

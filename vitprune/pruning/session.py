@@ -13,12 +13,12 @@ from vitprune.data import Batches
 from vitprune.discovery.discover import Discovery
 from vitprune.errors import VitpruneError
 from vitprune.models.block_calls import BlockCall, study_blocks
-from vitprune.models.classifier import has_classifier
 from vitprune.models.units import Group, find_groups
 from vitprune.options import DEFAULT_RIDGE
 from vitprune.progress import Track, untracked
 from vitprune.pruning.sequential import weigh_tokens
 from vitprune.seen_images import SeenImages, seen_by, watch
+from vitprune.views import has_classifier
 
 
 class Session:

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitprune.data import data_config
 from vitprune.errors import VitpruneError
 from vitprune.models.macs import count_macs
 from vitprune.models.units import Group, find_groups, hook_hidden
 from vitprune.options import TARGETS
+from vitprune.views import data_config
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.card import name_processor
-from vitprune.data import data_config
 from vitprune.errors import VitpruneError
 from vitprune.export.onnx_file import export_onnx
 from vitprune.export.profile import count_graph_macs, make_session_runner
@@ -33,6 +32,7 @@ from vitprune.processes import peak_memory_bytes
 from vitprune.progress import Track, untracked
 from vitprune.speed.footprint import measure_footprint
 from vitprune.timing import measure_latency, paired_speedup
+from vitprune.views import data_config
 
 DEFAULT_BACKENDS = ("torch-eager", "onnxruntime-cpu")
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,0 +1,60 @@
+"""What the rest of the package asks of a timm model: its transform, its tokens, its blocks, its classifier."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm.data
+from torch import nn
+
+
+def data_config(model: Any) -> dict[str, Any]:
+    """Return the transform that a model's images need, as timm describes it; JSON values.
+
+    Args:
+        model: a timm model, or an opened ONNX file.
+    """
+    if not isinstance(model, nn.Module):
+        return dict(model.data_config)
+    config = timm.data.resolve_model_data_config(model)
+    # A model built for another image size than its pretrained configuration says so only in its patch embedding.
+    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if built_for is not None:
+        config["input_size"] = (config["input_size"][0], *built_for)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+
+
+def has_classifier(model: nn.Module) -> bool:
+    """Tell whether a model has classes to answer; timm's ``num_classes=0`` has none."""
+    return getattr(model, "num_classes", 1) > 0
+
+
+def has_class_token(model: nn.Module) -> bool:
+    """Tell whether a model puts a class token before the patches."""
+    return getattr(model, "cls_token", None) is not None
+
+
+def num_prefix_tokens(model: nn.Module) -> int:
+    """Count the tokens before the patches: class, distillation, registers."""
+    return getattr(model, "num_prefix_tokens", 0)
+
+
+def num_patches(model: nn.Module) -> int | None:
+    """Count the patches of an image of the model's own size; None where it does not say."""
+    return getattr(getattr(model, "patch_embed", None), "num_patches", None)
+
+
+def num_tokens_read(model: nn.Module) -> int | None:
+    """Count the leading tokens that the head reads; None where it reads them all."""
+    if getattr(model, "attn_pool", None) is not None or getattr(model, "global_pool", "") != "token":
+        return None
+    return 2 if hasattr(model, "head_dist") else 1
+
+
+def block_of(group: str) -> str:
+    """Return the name of the block that a group of units is in.
+
+    >>> block_of("blocks.3.mlp")
+    'blocks.3'
+    """
+    return group.rpartition(".")[0]
