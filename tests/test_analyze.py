@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import vitprune
-from vitprune.analysis.analysis_figures import analysis_figures
+from vitprune.analysis.analysis_figures import analysis_figures, save_analysis_figures
 from vitprune.analysis.analysis_folder import describe_analysis, load_analysis, save_analysis
 from vitprune.analysis.analyze import load_runs
 from vitprune.cli import main
@@ -163,6 +163,7 @@ def test_python_gets_what_the_command_line_gets(runs, saved_vit, other_folder, t
     )
     assert {"output": answer["output"], **describe_analysis(analysis)} == answer
     save_analysis(analysis, folder, runs=opened)
+    save_analysis_figures(analysis, folder, runs=opened)
     for typed in (path for path in (tmp_path / "typed").rglob("*") if path.is_file() and path.name != "card.json"):
         assert (folder / typed.relative_to(tmp_path / "typed")).read_bytes() == typed.read_bytes()
     again = load_analysis(folder)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from PIL import Image
 
+from vitprune.analysis.analysis_folder import FIGURES_FOLDER, Analysis
 from vitprune.analysis.manipulation import MANIPULATIONS, WHOSE
 from vitprune.analysis.topk_mask import TopKRow
 from vitprune.data import ImageSet, describe_class
@@ -19,15 +21,14 @@ from vitprune.figures.deviations_figure import FACTORS, draw_deviations
 from vitprune.figures.joint_scores_figure import draw_joint_scores
 from vitprune.figures.path_figure import draw_paths
 from vitprune.figures.similarity_figure import draw_similarity
+from vitprune.figures.style import save_figure
 from vitprune.figures.top_images_figure import draw_top_images
 from vitprune.figures.topk_mask_figure import draw_topk_mask
 from vitprune.figures.utilisation_figure import draw_utilisation
 from vitprune.figures.violins_figure import draw_violins
 from vitprune.intervals import Interval
 from vitprune.options import ORACLE
-
-if TYPE_CHECKING:
-    from vitprune.analysis.analysis_folder import Analysis
+from vitprune.progress import Track, untracked
 
 # A picture of paths, and a violin per class, stay legible up to here.
 MOST_CLASSES_DRAWN = 10
@@ -65,6 +66,28 @@ def analysis_figures(analysis: Analysis) -> tuple[AnalysisFigure, ...]:
     """Return the figures of an analysis, in the order of its experiments."""
     made = [make(analysis) for experiment, make in _FIGURES_OF.items() if experiment in analysis.results]
     return tuple(figure for figures in made for figure in figures)
+
+
+def save_analysis_figures(
+    analysis: Analysis, folder: str | Path, *, runs: Mapping[str, Run], track: Track = untracked
+) -> None:
+    """Draw the figures of an analysis into ``figures`` of its folder.
+
+    Args:
+        analysis: what was found.
+        folder: of the analysis.
+        runs: that ``analyze`` was given; figures show their paths and images.
+        track: wraps (items, description), for progress.
+
+    Raises:
+        VitpruneError: if an image that a figure shows is no longer where the runs found it.
+    """
+    figures = Path(folder) / FIGURES_FOLDER
+    figures.mkdir(parents=True, exist_ok=True)
+    for figure in track(analysis_figures(analysis), "figures"):
+        drawn = figure.draw(runs)
+        for name in figure.files:
+            save_figure(drawn, figures / name)
 
 
 def _score_figures(analysis: Analysis) -> list[AnalysisFigure]:

@@ -1,4 +1,4 @@
-"""The folder of an analysis: its results as JSON, the similarities of classes as tensors, and its figures."""
+"""The folder of an analysis: its results as JSON, the similarities of classes as tensors."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vitprune.analysis.analysis_figures import analysis_figures
 from vitprune.discovery.run import Run
-from vitprune.figures.style import save_figure
 from vitprune.files import FORMAT_VERSION, read_json, read_tensors, write_json, write_tensors
-from vitprune.progress import Track, untracked
 
 ANALYSIS_FILE, SIMILARITY_FILE = "analysis.json", "similarity.safetensors"
 FIGURES_FOLDER, PASSES_FOLDER = "figures", "passes"
@@ -81,27 +78,21 @@ def describe_analysis(analysis: Analysis) -> dict[str, Any]:
     }
 
 
-def save_analysis(analysis: Analysis, folder: str | Path, *, runs: Mapping[str, Run], track: Track = untracked) -> None:
-    """Write ``analysis.json``, ``similarity.safetensors`` where classes were compared, and ``figures``.
+def save_analysis(analysis: Analysis, folder: str | Path, *, runs: Mapping[str, Run]) -> None:
+    """Write ``analysis.json``, and ``similarity.safetensors`` where classes were compared.
 
     Args:
         analysis: what to write.
         folder: made where it is missing; what ``analyze`` keeps in it stays.
-        runs: that ``analyze`` was given; figures show their paths and images.
-        track: wraps (items, description), for progress.
+        runs: that ``analyze`` was given.
     """
     folder = Path(folder)
-    figures = folder / FIGURES_FOLDER
-    figures.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if analysis.cosines:
         classes = next(iter(runs.values())).found.classes
         write_tensors(folder / SIMILARITY_FILE, analysis.cosines, kind="similarity", facts={"classes": classes})
     content = {"kind": "analysis", "version": FORMAT_VERSION, **describe_analysis(analysis)}
     write_json(folder / ANALYSIS_FILE, content)
-    for figure in track(analysis_figures(analysis), "figures"):
-        drawn = figure.draw(runs)
-        for name in figure.files:
-            save_figure(drawn, figures / name)
 
 
 def load_analysis(folder: str | Path) -> Analysis:

@@ -55,7 +55,7 @@ def analyze(
 
     The images of the runs are read again, under the transform of the first run. With a folder, every finished pass
     over the images is kept in it, and a call with the same model, runs and images goes on from there;
-    ``save_analysis`` writes the results into the same folder.
+    ``save_analysis`` and ``save_analysis_figures`` write the results into the same folder.
 
     Args:
         model: that the runs are of, in eval mode; images [B, channels, height, width] -> logits [B, C].

@@ -70,6 +70,7 @@ def run(
     runs, experiments, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, factors, tokens,
     top_k, mask_share, depth, pairs, wordnet, device, output, overwrite,
 ):  # fmt: skip
+    from vitprune.analysis.analysis_figures import save_analysis_figures
     from vitprune.analysis.analysis_folder import describe_analysis, save_analysis
     from vitprune.analysis.analysis_tables import analysis_tables
     from vitprune.analysis.analyze import analyze, load_runs
@@ -108,7 +109,8 @@ def run(
         track=track,
     )
     if output is not None:
-        save_analysis(analysis, output, runs=opened, track=track)
+        save_analysis(analysis, output, runs=opened)
+        save_analysis_figures(analysis, output, runs=opened, track=track)
 
     def show() -> None:
         for table in analysis_tables(analysis):
