@@ -200,6 +200,19 @@ def test_the_quick_start_runs(begun):
     assert (begun / "half.onnx").is_file()
 
 
+def test_what_the_quick_start_pruned_is_not_measured_on_its_calibration(begun, shell):
+    """README's Python example is the quick start's; ``deit-half`` comes from it, ``runs/half`` from the commands."""
+    for model in ("deit-half", "deit-half.onnx", "runs/half", "half.onnx"):
+        status, printed = shell(f"vitprune evaluate {model} --data calibration", begun)
+        assert status == 2, printed
+        assert "8 of 8 evaluation images were calibration images" in printed
+    pruned = vitprune.load(begun / "deit-half")
+    images = vitprune.find_images(begun / "calibration", pruned.num_classes)
+    with pytest.raises(vitprune.VitpruneError, match="8 of 8"):
+        vitprune.evaluate(pruned, vitprune.ImageBatches(images, pruned))
+    assert vitprune.evaluate(pruned, vitprune.ImageBatches(images, pruned), allow_overlap=True).num_overlap == 8
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page != FIRST and blocks_of(DOCS / page)])
 def test_every_block_of_a_page_runs(page, begun, shell, address, tmp_path):
     folder = tmp_path / "page"

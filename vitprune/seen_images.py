@@ -115,11 +115,8 @@ def seen_by(model: Any) -> frozenset[str]:
     return frozenset(getattr(model, "calibration", ()))
 
 
-def check_unseen(images: ImageSet, seen: Iterable[str]) -> int:
+def check_unseen(images: ImageSet, seen: Iterable[str]) -> None:
     """Refuse evaluation images that had a say, by the hashes of their files.
-
-    Returns:
-        0, for those who count.
 
     Raises:
         VitpruneError: saying how many, and naming the first.
@@ -130,7 +127,6 @@ def check_unseen(images: ImageSet, seen: Iterable[str]) -> int:
             f"{len(shared)} of {len(images)} evaluation images were calibration images of this model "
             f"(first: {shared[0]}); evaluate on others"
         )
-    return 0
 
 
 def find_seen(images: ImageSet, seen: Iterable[str]) -> list[str]:
@@ -162,7 +158,10 @@ class UnseenBatches:
         images = files_of(batches)
         if images is None or not self._seen_pixels:
             return
-        self.num_overlap = len(find_seen(images, seen)) if allow_overlap else check_unseen(images, seen)
+        if allow_overlap:
+            self.num_overlap = len(find_seen(images, seen))
+        else:
+            check_unseen(images, seen)
         self._seen_pixels = frozenset()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
