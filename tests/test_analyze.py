@@ -224,7 +224,7 @@ def test_python_refuses_in_its_own_words(runs, saved_vit, image_folder, tmp_path
         (opened, {"experiments": ["transfer"]}, "transfer tests on images other than the run's; pass `others`"),
         (opened, {"top_k": [3], "depth": 1}, "`top_k`, `depth`: for the experiment topk-mask; add topk-mask to"),
         (opened, {"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        (opened, {"num_workers": -1}, "workers must not be negative, got -1"),
+        (opened, {"num_workers": -1}, "`num_workers` must not be negative, got -1"),
     )
     for given, options, message in cases:
         with pytest.raises(vitprune.VitpruneError, match=message):

@@ -168,7 +168,7 @@ def test_no_images_are_refused(tiny_vit):
 
 def test_a_class_token_that_is_not_there_is_refused(tiny_images):
     model = make_vit("vit_base_patch16_siglip_224")
-    with pytest.raises(vitprune.VitpruneError, match="has no class token; use --tokens patch"):
+    with pytest.raises(vitprune.VitpruneError, match="has no class token; use `tokens` patch"):
         discover(model, [(tiny_images, LABELS)], tokens="cls")
     assert discover(model, [(tiny_images, LABELS)]).tokens == "patch"
 
@@ -210,6 +210,6 @@ def test_a_run_of_an_earlier_version_still_loads(tiny_vit, image_folder, tmp_pat
     assert (again.images_sha256, again.model_transform) == (None, None)
 
 
-def test_a_folder_that_is_no_run_says_how_to_make_one(tmp_path):
-    with pytest.raises(vitprune.VitpruneError, match="has no scores; run 'vitprune discover MODEL"):
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(vitprune.VitpruneError, match="is no run of a discovery: it has no run.json"):
         load_run(tmp_path)

@@ -105,7 +105,7 @@ def test_one_model_alone_has_nothing_to_compare(saved_vit, image_folder, tmp_pat
     assert answer["against"] is None
     evaluation = load_evaluation(tmp_path / "e")
     assert evaluation.against is None
-    with pytest.raises(vitprune.VitpruneError, match="--against MODEL"):
+    with pytest.raises(vitprune.VitpruneError, match="compare it with another one"):
         flipped(evaluation)
 
 

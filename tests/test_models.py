@@ -195,7 +195,7 @@ def test_weights_that_the_hub_does_not_give(monkeypatch, tmp_path):
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "could not be fetched from the hub" in result.stderr
-    assert "--checkpoint FILE" in result.stderr
+    assert "pass it as `checkpoint`" in result.stderr
 
 
 def test_weights_in_the_cache_of_the_hub(monkeypatch, tmp_path):

@@ -20,6 +20,8 @@ from vitprune.export import onnx_file, onnx_prune
 from vitprune.export.graph import read_graph
 from vitprune.export.graph_ffns import find_graph_ffns, find_linears
 from vitprune.export.runtime import open_onnx
+from vitprune.models.facts import Facts
+from vitprune.seen_images import SeenImages, hash_pixels
 
 FFNS = {"Mlp": {}, "SwiGLUPacked": {"mlp_layer": SwiGLUPacked}, "SwiGLU": {"mlp_layer": SwiGLU}}
 WRITERS = {
@@ -190,7 +192,7 @@ def test_a_fine_tuned_file_is_compensated_anew_and_refuses_the_donor(plain, tmp_
     donor = vitprune.apply_plan(model, plan, compensation="sequential", batches=calibration())
     tuned = make_vit(seed=1).float()
     path = export_plainly(copy.deepcopy(tuned), tmp_path / "tuned.onnx")
-    with pytest.raises(vitprune.VitpruneError, match="not those the plan was compensated for; .*--data DIR"):
+    with pytest.raises(vitprune.VitpruneError, match="not those the plan was compensated for; .*pass `batches`"):
         vitprune.prune_onnx(path, plan, tmp_path / "small.onnx", donor=donor)
     assert not (tmp_path / "small.onnx").exists()
     asked = {"compensation": "ridge", "batches": calibration()}
@@ -219,16 +221,17 @@ def test_the_files_own_facts_follow_and_nobody_elses_are_invented(plain, tmp_pat
     model, foreign = plain
     own = WRITERS["fused"](model, tmp_path / "dense.onnx")
     plan = half_plan(model)
-    plan = vitprune.Plan(plan.keep, {"criterion": "random", "calibration": {"data": "/home/me", "sha256": ["ab"]}})
+    plan = vitprune.Plan(plan.keep, Facts(criterion="random", calibration=SeenImages(frozenset({"ab"}), "/home/me")))
     asked = {"compensation": "ridge", "batches": calibration()}
     before, after = (json.loads(facts_of(path)) for path in (own, prune_to(tmp_path / "o.onnx", own, plan, **asked)))
     assert after["widths"] == plan.widths
     assert after["plan"]["criterion"] == "random"
     assert after["plan"]["compensation"] == "ridge"
-    assert after["calibration_sha256"] == ["ab"]
+    seen = {"ab", *(digest for images, _labels in calibration() for digest in hash_pixels(images))}
+    assert after["calibration_sha256"] == sorted(seen)
     changed = {"widths", "plan", "calibration_sha256"}
     assert {key: before[key] for key in before.keys() - changed} == {key: after[key] for key in after.keys() - changed}
-    assert open_onnx(tmp_path / "o.onnx").calibration == {"ab"}
+    assert open_onnx(tmp_path / "o.onnx").calibration == seen
     assert facts_of(prune_to(tmp_path / "f.onnx", foreign, plan, **asked)) is None
 
 
@@ -394,7 +397,7 @@ def empty(plan):
     [
         (other_widths, {}, r"ffn 0 \(blocks.0.mlp.fc2.bias\) has 48 neurons, the plan covers 47 for blocks.0.mlp"),
         (empty, {}, "plan leaves blocks.0.mlp without neurons"),
-        (None, {"compensation": "ridge"}, "ridge needs calibration images; pass --data DIR"),
+        (None, {"compensation": "ridge"}, "ridge needs calibration images; pass `batches`"),
         (None, {"compensation": "ridge", "batches": []}, "no calibration images"),
         (
             None,
@@ -427,7 +430,7 @@ def test_files_that_do_not_fit_are_refused(plain, tmp_path):
     refuses(r"it covers 4 FFNs \(blocks.0.mlp .. blocks.3.mlp\), the file has 3 \(ffn 0 .* ffn 2", plan=deeper)
     pruned = prune_to(tmp_path / "pruned.onnx", WRITERS["fused"](model, tmp_path / "own.onnx"), plan)
     refuses("has 24 neurons, the plan covers 48 for blocks.0.mlp; the file is pruned already", pruned)
-    elsewhere = vitprune.Plan(plan.keep, {"architecture": "deit_tiny_patch16_224"})
+    elsewhere = vitprune.Plan(plan.keep, Facts(architecture="deit_tiny_patch16_224"))
     refuses("it is for deit_tiny_patch16_224, the file is vit_tiny_patch16_224", tmp_path / "own.onnx", plan=elsewhere)
     int8 = vitprune.export_onnx(make_vit().float(), tmp_path / "int8.onnx", [photos(2)], precision="int8").path
     refuses("its weights are quantised .*; prune the float32 file", int8)

@@ -273,7 +273,7 @@ def test_a_shard_without_a_single_image(saved_vit, image_folder, tmp_path, capsy
 
 
 def test_more_names_than_a_header_holds_are_refused_beforehand(saved_vit, image_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("vitprune.cli.discover.MOST_NAME_BYTES", 100)
+    monkeypatch.setattr("vitprune.discovery.discover_run.MOST_NAME_BYTES", 100)
     assert main(command(saved_vit, image_folder, tmp_path / "r")) == 2
     assert "20 images are too many to name in one run" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

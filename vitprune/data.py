@@ -391,7 +391,7 @@ class ImageBatches:
         if batch_size < 1:
             raise VitpruneError(f"batch_size must be at least 1, got {batch_size}")
         if num_workers < 0:
-            raise VitpruneError(f"num_workers must not be negative, got {num_workers}")
+            raise VitpruneError(f"`num_workers` must not be negative, got {num_workers}")
         self.images, self.strict = images, strict
         self.skipped: list[tuple[str, str]] = []
         self.files_read: list[str] = []

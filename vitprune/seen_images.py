@@ -115,8 +115,8 @@ def seen_by(model: Any) -> frozenset[str]:
     return frozenset(getattr(model, "calibration", ()))
 
 
-def check_unseen(images: ImageSet, seen: Iterable[str]) -> None:
-    """Refuse evaluation images that had a say, by the hashes of their files.
+def check_unseen(images: ImageSet, seen: Iterable[str], name: str = "this model") -> None:
+    """Refuse evaluation images that had a say in what ``name`` stands for, by the hashes of their files.
 
     Raises:
         VitpruneError: saying how many, and naming the first.
@@ -124,7 +124,7 @@ def check_unseen(images: ImageSet, seen: Iterable[str]) -> None:
     shared = find_seen(images, seen)
     if shared:
         raise VitpruneError(
-            f"{len(shared)} of {len(images)} evaluation images were calibration images of this model "
+            f"{len(shared)} of {len(images)} evaluation images were calibration images of {name} "
             f"(first: {shared[0]}); evaluate on others"
         )
 

@@ -225,7 +225,7 @@ def _check_images(
         *seen_by(model),
         *(each for run in runs.values() for each in run.found.seen.sha256),
     }
-    check_unseen(others, seen)
+    check_unseen(others, seen, sources[name])
 
 
 def _describe_request(

@@ -122,8 +122,8 @@ def judge(
         chosen.append(_same_images(choice.find(opened[1]), images, against.name))
     if not allow_overlap:
         # Before the first model is asked anything.
-        for model, of_model in zip(opened, chosen, strict=True):
-            check_unseen(of_model, seen_by(model))
+        for each, model, of_model in zip(asked, opened, chosen, strict=True):
+            check_unseen(of_model, seen_by(model), each.name)
     judged, read = [], []
     for each, model, of_model in zip(asked, opened, chosen, strict=True):
         answers, batches = _ask(each, model, of_model, reading, allow_overlap)

@@ -50,7 +50,7 @@ IN_GRAPH = tuple(name for name, row in REGISTRY.items() if row.stand_in is not N
 NUM_COMPARED = 4
 _OTHER_WEIGHTS = (
     "the file's weights are not those the plan was compensated for; compensate anew by bias or ridge on calibration "
-    "images, or go without"
+    "images (pass `batches`), or go without"
 )
 
 
