@@ -434,7 +434,7 @@ def test_files_that_do_not_fit_are_refused(plain, tmp_path):
     refuses("it is for deit_tiny_patch16_224, the file is vit_tiny_patch16_224", tmp_path / "own.onnx", plan=elsewhere)
     int8 = vitprune.export_onnx(make_vit().float(), tmp_path / "int8.onnx", [photos(2)], precision="int8").path
     refuses("its weights are quantised .*; prune the float32 file", int8)
-    refuses("blocks.0.mlp has 48 neurons, the plan keeps 24 of 48; prune it by --mode remove", donor=model)
+    refuses("blocks.0.mlp has 48 neurons, the plan keeps 24 of 48; prune it with `mode` remove", donor=model)
     refuses("the donor brings its own compensation", donor=model, compensation="bias", batches=[photos(2)])
     larger = make_vit(img_size=64).float()
     donor = vitprune.remove_neurons(larger, half_plan(larger))

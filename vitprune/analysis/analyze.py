@@ -115,6 +115,7 @@ def analyze(
     _refuse_unused(chosen, top_k=top_k, mask_share=mask_share, depth=depth)
     _check_images(model, runs, sources, others)
     reading = {"batch_size": batch_size, "num_workers": num_workers, "transform": first.transform}
+    batches = ImageBatches(first.images, model, strict=True, **reading)
     other_batches = None if others is None else ImageBatches(others, model, strict=strict, **reading)
     passes = None
     if folder is not None:
@@ -126,7 +127,7 @@ def analyze(
         chosen,
         model,
         {name: run.found for name, run in runs.items()},
-        ImageBatches(first.images, model, strict=True, **reading),
+        batches,
         other_batches,
         class_names=class_names,
         factors=factors,
