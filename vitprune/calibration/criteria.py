@@ -294,7 +294,7 @@ REGISTRY: Mapping[str, Criterion] = {
     "integrated-gradients": Criterion(
         integrated_gradients, needs=("batches",), across_ffns=True, needs_classifier=True
     ),
-    "jas": Criterion(jas, needs=("found",)),
+    "jas": Criterion(lambda _model, found: jas(found), needs=("found",)),
     "obs": Criterion(
         obs,
         needs=("statistics", "ridge", "track"),
@@ -366,8 +366,6 @@ def score_neurons(
         check_needs(model, criterion, batches=batches, found=found)
         if "statistics" in row.needs:
             given["statistics"] = measure_statistics(model, find_groups(model), batches, row.statistics, seed=seed)
-    if criterion == "jas":
-        return row.score(found)
     return row.score(model, **{name: given[name] for name in row.needs})
 
 

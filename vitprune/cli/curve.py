@@ -63,6 +63,7 @@ def run(
 ):  # fmt: skip
     from vitprune.evaluation.curve import Curve, parse_ratios
     from vitprune.evaluation.curve_folder import record_curve
+    from vitprune.pruning.compensations import reads_images
 
     several = {"criteria": criteria, "allocations": allocations, "compensations": compensations}
     if max_drop is not None:
@@ -81,7 +82,7 @@ def run(
     calibration, evaluation = (
         make_batches(each, network, batch_size=batch_size, workers=workers, strict=strict) for each in (images, others)
     )
-    calibrated = set(compensations) != {"none"}
+    calibrated = any(map(reads_images, compensations))
     for each, what in ((images, "calibration"), (others, "evaluation"))[0 if calibrated else 1 :]:
         warn_of_few_classes(network, each, what)
     record = record_curve(

@@ -64,6 +64,7 @@ def run(
     from vitprune.evaluation.curve import parse_ratios
     from vitprune.files import refuse_existing
     from vitprune.models.elastic_file import save_elastic
+    from vitprune.pruning.compensations import reads_images
     from vitprune.pruning.elastic import make_elastic
 
     if Path(output).suffix != ".safetensors":
@@ -77,7 +78,7 @@ def run(
     if images is not None:
         batches = make_batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
         tracked = Tracked(batches, "calibrate")
-        if compensate != "none":
+        if reads_images(compensate):
             warn_of_few_classes(network, images, "calibration")
     started = time.perf_counter()
     made = make_elastic(

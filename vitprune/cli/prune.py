@@ -92,6 +92,7 @@ def run(
 
     from vitprune.files import refuse_existing
     from vitprune.models.saved_folder import FOLDER_FILES, save
+    from vitprune.pruning.compensations import reads_images
     from vitprune.pruning.plan import read_plan
     from vitprune.pruning.prune import prune, prune_as_planned
     from vitprune.pruning.schedule import needs_steps
@@ -151,7 +152,7 @@ def run(
     if images is not None:
         batches = make_batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
         tracked = Tracked(batches, "calibrate")
-        if compensate != "none":
+        if reads_images(compensate):
             warn_of_few_classes(network, images, "calibration")
     applied = {"compensation": compensate, "mode": mode, "ridge": ridge, "seed": seed, "track": track}
     timing = {
@@ -244,6 +245,7 @@ def _describe_passes(
     network, ratio: float | None, target, criterion: str | None, step: float | None, compensate: str
 ) -> str:
     """Say what the images are read for, so that a user sees how much is still to come."""
+    from vitprune.pruning.compensations import reads_images
     from vitprune.pruning.schedule import list_stops, needs_steps
     from vitprune.pruning.target import target_neurons
 
@@ -251,7 +253,7 @@ def _describe_passes(
         return "calibrate"
     target = target or target_neurons(network, options.DEFAULT_RATIO if ratio is None else ratio)
     stops = list_stops(target.share, options.DEFAULT_STEP if step is None else step)
-    then = "" if compensate == "none" else ", then compensation"
+    then = ", then compensation" if reads_images(compensate) else ""
     return f"calibrate: {len(stops)} {'ranking' if len(stops) == 1 else 'rankings'}{then}"
 
 

@@ -95,17 +95,25 @@ REGISTRY: Mapping[str, Compensation] = {
 }
 
 
+def reads_images(name: str) -> bool:
+    """Return whether a compensation asks for calibration images at all.
+
+    Raises:
+        VitpruneError: if there is no such compensation.
+    """
+    check_choice("compensation", name, COMPENSATIONS)
+    return REGISTRY[name].reads_images
+
+
 def check_compensation(name: str, *, has_images: bool) -> Compensation:
     """Return a row of the registry, after checking that there is what it needs.
 
     Raises:
         VitpruneError: if there is no such compensation, or images are missing.
     """
-    check_choice("compensation", name, COMPENSATIONS)
-    row = REGISTRY[name]
-    if row.reads_images and not has_images:
+    if reads_images(name) and not has_images:
         raise VitpruneError(f"compensation {name} needs calibration images; pass `batches`")
-    return row
+    return REGISTRY[name]
 
 
 def needed_statistics(
