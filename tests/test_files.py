@@ -76,7 +76,7 @@ def test_overwriting_spares_what_is_not_vitprunes(tmp_path):
     folder.mkdir()
     refuse_existing(folder, overwrite=False, owned=owned)
     (folder / "run.json").touch()
-    with pytest.raises(VitpruneError, match="exists; choose another output or add --overwrite"):
+    with pytest.raises(VitpruneError, match="exists; choose another output or add `overwrite`"):
         refuse_existing(folder, overwrite=False, owned=owned)
     refuse_existing(folder, overwrite=True, owned=owned)
     (folder / "mine.txt").touch()

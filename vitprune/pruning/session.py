@@ -104,7 +104,7 @@ class Session:
 
     @property
     def seen(self) -> SeenImages:
-        """The images that had a say: those read here, and those that had one in the model before."""
+        """All images that had a say, here or in the model before."""
         read = SeenImages() if self.batches is None else self.batches.seen
         return read.with_hashes(seen_by(self.model))
 
