@@ -46,6 +46,14 @@ PRECISIONS: Mapping[str, str] = {
 
 PRECISIONS_TORCH: Mapping[str, str] = {**PRECISIONS, "fp16": "float16"}
 
+PARTS: Mapping[str, str] = {
+    "ffn": "neurons of FFNs",
+    "qk": "dimensions of queries and keys",
+    "vo": "dimensions of values",
+    "heads": "heads of attention",
+    "layers": "whole attentions and FFNs",
+}
+
 CRITERIA: Mapping[str, str] = {
     "random": "random scores, the baseline",
     "magnitude": "norm of all weights of a neuron",

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from vitprune.errors import VitpruneError
+from vitprune.models.left_out import is_left_out
 
 # Kinds of units that attention has; see ``units``.
 QK, VO, HEADS = "qk", "vo", "heads"
@@ -125,12 +126,13 @@ def why_not(attention: nn.Module, kind: str) -> str | None:
         attention: of a block.
         kind: ``qk``, ``vo`` or ``heads``.
     """
-    if type(attention) is SplitAttention:
+    if type(attention) is SplitAttention or is_left_out(attention):
         return None
     name = type(attention).__name__
     # Exact types: a subclass may compute its answer in another way.
     if type(attention) is not Attention:
-        return _REASONS.get(name, f"{name} is no attention that vitprune knows")
+        where = type(attention).__module__.rpartition(".")[2]
+        return _REASONS.get(f"{where}.{name}") or _REASONS.get(name) or f"{name} is no attention that vitprune knows"
     if kind == QK and not _is_identity(attention.q_norm, attention.k_norm):
         return f"{name} normalises queries and keys, so taking one of their dimensions out would change the others"
     if kind in (VO, HEADS) and not _is_identity(getattr(attention, "norm", nn.Identity())):
@@ -144,6 +146,8 @@ _REASONS: Mapping[str, str] = {
     "EvaAttention": "EvaAttention turns queries and keys by rotary position embeddings",
     "AttentionRope": "AttentionRope turns queries and keys by rotary position embeddings",
     "WindowAttention": "WindowAttention adds a position bias within windows",
+    "beit.Attention": "BEiT's attention adds a bias for the positions of two tokens",
+    "vision_transformer_sam.Attention": "SAM's attention adds a bias for the positions of two tokens",
     "TalkingHeadAttn": "TalkingHeadAttn mixes its heads",
     "ClassAttn": "ClassAttn asks for the class token alone",
     "XCA": "XCA normalises queries and keys and attends to channels",

@@ -49,6 +49,9 @@ class Facts:
         sizes: of the pruned model.
         sizes_dense: of the dense model.
         ffn_share: share of the dense model's multiply-accumulates in its FFNs.
+        stand_ins: attention or FFN that goes as a whole -> what stands there, ``bias`` or ``map``.
+        merge: how many tokens disappear in each block.
+        image_size: height and width that the model is fed, where the dense model was made for another size.
     """
 
     architecture: str | None = None
@@ -68,6 +71,9 @@ class Facts:
     sizes: Sizes | None = None
     sizes_dense: Sizes | None = None
     ffn_share: float | None = None
+    stand_ins: Mapping[str, str] | None = None
+    merge: tuple[int, ...] | None = None
+    image_size: tuple[int, int] | None = None
 
     @property
     def speedup_ceiling(self) -> float | None:
@@ -92,6 +98,9 @@ class Facts:
         for name, kind in (("target", Asked), ("sizes", Sizes), ("sizes_dense", Sizes)):
             if name in read:
                 read[name] = kind(**read[name])
+        for name in ("merge", "image_size"):
+            if name in read:
+                read[name] = tuple(read[name])
         if "calibration" in read:
             read["calibration"] = SeenImages.from_json(read["calibration"])
         return cls(**read)

@@ -2,8 +2,10 @@
 
 A *unit* owns rows of the linear layers that compute it and columns of the one that reads it. A neuron is one input
 feature of an FFN's output projection, after the activation (and after the gate of a gated FFN): it owns a row of
-``fc1`` and a column of ``fc2``. One hook in front of the reading layer sees, scales and masks the units of any group;
-one index rule removes them. This is the only file that knows FFN classes.
+``fc1`` and a column of ``fc2``. Of an attention, a dimension of queries and keys owns a row of ``q`` and ``k`` for each
+head, one of values a row of ``v`` and a column of ``proj`` for each head, and a head all that is its own. A layer as a
+whole is a unit too: what is left of it is the bias of its output projection. One index rule removes units of any kind.
+This is the only file that knows FFN classes.
 
 Letters: B images, N tokens, D embedding width, H units of a group (hidden neurons of an FFN).
 """
@@ -14,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +24,18 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
 from vitprune.errors import VitpruneError
+from vitprune.models.attention import HEADS, QK, VO, SplitAttention, check_attention, find_attention
+from vitprune.models.left_out import is_left_out
 
-FFN = "ffn"
+FFN, LAYERS = "ffn", "layers"
 # Kinds of units, with what one of each is called.
-KINDS: Mapping[str, str] = {FFN: "neuron"}
+KINDS: Mapping[str, str] = {
+    FFN: "neuron",
+    QK: "query/key dimension",
+    VO: "value dimension",
+    HEADS: "head",
+    LAYERS: "layer",
+}
 
 _FFN_NAME = re.compile(r"(?:^|\.)blocks\.\d+(?:\.ffns\.\d+)?\.mlp$")
 _SUPPORTED = "Mlp, GluMlp, SwiGLUPacked, SwiGLU"
@@ -38,12 +49,14 @@ class Slice:
         linear: name of the layer.
         axis: 0 for rows of its weight (outputs, with their biases), 1 for columns (inputs).
         copies: how often the units stand in it, one whole set behind the other: 2 where one layer computes gate and
-            value.
+            value, the number of heads where each has its own dimensions.
+        unit_size: rows or columns of one unit in one copy, where it is not the group's.
     """
 
     linear: str
     axis: int
     copies: int = 1
+    unit_size: int | None = None
 
     def indices(self, units: Tensor, num_units: int, unit_size: int = 1) -> Tensor:
         """Return the rows or columns of some units, where the layer has ``num_units`` of them.
@@ -63,8 +76,9 @@ class Group:
         name: of the module, such as ``"blocks.3.mlp"``.
         kind: key of ``KINDS``.
         num_units: H, at least 1.
-        owned: what goes with a unit when it is removed; rows before columns.
-        read_by: name of the linear layer whose input holds the units.
+        owned: what goes with a unit when it is removed; rows before columns. Nothing where the layer goes as a whole.
+        read_by: name of the linear layer whose input holds the units; of queries and keys, which no layer reads, that
+            of the queries.
         unit_size: features of that input that one unit has.
     """
 
@@ -74,6 +88,22 @@ class Group:
     owned: tuple[Slice, ...]
     read_by: str
     unit_size: int = 1
+
+    @property
+    def module(self) -> str:
+        """Name of the FFN or attention that the units are in."""
+        return self.name.removesuffix(f".{self.kind}")
+
+    @property
+    def silenced(self) -> Slice:
+        """What is zeroed to mask units: columns of their reader, or rows of the queries."""
+        axis = 0 if self.kind == QK else 1
+        found = (part for part in self.owned if part.linear == self.read_by and part.axis == axis)
+        return next(found, Slice(self.read_by, axis=axis))
+
+    def indices(self, part: Slice, units: Tensor) -> Tensor:
+        """Return the rows or columns of some units in a layer that they own a part of (int64)."""
+        return part.indices(units, self.num_units, part.unit_size or self.unit_size)
 
     @property
     def num_neurons(self) -> int:
@@ -92,7 +122,7 @@ class Group:
 
     def columns(self, units: Tensor) -> Tensor:
         """Return the input features of the reader that some units are (int64)."""
-        return Slice(self.read_by, axis=1).indices(units, self.num_units, self.unit_size)
+        return self.indices(self.silenced, units)
 
 
 # What an FFN's units were called before there were others.
@@ -141,10 +171,7 @@ def find_feed_forwards(model: nn.Module) -> list[Group]:
     >>> [(ffn.name, ffn.num_neurons) for ffn in find_feed_forwards(model)]
     [('blocks.0.mlp', 768), ('blocks.1.mlp', 768)]
     """
-    ffns = []
-    for name, module in model.named_modules():
-        if _FFN_NAME.search(name) and _has_attention(model, name):
-            ffns.append(_describe(name, module))
+    ffns = find_left(model)
     if not ffns:
         raise VitpruneError(
             f"{type(model).__name__} has no supported FFN: no block with attention has an 'mlp' of type {_SUPPORTED}"
@@ -152,7 +179,84 @@ def find_feed_forwards(model: nn.Module) -> list[Group]:
     return ffns
 
 
-_FIND: Mapping[str, Callable[[nn.Module], list[Group]]] = {FFN: find_feed_forwards}
+def find_left(model: nn.Module) -> list[Group]:
+    """Find the FFNs that a model has left; errors as in ``find_feed_forwards``, but there may be none.
+
+    >>> import timm
+    >>> find_left(timm.create_model("resnet18"))
+    []
+    """
+    return [
+        _describe(name, module)
+        for name, module in model.named_modules()
+        if _FFN_NAME.search(name) and _has_attention(model, name) and not is_left_out(module)
+    ]
+
+
+def _find_in_attention(model: nn.Module, kind: str) -> list[Group]:
+    """Return the groups of a kind that attention has, one for each that is left; all must be ``SplitAttention``."""
+    present = {name: module for name, module in find_attention(model).items() if not is_left_out(module)}
+    check_attention(model, [kind])
+    whole = [name for name, module in present.items() if type(module) is not SplitAttention]
+    if whole:
+        raise VitpruneError(
+            f"{whole[0]}: {KINDS[kind]}s of {type(present[whole[0]]).__name__} are no units yet; split it first "
+            "(split_attention)"
+        )
+    return [_group_in_attention(name, module, kind) for name, module in present.items()]
+
+
+def _group_in_attention(name: str, attention: SplitAttention, kind: str) -> Group:
+    heads, qk_width, v_width = attention.num_heads, attention.qk_width, attention.v_width
+    if kind == QK:
+        owned = tuple(Slice(f"{name}.{linear}", axis=0, copies=heads) for linear in ("q", "k"))
+        return Group(f"{name}.{QK}", QK, qk_width, owned, f"{name}.q")
+    if kind == VO:
+        owned = (Slice(f"{name}.v", axis=0, copies=heads), Slice(f"{name}.proj", axis=1, copies=heads))
+        return Group(f"{name}.{VO}", VO, v_width, owned, f"{name}.proj")
+    owned = (
+        *(Slice(f"{name}.{linear}", axis=0, unit_size=qk_width) for linear in ("q", "k")),
+        Slice(f"{name}.v", axis=0),
+        Slice(f"{name}.proj", axis=1),
+    )
+    return Group(f"{name}.{HEADS}", HEADS, heads, owned, f"{name}.proj", unit_size=v_width)
+
+
+def find_layers(model: nn.Module) -> list[Group]:
+    """Find the attentions and FFNs that can go as a whole, each a group of one unit, in the order in which they run.
+
+    Args:
+        model: timm Vision Transformer.
+
+    Raises:
+        VitpruneError: if the model has no block whose attention writes through ``proj``.
+
+    >>> import timm
+    >>> [group.name for group in find_layers(timm.create_model("vit_tiny_patch16_224", depth=1))]
+    ['blocks.0.attn.layers', 'blocks.0.mlp.layers']
+    """
+    readers = {ffn.name: ffn.read_by for ffn in find_feed_forwards(model)}
+    for name, module in find_attention(model).items():
+        if isinstance(getattr(module, "proj", None), nn.Linear) and not is_left_out(module):
+            readers[name] = f"{name}.proj"
+    if all(name.endswith(".mlp") for name in readers):
+        raise VitpruneError(f"part {LAYERS}: {type(model).__name__} has no attention that writes through 'proj'")
+    order = [name for name, _module in model.named_modules() if name in readers]
+    # Attention is named before the FFN in every block, which is the order in which they run.
+    return [Group(f"{name}.{LAYERS}", LAYERS, 1, (), readers[name], _width(model, readers[name])) for name in order]
+
+
+def _width(model: nn.Module, linear: str) -> int:
+    return model.get_submodule(linear).in_features
+
+
+_FIND: Mapping[str, Callable[[nn.Module], list[Group]]] = {
+    FFN: find_feed_forwards,
+    QK: partial(_find_in_attention, kind=QK),
+    VO: partial(_find_in_attention, kind=VO),
+    HEADS: partial(_find_in_attention, kind=HEADS),
+    LAYERS: find_layers,
+}
 
 
 def _has_attention(model: nn.Module, ffn_name: str) -> bool:
@@ -205,7 +309,7 @@ def read_group(described: Mapping[str, Any]) -> Group:
 
 
 def take_units(state: Mapping[str, Tensor], groups: Sequence[Group], units: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict with only some units of each group, in the order given.
+    """Return a state dict with only some units of each group, in the order given; groups of whole layers stay.
 
     Args:
         state: of a model or of a part of it; its groups may be narrower than ``groups`` say.
@@ -217,8 +321,9 @@ def take_units(state: Mapping[str, Tensor], groups: Sequence[Group], units: Mapp
         for part in group.owned:
             for key in (f"{part.linear}.weight", *([f"{part.linear}.bias"] if part.axis == 0 else [])):
                 if key in state:
-                    width = state[key].shape[part.axis] // (part.copies * group.unit_size)
-                    index = part.indices(units[group.name], width, group.unit_size).to(state[key].device)
+                    unit_size = part.unit_size or group.unit_size
+                    width = state[key].shape[part.axis] // (part.copies * unit_size)
+                    index = part.indices(units[group.name], width, unit_size).to(state[key].device)
                     result[key] = state[key].index_select(part.axis, index)
     return result
 

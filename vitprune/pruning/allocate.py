@@ -19,7 +19,7 @@ def allocate(
     *,
     allocation: str,
     across_ffns: bool,
-    round_to: int = 1,
+    round_to: int | Mapping[str, int] = 1,
     floor: float = DEFAULT_FLOOR,
 ) -> dict[str, int]:
     """Decide the widths; the model never costs more than the target allows.
@@ -33,7 +33,8 @@ def allocate(
         allocation: key of ``ALLOCATIONS``.
         across_ffns: whether scores of different FFNs share a unit; if not, ``global`` divides each FFN's scores by
             their root mean square.
-        round_to: every width is a multiple of it; where nothing has to go all widths stay as they are.
+        round_to: every width is a multiple of it, or of what it says for the group's name; where nothing has to go all
+            widths stay as they are.
         floor: share of its dense neurons that ``global`` leaves to each FFN at least, in [0, 1]; capped by what
             ``uniform`` would leave it.
 
@@ -49,21 +50,22 @@ def allocate(
     >>> allocate(scores, half, allocation="global", across_ffns=True, floor=0.25)
     {'a': 3, 'b': 1}
     """
-    if round_to < 1:
-        raise VitpruneError(f"round_to must be at least 1, got {round_to}")
+    multiples = dict(round_to) if isinstance(round_to, Mapping) else dict.fromkeys(scores, round_to)
+    if min(multiples.values()) < 1:
+        raise VitpruneError(f"round_to must be at least 1, got {min(multiples.values())}")
     if not 0 <= floor <= 1:
         raise VitpruneError(f"floor must be in [0, 1], got {floor}")
     check_choice("allocation", allocation, ALLOCATIONS)
     left = {name: len(score_H) for name, score_H in scores.items()}
     if target.predict(left) <= target.limit:
         return left
-    smallest = _allocate_uniform(left, target, round_to)
+    smallest = _allocate_uniform(left, target, multiples)
     widths = smallest
     if allocation == "global":
-        widths = _allocate_global(scores, smallest, target, across_ffns, round_to, floor)
+        widths = _allocate_global(scores, smallest, target, across_ffns, multiples, floor)
     empty = [name for name, width in widths.items() if width < 1]
     if empty:
-        rounding = f" in steps of {round_to}" if round_to > 1 else ""
+        rounding = f" in steps of {multiples[empty[0]]}" if multiples[empty[0]] > 1 else ""
         raise VitpruneError(
             f"removing {target.share:.3g} of the FFNs{rounding} leaves {empty[0]} ({left[empty[0]]} neurons) empty; "
             "ask for less"
@@ -80,13 +82,13 @@ def compare_across(scores: Mapping[str, Tensor], across_ffns: bool) -> dict[str,
     return {name: score_H / score_H.square().mean().sqrt().clamp_min(tiny) for name, score_H in wide.items()}
 
 
-def _allocate_uniform(left: Mapping[str, int], target: Target, round_to: int) -> dict[str, int]:
+def _allocate_uniform(left: Mapping[str, int], target: Target, multiples: Mapping[str, int]) -> dict[str, int]:
     """Keep the largest share of the dense widths, the same everywhere, that the target allows."""
 
     def at(share: float) -> dict[str, int]:
         # 768 * (1 - 0.9) is 76.79999999999998 in floating point: the tolerance keeps exact products exact.
-        asked = {name: math.floor((len(target.costs[name]) - 1) * share / round_to + 1e-9) for name in left}
-        return {name: min(asked[name] * round_to, left[name] // round_to * round_to) for name in left}
+        asked = {name: math.floor((len(target.costs[name]) - 1) * share / multiples[name] + 1e-9) for name in left}
+        return {name: min(asked[name], left[name] // multiples[name]) * multiples[name] for name in left}
 
     shares = sorted({width / (len(cost_H) - 1) for cost_H in target.costs.values() for width in range(len(cost_H))})
     low, high = 0, len(shares) - 1
@@ -99,9 +101,10 @@ def _allocate_uniform(left: Mapping[str, int], target: Target, round_to: int) ->
     return at(shares[low])
 
 
-def _allocate_global(scores, smallest, target: Target, across_ffns, round_to, floor) -> dict[str, int]:
+def _allocate_global(scores, smallest, target: Target, across_ffns, multiples, floor) -> dict[str, int]:
     widths, groups = {}, []
     for name, score_H in compare_across(scores, across_ffns).items():
+        round_to = multiples[name]
         at_least = max(round_to, math.ceil((len(target.costs[name]) - 1) * floor / round_to) * round_to)
         # The floor cannot ask for more than the uniform share, or the target could not be met.
         widths[name] = min(at_least, smallest[name])
@@ -116,7 +119,7 @@ def _allocate_global(scores, smallest, target: Target, across_ffns, round_to, fl
     spent, full = target.predict(widths), set()
     for _worth, _position, name, price in sorted(groups):
         if name not in full and spent + price <= target.limit * (1 + 1e-12):
-            widths[name] += round_to
+            widths[name] += multiples[name]
             spent += price
         else:
             full.add(name)

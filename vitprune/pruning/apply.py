@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from vitprune.models.left_out import Bias
+from vitprune.models.units import HEADS, Group
 from vitprune.pruning.plan import Plan, fit_plan
 from vitprune.seen_images import seen_by
 
@@ -37,16 +39,25 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     taken = []
     with torch.no_grad():
         for group in groups:
-            weight = model.get_submodule(group.read_by).weight
-            columns = group.columns(plan.removed(group.name)).to(weight.device)
-            taken.append((weight, columns, weight[:, columns].clone()))
-            weight[:, columns] = 0
+            for tensor, axis, index in _silenced(model, group, plan):
+                taken.append((tensor, axis, index, tensor.index_select(axis, index)))
+                tensor.index_fill_(axis, index, 0)
     try:
         yield model
     finally:
         with torch.no_grad():
-            for weight, columns, values in taken:
-                weight[:, columns] = values
+            for tensor, axis, index, values in reversed(taken):
+                tensor.index_copy_(axis, index, values)
+
+
+def _silenced(model: nn.Module, group: Group, plan: Plan) -> Iterator[tuple[Tensor, int, Tensor]]:
+    """Yield what is zeroed to mask a group's removed units: a tensor, an axis, and places on it."""
+    part = group.silenced
+    linear = model.get_submodule(part.linear)
+    index = group.indices(part, plan.removed(group.name)).to(linear.weight.device)
+    yield linear.weight, part.axis, index
+    if part.axis == 0 and linear.bias is not None:
+        yield linear.bias, 0, index
 
 
 def mask_neurons(model: nn.Module, plan: Plan) -> nn.Module:
@@ -64,13 +75,15 @@ def mask_neurons(model: nn.Module, plan: Plan) -> nn.Module:
     result = copy.deepcopy(model)
     with torch.no_grad():
         for group in groups:
-            weight = result.get_submodule(group.read_by).weight
-            weight[:, group.columns(plan.removed(group.name)).to(weight.device)] = 0
+            for tensor, axis, index in _silenced(result, group, plan):
+                tensor.index_fill_(axis, index, 0)
     return remember(result, plan.calibration)
 
 
 def remove_neurons(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy with smaller linear layers, without the units that the plan removes.
+
+    Of an attention or FFN that goes as a whole the bias of its output projection is left.
 
     Raises:
         VitpruneError: if the plan is not for this model.
@@ -89,14 +102,27 @@ def remove_neurons(model: nn.Module, plan: Plan) -> nn.Module:
     groups = fit_plan(model, plan)
     result = copy.deepcopy(model)
     prune = (torch_pruning.prune_linear_out_channels, torch_pruning.prune_linear_in_channels)
+    for name in plan.left_out:
+        result.set_submodule(name, _bias_of(result, name))
+    gone: dict[tuple[str, int], set[int]] = {}
     for group in groups:
         removed = plan.removed(group.name)
-        if len(removed) == 0:
+        if group.module in plan.left_out or len(removed) == 0:
             continue
         for part in group.owned:
-            indices = part.indices(removed, group.num_units, group.unit_size)
-            prune[part.axis](result.get_submodule(part.linear), indices.tolist())
+            gone.setdefault((part.linear, part.axis), set()).update(group.indices(part, removed).tolist())
+        if group.kind == HEADS:
+            result.get_submodule(group.module).num_heads -= len(removed)
+    for (linear, axis), indices in gone.items():
+        prune[axis](result.get_submodule(linear), sorted(indices))
     return remember(result, plan.calibration)
+
+
+def _bias_of(model: nn.Module, name: str) -> Bias:
+    layer = model.get_submodule(name)
+    reader = layer.proj if hasattr(layer, "proj") else layer.fc2
+    bias_D = reader.weight.new_zeros(reader.out_features) if reader.bias is None else reader.bias
+    return Bias(bias_D).requires_grad_(reader.weight.requires_grad)
 
 
 def remember(model: nn.Module, seen: frozenset[str]) -> nn.Module:

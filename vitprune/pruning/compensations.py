@@ -62,11 +62,17 @@ def _by_block(session: Session, plan: Plan, *, towards_stream: bool) -> nn.Modul
         towards_stream=towards_stream,
         ridge=session.ridge,
         calls=session.calls,
+        dense=session.dense,
         track=session.track,
     )
 
 
 def _distill(session: Session, plan: Plan) -> nn.Module:
+    if session.dense is not session.model:
+        raise VitpruneError(
+            "compensation distill is for models that lose neurons alone, not attention, layers or tokens; "
+            "use sequential"
+        )
     compensated = _by_block(session, plan, towards_stream=True)
     return distill(
         session.model,

@@ -16,7 +16,7 @@ from vitprune.models.elastic_file import read_ranking
 from vitprune.models.facts import Facts
 from vitprune.models.identity import architecture
 from vitprune.models.saved_folder import PLAN_FILE
-from vitprune.models.units import FFN, KINDS, Group, find_groups
+from vitprune.models.units import FFN, KINDS, LAYERS, Group, find_groups
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,26 @@ class Plan:
         return self.kinds.get(name, FFN)
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """Kinds of units that the plan speaks of, in the order of ``KINDS``."""
+        present = {self.kind(name) for name in self.keep}
+        return tuple(kind for kind in KINDS if kind in present)
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Names of the attentions and FFNs that go as a whole."""
+        return frozenset(
+            name.removesuffix(f".{LAYERS}")
+            for name, keep in self.keep.items()
+            if self.kind(name) == LAYERS and not keep.any()
+        )
+
+    def only(self, *parts: str) -> Plan:
+        """Return the plan of some kinds of units alone."""
+        keep = {name: mask for name, mask in self.keep.items() if self.kind(name) in parts}
+        return replace(self, keep=keep, kinds={name: kind for name, kind in self.kinds.items() if name in keep})
+
+    @property
     def widths(self) -> dict[str, int]:
         """Units kept, by group name."""
         return {name: int(keep.sum()) for name, keep in self.keep.items()}
@@ -59,7 +79,7 @@ class Plan:
     @property
     def pruning_ratio(self) -> float:
         """Share of FFN neurons removed, in [0, 1)."""
-        return 1 - self.num_neurons / self.num_neurons_dense
+        return 1 - self.num_neurons / self.num_neurons_dense if self.num_neurons_dense else 0.0
 
     @property
     def calibration(self) -> frozenset[str]:
@@ -140,20 +160,23 @@ def find_plan(source: str | Path, ratio: float | None = None) -> Plan | None:
 
 
 def fit_plan(model: nn.Module, plan: Plan) -> list[Group]:
-    """Return the model's groups after checking that the plan covers exactly them and leaves none empty.
+    """Return the model's groups after checking that the plan covers exactly those of its kinds and leaves none empty.
+
+    A group may be empty where its layer goes as a whole.
 
     Raises:
         VitpruneError: naming both sides of the first mismatch.
     """
-    groups = find_groups(model)
     made_for = plan.facts.architecture or architecture(model)
     if made_for != architecture(model):
         raise VitpruneError(f"plan does not fit this model: it is for {made_for}, the model is {architecture(model)}")
+    groups = find_groups(model, plan.parts or (FFN,))
     names = [group.name for group in groups]
     if names != list(plan.keep):
         raise VitpruneError(
             f"plan does not fit this model: it covers {_span(list(plan.keep))}, the model has {_span(names)}"
         )
+    left_out = plan.left_out
     for group in groups:
         unit = KINDS[group.kind]
         if len(plan.keep[group.name]) != group.num_units:
@@ -161,13 +184,14 @@ def fit_plan(model: nn.Module, plan: Plan) -> list[Group]:
                 f"plan does not fit this model: {group.name} has {group.num_units} {unit}s, "
                 f"the plan covers {len(plan.keep[group.name])}"
             )
-        if not plan.keep[group.name].any():
+        if group.module not in left_out and not plan.keep[group.name].any():
             raise VitpruneError(f"plan leaves {group.name} without {unit}s")
     return groups
 
 
 def _span(names: Sequence[str]) -> str:
-    return f"{len(names)} FFNs ({names[0]} .. {names[-1]})" if names else "no FFNs"
+    what = "FFNs" if all(name.endswith(".mlp") for name in names) else "groups"
+    return f"{len(names)} {what} ({names[0]} .. {names[-1]})" if names else "no FFNs"
 
 
 def plan_from_widths(scores: Mapping[str, Tensor], widths: Mapping[str, int]) -> Plan:

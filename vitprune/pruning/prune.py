@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,8 @@ from vitprune.models.block_calls import BlockCall
 from vitprune.models.facts import Asked, Facts
 from vitprune.models.identity import architecture, hash_weights
 from vitprune.models.macs import ffn_share, measure_sizes
+from vitprune.models.merging import describe_merging, unmerged
+from vitprune.models.units import FFN, find_groups, find_left
 from vitprune.options import COMPENSATIONS as COMPENSATION_NAMES
 from vitprune.options import (
     DEFAULT_ALLOCATION,
@@ -37,11 +39,14 @@ from vitprune.pruning.apply import mask_neurons, remember, remove_neurons
 from vitprune.pruning.compensate import check_ridge
 from vitprune.pruning.compensations import REGISTRY as COMPENSATIONS
 from vitprune.pruning.compensations import check_compensation, needed_statistics
+from vitprune.pruning.parts import check_parts, decide_parts
 from vitprune.pruning.plan import Plan, fit_plan, plan_from_widths
 from vitprune.pruning.schedule import Schedule, finish, list_stops, needs_steps, walk
+from vitprune.pruning.sequential import weigh_tokens
 from vitprune.pruning.session import Session
 from vitprune.pruning.target import Target, target_neurons
 from vitprune.seen_images import SeenImages
+from vitprune.views import data_config, has_classifier
 
 _TAKE_OUT: Mapping[str, Callable[[nn.Module, Plan], nn.Module]] = {"remove": remove_neurons, "mask": mask_neurons}
 
@@ -156,20 +161,22 @@ def prune(
     floor: float = DEFAULT_FLOOR,
     ridge: float = DEFAULT_RIDGE,
     step: float = DEFAULT_STEP,
+    parts: Sequence[str] = (FFN,),
+    dense: nn.Module | None = None,
     seed: int = 0,
     track: Track = untracked,
 ) -> tuple[nn.Module, Plan]:
-    """Remove the FFN neurons that matter least, in one call.
+    """Remove the FFN neurons that matter least, or whatever of some parts matters least, in one call.
 
     The images that had a say are recorded in the plan and in the model, so that ``evaluate`` refuses them.
 
     Args:
-        model: timm Vision Transformer in eval mode; stays as it is.
+        model: timm Vision Transformer in eval mode; stays as it is. Its tokens may merge (``set_merging``).
         batches: calibration images and labels, readable more than once (scores and compensation each read them).
-        pruning_ratio: share of all FFN neurons to remove, in [0, 1); half of them if neither this nor ``target`` is
-            given.
-        target: what the model may cost instead.
-        criterion: key of ``CRITERIA``.
+        pruning_ratio: share of the units of every part to remove, in [0, 1); half of them if neither this nor
+            ``target`` is given.
+        target: what the model may cost instead; built for the same parts.
+        criterion: key of ``CRITERIA``; ranks neurons. What other parts cost is always estimated in nats.
         allocation: ``uniform`` or ``global``.
         compensation: key of ``COMPENSATIONS``.
         mode: ``remove`` or ``mask``.
@@ -178,6 +185,9 @@ def prune(
         floor: share of its neurons that ``global`` leaves to each FFN at least.
         ridge: λ relative to the mean variance of the hidden neurons.
         step: share that goes between two measurements of the scores, in (0, 1]; 1 measures once.
+        parts: keys of ``PARTS``: what may go.
+        dense: the model that sizes are compared with, where ``model`` is one that merges tokens or is fed smaller
+            images; None: ``model``.
         seed: of everything drawn at random.
         track: wraps (items, description) of long loops, for progress.
 
@@ -201,19 +211,8 @@ def prune(
     check_ridge(ridge)
     if pruning_ratio is None and target is None:
         pruning_ratio = DEFAULT_RATIO
-    target = _target(model, pruning_ratio, target)
-    list_stops(target.share, step)
-    schedule = Schedule(criterion, allocation, row.bridge, round_to, floor)
-    bridged = len(schedule.stops(target, step)) > 1
-    wanted = needed_statistics(model, criteria=[criterion], compensations=[compensation], bridged=bridged)
-    session = Session(model, batches, found=found, wanted=wanted, ridge=ridge, seed=seed, track=track)
-    # Refuse an impossible target before any image is read.
-    level = {group.name: torch.zeros(group.num_units) for group in session.groups}
-    allocate(level, target, allocation=allocation, across_ffns=True, round_to=round_to, floor=floor)
-    check_compensation(compensation, has_images=batches is not None)
-    if row.by_block:
-        _ = session.calls  # a model whose blocks cannot be run one at a time is refused before its units are scored
-    *_earlier, stage = walk(session, target, schedule, step=step)
+    parts = check_parts(model, parts, mode=mode)
+    aimed_at = unmerged(model)
     facts = Facts(
         criterion=criterion,
         allocation=allocation,
@@ -223,8 +222,74 @@ def prune(
         ridge=ridge,
         seed=seed,
     )
-    plan = explain(model, finish(session, stage, target, schedule), target, pruning_ratio, facts)
-    return _carry_out(session, plan, mode=mode, compensation=compensation)
+    schedule = Schedule(criterion, allocation, row.bridge, round_to, floor)
+    check_compensation(compensation, has_images=batches is not None)
+    neurons, decided, token_weights = model, None, None
+    if parts == (FFN,):
+        target = _target(model, pruning_ratio, target)
+        list_stops(target.share, step)
+        # Refuse an impossible target before any image is read.
+        level = {group.name: torch.zeros(group.num_units) for group in find_groups(model)}
+        allocate(level, target, allocation=allocation, across_ffns=True, round_to=round_to, floor=floor)
+    else:
+        list_stops(0.5, step)
+        decided = decide_parts(
+            model,
+            batches,
+            parts,
+            pruning_ratio=pruning_ratio,
+            target=target,
+            wanted=CRITERIA[criterion].statistics,
+            allocation=allocation,
+            round_to=round_to,
+            floor=floor,
+            ridge=ridge,
+            seed=seed,
+            track=track,
+        )
+        neurons, whole_target, target = decided.cut(row.bridge, ridge=ridge), target, decided.target
+        token_weights = weigh_tokens(model, decided.ranked.statistics) if has_classifier(model) else None
+    ranks_neurons = FFN in parts and bool(find_left(neurons))
+    bridged = ranks_neurons and len(schedule.stops(target, step)) > 1
+    wanted = needed_statistics(
+        model, criteria=[criterion] if ranks_neurons else [], compensations=[compensation], bridged=bridged
+    )
+    session = Session(
+        neurons,
+        batches,
+        found=found,
+        wanted=wanted,
+        dense=model if neurons is model and aimed_at is model else aimed_at,
+        token_weights=token_weights,
+        ridge=ridge,
+        seed=seed,
+        track=track,
+    )
+    if row.by_block:
+        _ = session.calls  # a model whose blocks cannot be run one at a time is refused before its units are scored
+    if ranks_neurons:
+        *_earlier, stage = walk(session, target, schedule, step=step)
+        plan = finish(session, stage, target, schedule)
+    else:
+        plan = Plan({group.name: torch.ones(group.num_units, dtype=torch.bool) for group in session.groups})
+    if decided is None:
+        plan = explain(model, plan, target, pruning_ratio, facts)
+        return _carry_out(session, plan, mode=mode, compensation=compensation, dense=dense)
+    plan = plan.with_facts(architecture=architecture(model), criterion=criterion)
+    whole = decided.complete(plan)
+    asked = None if whole_target is None else decided.asked(whole_target, plan.widths)
+    whole = replace(
+        whole,
+        facts=replace(
+            facts,
+            architecture=architecture(model),
+            weights_sha256=hash_weights(model if dense is None else dense),
+            pruning_ratio_asked=pruning_ratio,
+            target=asked,
+            stand_ins={name: each.kind for name, each in decided.decision.left_out.items()} or None,
+        ),
+    )
+    return _carry_out(session, plan, mode=mode, compensation=compensation, dense=dense, whole=whole)
 
 
 def prune_as_planned(
@@ -255,18 +320,40 @@ def prune_as_planned(
     return _carry_out(session, plan, mode=mode, compensation=compensation)
 
 
-def _carry_out(session: Session, plan: Plan, *, mode: str, compensation: str) -> tuple[nn.Module, Plan]:
-    """Prune, and say in the plan which images had a say and how large the model became."""
+def _carry_out(
+    session: Session,
+    plan: Plan,
+    *,
+    mode: str,
+    compensation: str,
+    dense: nn.Module | None = None,
+    whole: Plan | None = None,
+) -> tuple[nn.Module, Plan]:
+    """Prune, and say in the plan which images had a say and how large the model became.
+
+    Args:
+        session: of the model whose neurons go.
+        plan: which of them stay.
+        mode: key of ``MODES``.
+        compensation: key of ``COMPENSATIONS``.
+        dense: the model that sizes are compared with; None: that which is aimed at.
+        whole: the plan of everything that goes, where that is more than neurons.
+    """
     pruned = apply_in(session, plan, mode=mode, compensation=compensation)
-    plan = plan.with_facts(
+    dense = session.dense if dense is None else dense
+    whole = plan if whole is None else whole
+    merge, image_size = describe_merging(session.model), tuple(data_config(session.model)["input_size"][1:])
+    whole = whole.with_facts(
         compensation=compensation,
         mode=mode,
-        calibration=list_seen(session, plan.facts.criterion, plan.calibration),
+        calibration=list_seen(session, whole.facts.criterion, whole.calibration),
         sizes=measure_sizes(pruned),
-        sizes_dense=measure_sizes(session.model),
-        ffn_share=ffn_share(session.model),
+        sizes_dense=measure_sizes(dense),
+        ffn_share=ffn_share(dense),
+        merge=None if merge is None else tuple(merge),
+        image_size=None if image_size == tuple(data_config(dense)["input_size"][1:]) else image_size,
     )
-    return remember(pruned, plan.calibration), plan
+    return remember(pruned, whole.calibration), whole
 
 
 def list_seen(session: Session, criterion: str | None, before: frozenset[str] = frozenset()) -> SeenImages:

@@ -32,7 +32,9 @@ from vitprune.calibration.moments import Moments
 from vitprune.calibration.statistics import Statistics, at_least_float32
 from vitprune.data import Batches
 from vitprune.models.block_calls import BlockCall, read_states_before, run_until_stopped, stopping_before, study_blocks
-from vitprune.models.units import hook_hidden
+from vitprune.models.left_out import Bias, TokenMap
+from vitprune.models.merging import MergingBlock, describe_merging, follow, pool
+from vitprune.models.units import find_groups
 from vitprune.options import DEFAULT_RIDGE
 from vitprune.progress import Track, untracked
 from vitprune.pruning.compensate import reconstruct, regress, write_down_proj
@@ -59,6 +61,7 @@ def compensate_sequentially(
     ridge: float = DEFAULT_RIDGE,
     drift_ridges: Sequence[float] = DRIFT_RIDGES,
     calls: Mapping[str, BlockCall] | None = None,
+    dense: nn.Module | None = None,
     track: Track = untracked,
 ) -> nn.Module:
     """Return a copy whose kept neurons, attention and biases stand in for the neurons that the plan removes.
@@ -67,8 +70,8 @@ def compensate_sequentially(
     a fourth time. Kept at once are two residual streams: 2 x images x tokens x embedding width numbers.
 
     Args:
-        model: the dense model.
-        plan: which neurons stay.
+        model: the dense model, or one whose attention is narrower already, which lacks layers or whose tokens merge.
+        plan: which neurons of it stay.
         batches: pairs of images [B, 3, height, width] (normalised by the model's own transform) and labels, which are
             not used. Readable more than once: for the first block, and twice for each later one that does not read
             what the block before it writes (the later stages of a Swin Transformer).
@@ -77,7 +80,9 @@ def compensate_sequentially(
         weights: FFN name -> weight of each token [N], as ``weigh_tokens`` gives them; None: all the same.
         ridge: λ relative to the mean variance of the hidden neurons; positive.
         drift_ridges: values of κ to choose from, relative to the mean variance of what a projection reads; positive.
-        calls: from ``study_blocks`` on this model, where it is there already.
+        calls: from ``study_blocks`` on the dense model, where it is there already.
+        dense: the model whose answers are aimed at, of as many blocks; None: ``model``. Where tokens of ``model`` have
+            merged, the aim is the mean of the dense model's tokens that they stand for.
         track: wraps (FFNs, description), for progress.
 
     Raises:
@@ -96,38 +101,123 @@ def compensate_sequentially(
     >>> bool((result.blocks[1].mlp.fc2.weight[:, 384:] == 0).all())
     True
     """
-    ffns = fit_plan(model, plan)
+    groups = {group.name: group for group in fit_plan(model, plan)}
+    dense = model if dense is None else dense
     work = copy.deepcopy(model)
     if calls is None:
-        calls = study_blocks(model, ffns, batches)
+        calls = study_blocks(dense, find_groups(dense), batches)
     dense_states: list[Tensor] = []
-    work_states: list[Tensor] = []
-    for position, ffn in enumerate(track(ffns, "compensate")):
-        call, keep_H = calls[ffn.name], plan.keep[ffn.name]
-        weights_N = None if weights is None else weights[ffn.name]
+    work_states: list[_State] = []
+    for position, (name, call) in enumerate(track(list(calls.items()), "compensate")):
+        weights_N = None if weights is None else weights[name]
         if not call.follows:
             dense_states, work_states = [], []
-            dense_states = read_states_before(model, call.name, batches)
+            dense_states = read_states_before(dense, call.name, batches)
             # Nothing is pruned before the first block.
-            work_states = read_states_before(work, call.name, batches) if position else list(dense_states)
-        # Nothing has drifted before the first FFN.
-        if towards_stream and call.attention is not None and position:
+            before = read_states_before(work, call.name, batches) if position else list(dense_states)
+            work_states = [_State(state) for state in before]
+        # Nothing has drifted before the first FFN of a model that is narrower there alone.
+        if towards_stream and call.attention is not None and (position or dense is not model):
             _steer_attention(
-                model, work, call, dense_states, work_states, weights_N=weights_N, drift_ridges=drift_ridges
+                dense, work, call, dense_states, work_states, weights_N=weights_N, drift_ridges=drift_ridges
             )
         else:
-            _run_in_place(call, model, dense_states)
-        halves = _Halves(call.gain_D, weights_N)
-        hidden: dict[str, Tensor] = {}
-        with hook_hidden(work, [ffn], lambda _name, h, hidden=hidden: hidden.update(h=at_least_float32(h))):
-            for dense_state, work_state in zip(dense_states, work_states, strict=True):
-                drift = dense_state - call.run(work, work_state)
-                halves.add(hidden["h"], drift)
-        if towards_stream or not bool(keep_H.all()):
-            penalties = drift_ridges if towards_stream else None
-            _solve(work.get_submodule(ffn.read_by), keep_H, halves, ridge, penalties)
-        _run_in_place(call, work, work_states)
+            _run_in_place(call, dense, dense_states)
+        _solve_ffn(
+            work,
+            call,
+            name,
+            plan.keep.get(name) if name in groups else None,
+            dense_states,
+            work_states,
+            weights_N=weights_N,
+            ridge=ridge,
+            drift_ridges=drift_ridges if towards_stream else None,
+        )
+        for index, state in enumerate(work_states):
+            work_states[index] = state.after(call, work)
     return work
+
+
+@dataclass(frozen=True)
+class _State:
+    """The stream of a model whose tokens may merge.
+
+    Attributes:
+        x_BMD: tokens.
+        size_BM1: how many patches each stands for; None where nothing has merged yet.
+        source_BN: where each token of the dense stream is; None where nothing has merged yet.
+    """
+
+    x_BMD: Tensor
+    size_BM1: Tensor | None = None
+    source_BN: Tensor | None = None
+
+    def after(self, call: BlockCall, model: nn.Module) -> _State:
+        """Return the state behind a block of the model."""
+        block = model.get_submodule(call.name)
+        if not isinstance(block, MergingBlock):
+            return _State(call.run(model, self.x_BMD))
+        device = next(model.parameters()).device
+        size_BM1 = None if self.size_BM1 is None else self.size_BM1.to(device)
+        x_BMD, size_BM1, matching = block(self.x_BMD.to(device), size_BM1)
+        source_BN = self.source_BN if matching is None else follow(matching, _on(self.source_BN, device))
+        home = self.x_BMD.device
+        return _State(x_BMD.to(home), _on(size_BM1, home), _on(source_BN, home))
+
+    def pool(self, dense_BND: Tensor) -> Tensor:
+        """Return what the dense stream has for these tokens [B, M, D]."""
+        return dense_BND if self.source_BN is None else pool(self.source_BN, dense_BND, self.x_BMD.shape[1])
+
+    def weigh(self, weights_N: Tensor | None) -> Tensor | None:
+        """Return the weight of each token of each image [B, M]: a merged one counts for all that it stands for."""
+        if weights_N is None:
+            return None
+        num_tokens = self.x_BMD.shape[1]
+        if len(weights_N) != num_tokens:
+            # Weights of the tokens in front are one by one, those of all others alike.
+            weights_N = torch.cat([weights_N, weights_N[-1:].expand(num_tokens)])[:num_tokens]
+        weights_BM = weights_N.expand(len(self.x_BMD), -1)
+        return weights_BM if self.size_BM1 is None else weights_BM * self.size_BM1[..., 0].to(weights_BM)
+
+
+def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
+def _solve_ffn(
+    work: nn.Module,
+    call: BlockCall,
+    name: str,
+    keep_H: Tensor | None,
+    dense_states: Sequence[Tensor],
+    work_states: Sequence[_State],
+    *,
+    weights_N: Tensor | None,
+    ridge: float,
+    drift_ridges: Sequence[float] | None,
+) -> None:
+    """Change an FFN's output projection in ``work``, or what stands where the FFN was; dense states are those after."""
+    module = work.get_submodule(name)
+    if isinstance(module, Bias) and drift_ridges is None:
+        return
+    reader = None if isinstance(module, Bias) else module.proj if isinstance(module, TokenMap) else module.fc2
+    seen: dict[str, Tensor] = {}
+    halves = _Halves(call.gain_D)
+    with ExitStack() as stack:
+        # Of a bias, what it reads plays no part: one feature that is always zero.
+        watched, index = (module, slice(0, 1)) if reader is None else (reader, slice(None))
+        hook = lambda _module, inputs: seen.update(h=at_least_float32(inputs[0][..., index]))  # noqa: E731
+        stack.callback(watched.register_forward_pre_hook(hook).remove)
+        for dense_state, work_state in zip(dense_states, work_states, strict=True):
+            after = work_state.after(call, work)
+            halves.add(seen["h"], after.pool(dense_state) - after.x_BMD, after.weigh(weights_N))
+    if reader is None:
+        module.bias.add_(halves.mean_drift().to(module.bias))
+    else:
+        keep_H = torch.ones(reader.in_features, dtype=torch.bool) if keep_H is None else keep_H
+        if drift_ridges is not None or not bool(keep_H.all()):
+            _solve(reader, keep_H, halves, ridge, drift_ridges)
 
 
 def _run_in_place(call: BlockCall, model: nn.Module, states: list[Tensor]) -> None:
@@ -137,31 +227,37 @@ def _run_in_place(call: BlockCall, model: nn.Module, states: list[Tensor]) -> No
 
 
 def _steer_attention(
-    model: nn.Module,
+    dense: nn.Module,
     work: nn.Module,
     call: BlockCall,
     dense_states: list[Tensor],
-    work_states: Sequence[Tensor],
+    work_states: Sequence[_State],
     *,
     weights_N: Tensor | None,
     drift_ridges: Sequence[float],
 ) -> None:
     """Change the attention's output projection in ``work``; the dense states become those after the block."""
     attention = call.attention
-    proj = work.get_submodule(attention.proj)
-    halves = _Halves(attention.gain_D, weights_N)
+    # A bias that stands where attention was has nothing to steer with: the FFN behind it does it.
+    proj = getattr(work.get_submodule(attention.proj.rpartition(".")[0]), "proj", None)
+    if proj is None:
+        _run_in_place(call, dense, dense_states)
+        return
+    halves = _Halves(attention.gain_D)
     seen: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        dense_reader = model.get_submodule(attention.reader)
+        dense_reader = dense.get_submodule(attention.reader)
         for module, name in ((dense_reader, "wanted"), (proj, "rows")):
             hook = lambda _module, inputs, name=name: seen.update({name: inputs[0]})  # noqa: E731
             stack.callback(module.register_forward_pre_hook(hook).remove)
+        # What reads the stream first is asked before any token of this block merges.
         stop = stopping_before(work.get_submodule(attention.reader), lambda stream: seen.update(got=stream))
         stack.enter_context(stop)
         for index, work_state in enumerate(work_states):
-            dense_states[index] = call.run(model, dense_states[index])
-            run_until_stopped(call.run, work, work_state)
-            halves.add(at_least_float32(seen["rows"]), seen["wanted"] - seen["got"])
+            dense_states[index] = call.run(dense, dense_states[index])
+            run_until_stopped(work_state.after, call, work)
+            wanted = work_state.pool(seen["wanted"].to(work_state.x_BMD.device))
+            halves.add(at_least_float32(seen["rows"]), wanted - seen["got"].to(wanted), work_state.weigh(weights_N))
     every = torch.ones(proj.in_features, dtype=torch.bool)
     _solve(proj, every, halves, None, drift_ridges)
 
@@ -182,7 +278,9 @@ def weigh_tokens(model: nn.Module, statistics: Mapping[str, Statistics]) -> dict
         energy_N = of_ffn.energy_N.clone()
         # Some models add their class token only after these blocks: count what the FFN sees.
         num_prefix = len(energy_N) - patches if patches is not None else 0
-        if num_prefix != num_prefix_tokens(model):
+        if describe_merging(model) is not None:
+            num_prefix = num_prefix_tokens(model)
+        elif num_prefix != num_prefix_tokens(model):
             num_prefix = 0
         energy_N[num_prefix:] = energy_N[num_prefix:].mean()
         mean = energy_N.mean()
@@ -249,20 +347,26 @@ class _Drift:
 class _Halves:
     """Moments of even images and of odd images: neighbours in a class folder fall into both halves."""
 
-    def __init__(self, gain_D: Tensor, weights_N: Tensor | None) -> None:
-        self.gain_D, self.weights_N = gain_D, weights_N
+    def __init__(self, gain_D: Tensor) -> None:
+        self.gain_D = gain_D
         self.moments: tuple[_DriftMoments, ...] = ()
         self.num_images = 0
 
-    def add(self, hidden: Tensor, drift: Tensor) -> None:
-        """Add what the projection reads [B, ..., H] and the drift of the residual stream [B, ..., D]."""
+    def add(self, hidden: Tensor, drift: Tensor, weights_BN: Tensor | None) -> None:
+        """Add what the projection reads [B, ..., H], the drift of the residual stream [B, ..., D], and weights."""
         if not self.moments:
             shift_H = hidden.flatten(0, -2).mean(0)
-            self.moments = tuple(_DriftMoments(self.gain_D, shift_H, self.weights_N) for _ in range(2))
+            self.moments = tuple(_DriftMoments(self.gain_D, shift_H) for _ in range(2))
         for parity, half in enumerate(self.moments):
             chosen = slice((parity + self.num_images) % 2, None, 2)
-            half.add(hidden[chosen], drift[chosen].to(half.hidden.shift_H))
+            weights = None if weights_BN is None else weights_BN[chosen].to(half.hidden.shift_H)
+            half.add(hidden[chosen], drift[chosen].to(half.hidden.shift_H), weights)
         self.num_images += len(drift)
+
+    def mean_drift(self) -> Tensor:
+        """Return the mean drift of all images in units of the projection's output [D], float64."""
+        even, odd = self.moments
+        return even.merge(odd).finish().drift_D
 
 
 class _DriftMoments:
@@ -271,9 +375,8 @@ class _DriftMoments:
     Halves of the same images share a shift, so merging them is adding.
     """
 
-    def __init__(self, gain_D: Tensor, shift_H: Tensor, weights_N: Tensor | None) -> None:
+    def __init__(self, gain_D: Tensor, shift_H: Tensor) -> None:
         self.gain_D = gain_D
-        self.weights_N = None if weights_N is None else weights_N.to(shift_H)
         # A channel that hardly reaches the residual stream would need weights beyond what half precision holds.
         reaches_D = gain_D.abs() > LEAST_GAIN * gain_D.abs().max()
         self.inverse_gain_D = torch.where(reaches_D, 1 / gain_D, 0).to(shift_H)
@@ -281,13 +384,13 @@ class _DriftMoments:
         self.drift_D: Tensor | float = 0.0
         self.drift_DH: Tensor | float = 0.0
 
-    def add(self, hidden: Tensor, drift: Tensor) -> None:
-        """Add hidden neurons [B, ..., H] and the drift of the residual stream [B, ..., D]."""
+    def add(self, hidden: Tensor, drift: Tensor, weights_BN: Tensor | None) -> None:
+        """Add hidden neurons [B, ..., H] and the drift of the residual stream [B, ..., D], by weight of the token."""
         rows_NH = hidden.reshape(-1, hidden.shape[-1])
         drift_ND = drift.reshape(-1, drift.shape[-1]) * self.inverse_gain_D
         weights_N1 = rows_NH.new_ones(len(rows_NH), 1)
-        if self.weights_N is not None:
-            weights_N1 = self.weights_N.repeat(len(hidden)).unsqueeze(1)
+        if weights_BN is not None:
+            weights_N1 = weights_BN.reshape(-1, 1)
         self.hidden.add(rows_NH, weights_N1)
         weighted_ND = weights_N1 * drift_ND
         self.drift_D = self.drift_D + weighted_ND.sum(0).double()
@@ -295,7 +398,7 @@ class _DriftMoments:
 
     def merge(self, other: _DriftMoments) -> _DriftMoments:
         """Return the moments of the images of both."""
-        merged = _DriftMoments(self.gain_D, self.hidden.shift_H, self.weights_N)
+        merged = _DriftMoments(self.gain_D, self.hidden.shift_H)
         merged.hidden = self.hidden.merge(other.hidden)
         merged.drift_D, merged.drift_DH = self.drift_D + other.drift_D, self.drift_DH + other.drift_DH
         return merged

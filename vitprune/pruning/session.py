@@ -30,7 +30,9 @@ class Session:
         found: a discovery on this model, for criteria that need one.
         wanted: statistics that will be asked for, in the words of ``measure_statistics``: one pass measures them all.
         statistics: of this model, where they are there already.
-        calls: from ``study_blocks`` on this model, where they are there already.
+        calls: from ``study_blocks`` on the dense model, where they are there already.
+        dense: the model whose answers are aimed at, where ``model`` is a narrower one already; None: ``model``.
+        token_weights: group name of the dense model -> how much each token counts, where that is known already.
         ridge: λ relative to the mean variance of the units.
         seed: of everything drawn at random.
         track: wraps (items, description) of long loops, for progress.
@@ -54,16 +56,21 @@ class Session:
         wanted: frozenset[str] | set[str] = frozenset(),
         statistics: Mapping[str, Statistics] | None = None,
         calls: Mapping[str, BlockCall] | None = None,
+        dense: nn.Module | None = None,
+        token_weights: Mapping[str, Tensor] | None = None,
         ridge: float = DEFAULT_RIDGE,
         seed: int = 0,
         track: Track = untracked,
     ) -> None:
         self.model, self.batches, self.found = model, watch(batches), found
+        self.dense = model if dense is None else dense
         self.wanted, self.ridge, self.seed, self.track = frozenset(wanted), ridge, seed, track
         if statistics is not None:
             self.statistics = statistics
         if calls is not None:
             self.calls = calls
+        if token_weights is not None:
+            self.token_weights = token_weights
 
     @cached_property
     def groups(self) -> Sequence[Group]:
@@ -90,7 +97,8 @@ class Session:
         Raises:
             VitpruneError: as ``study_blocks`` does.
         """
-        return study_blocks(self.model, self.groups, self.batches)
+        groups = self.groups if self.dense is self.model else find_groups(self.dense)
+        return study_blocks(self.dense, groups, self.batches)
 
     @cached_property
     def token_weights(self) -> Mapping[str, Tensor] | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitprune.errors import VitpruneError
 from vitprune.models.macs import count_macs
-from vitprune.models.units import Group, find_groups, hook_hidden
+from vitprune.models.units import FFN, HEADS, QK, VO, Group, find_groups, hook_hidden
 from vitprune.options import TARGETS
 from vitprune.views import data_config
 
@@ -76,10 +76,15 @@ def target_neurons(model: nn.Module, pruning_ratio: float) -> Target:
     return Target("neurons", limit, 0.0, _linear(dict.fromkeys(groups, 1)))
 
 
-def target_parameters(model: nn.Module, limit: float) -> Target:
+def target_parameters(model: nn.Module, limit: float, *, kinds: Sequence[str] = (FFN,)) -> Target:
     """Ask for a number of parameters of the whole model.
 
     A layer without bias that reads units counts as if it had one, because compensation may give it one.
+
+    Args:
+        model: timm Vision Transformer.
+        limit: of the whole model.
+        kinds: of units that may go; keys of ``KINDS`` but ``layers``.
 
     Raises:
         VitpruneError: if the model cannot be that small or is smaller already.
@@ -90,21 +95,21 @@ def target_parameters(model: nn.Module, limit: float) -> Target:
     >>> round(target.predict({"blocks.0.mlp": 768})) == sum(p.numel() for p in model.parameters())
     True
     """
-    groups = find_groups(model)
+    groups = find_groups(model, kinds)
     total = sum(parameter.numel() for parameter in model.parameters())
-    for group in groups:
-        reader = model.get_submodule(group.read_by)
+    for reader in map(model.get_submodule, {group.read_by: None for group in groups if group.kind != QK}):
         total += reader.out_features if reader.bias is None else 0
     return _checked("parameters", limit, total, {group: parameters_per_unit(model, group) for group in groups})
 
 
-def target_macs(model: nn.Module, limit: float, *, total: int | None = None) -> Target:
+def target_macs(model: nn.Module, limit: float, *, total: int | None = None, kinds: Sequence[str] = (FFN,)) -> Target:
     """Ask for a number of multiply-accumulates of one image.
 
     Args:
         model: timm Vision Transformer in eval mode.
         limit: of the whole model.
         total: of the whole dense model, where ``count_macs`` has counted them already.
+        kinds: of units that may go; keys of ``KINDS`` but ``layers``.
 
     Raises:
         VitpruneError: if the model cannot be that small or is smaller already.
@@ -114,24 +119,41 @@ def target_macs(model: nn.Module, limit: float, *, total: int | None = None) -> 
     >>> target_macs(model, 1e8).dense == count_macs(model)
     True
     """
-    groups = find_groups(model)
+    groups = find_groups(model, kinds)
     tokens = count_tokens(model, groups)
-    per_unit = {group: tokens[group.name] * macs_per_unit(model, group) for group in groups}
+    per_unit = {
+        group: tokens[group.name] * macs_per_unit(model, group, num_tokens=tokens[group.name]) for group in groups
+    }
     return _checked("macs", limit, count_macs(model) if total is None else total, per_unit)
 
 
 def parameters_per_unit(model: nn.Module, group: Group) -> int:
     """Return how many parameters go with a unit of a group."""
     biases = sum(
-        part.copies for part in group.owned if part.axis == 0 and model.get_submodule(part.linear).bias is not None
+        part.copies * (part.unit_size or group.unit_size)
+        for part in group.owned
+        if part.axis == 0 and model.get_submodule(part.linear).bias is not None
     )
-    return macs_per_unit(model, group) + biases * group.unit_size
+    return macs_per_unit(model, group, num_tokens=0) + biases
 
 
-def macs_per_unit(model: nn.Module, group: Group) -> int:
-    """Return how many multiply-accumulates of one token go with a unit of a group: the weights that it owns."""
-    lengths = [model.get_submodule(part.linear).weight.shape[1 - part.axis] * part.copies for part in group.owned]
-    return sum(lengths) * group.unit_size
+def macs_per_unit(model: nn.Module, group: Group, *, num_tokens: int) -> int:
+    """Return how many multiply-accumulates of one token go with a unit of a group: the weights that it owns.
+
+    In attention, the products of its dimensions with those of all ``num_tokens`` tokens come to that.
+    """
+    lengths = [
+        model.get_submodule(part.linear).weight.shape[1 - part.axis] * part.copies * (part.unit_size or group.unit_size)
+        for part in group.owned
+    ]
+    return sum(lengths) + _features_attended(group) * num_tokens
+
+
+def _features_attended(group: Group) -> int:
+    """Return how many features of all heads a unit takes out of the two products that see every pair of tokens."""
+    if group.kind in (QK, VO):
+        return group.owned[0].copies
+    return group.unit_size + group.owned[0].unit_size if group.kind == HEADS else 0
 
 
 @torch.no_grad()

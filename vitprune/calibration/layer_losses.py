@@ -1,0 +1,154 @@
+"""What a model loses when an attention or an FFN goes as a whole: measured, not estimated.
+
+Letters: B images, N tokens, C classes, D embedding width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vitprune.calibration.moments import Moments
+from vitprune.calibration.statistics import at_least_float32
+from vitprune.data import Batches, on_device
+from vitprune.errors import VitpruneError
+from vitprune.models.left_out import BIAS, MAP, Bias, TokenMap
+from vitprune.models.units import Group
+from vitprune.options import DEFAULT_RIDGE
+from vitprune.progress import Track, untracked
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """What may stand where a layer was.
+
+    Attributes:
+        layer: name of the attention or FFN.
+        kind: ``bias`` or ``map``.
+        module: ``Bias`` or ``TokenMap``, fitted to what the layer answers.
+        loss: KL(dense ‖ with it) in nats per image.
+    """
+
+    layer: str
+    kind: str
+    module: nn.Module
+    loss: float
+
+
+@torch.no_grad()
+def fit_stand_ins(
+    model: nn.Module, layers: Sequence[Group], batches: Batches, *, ridge: float = DEFAULT_RIDGE
+) -> dict[str, tuple[Bias, TokenMap]]:
+    """Fit to each layer the constant and the linear map of single tokens that come nearest to its answers.
+
+    Args:
+        model: timm Vision Transformer in eval mode.
+        layers: from ``find_layers``.
+        batches: pairs of images [B, 3, height, width] (normalised by the model's own transform) and labels, which are
+            not used. Read once.
+        ridge: λ of the map, relative to the mean variance of what the layer reads.
+
+    Returns:
+        Name of the attention or FFN -> both.
+
+    Raises:
+        VitpruneError: if ``batches`` is empty.
+
+    >>> import timm
+    >>> from vitprune.models.units import find_layers
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5).eval()
+    >>> batches = [(torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64))]
+    >>> sorted(fit_stand_ins(model, find_layers(model), batches))
+    ['blocks.0.attn', 'blocks.0.mlp']
+    """
+    names = [group.module for group in layers]
+    moments = {name: Moments() for name in names}
+
+    def add(name: str):
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            both = torch.cat([inputs[0], output], -1)
+            moments[name].add(at_least_float32(both).reshape(-1, both.shape[-1]))
+
+        return hook
+
+    with ExitStack() as stack:
+        for name in names:
+            stack.callback(model.get_submodule(name).register_forward_hook(add(name)).remove)
+        for images, _labels in on_device(model, batches):
+            model(images)
+    if any(of_layer.sum_H is None for of_layer in moments.values()):
+        raise VitpruneError("no calibration images")
+    return {name: _fit(of_layer, next(model.parameters()), ridge) for name, of_layer in moments.items()}
+
+
+def _fit(moments: Moments, like: Tensor, ridge: float) -> tuple[Bias, TokenMap]:
+    mean_X, covariance_XX = moments.finish()
+    width = len(mean_X) // 2
+    reads_DD, cross_DD = covariance_XX[:width, :width].clone(), covariance_XX[:width, width:]
+    damping = max(ridge * float(reads_DD.diagonal().mean()), torch.finfo(torch.float64).tiny)
+    reads_DD.diagonal().add_(damping)
+    weight_DD = torch.linalg.solve(reads_DD, cross_DD).T
+    bias_D = mean_X[width:] - weight_DD @ mean_X[:width]
+    return Bias(mean_X[width:].to(like)), TokenMap(weight_DD.to(like), bias_D.to(like))
+
+
+@torch.no_grad()
+def measure_stand_ins(
+    model: nn.Module,
+    fitted: Mapping[str, tuple[Bias, TokenMap]],
+    batches: Batches,
+    *,
+    track: Track = untracked,
+) -> list[StandIn]:
+    """Measure what each layer's stand-ins cost, one layer at a time.
+
+    Args:
+        model: timm Vision Transformer in eval mode, with a classifier.
+        fitted: from ``fit_stand_ins`` on this model.
+        batches: images other than those that were fitted to, if the losses shall be believed; readable more than once.
+        track: wraps (layers, description), for progress.
+
+    Raises:
+        VitpruneError: if ``batches`` is empty.
+
+    >>> import timm
+    >>> from vitprune.models.units import find_layers
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5).eval()
+    >>> batches = [(torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64))]
+    >>> fitted = fit_stand_ins(model, find_layers(model), batches)
+    >>> [(each.layer, each.kind) for each in measure_stand_ins(model, fitted, batches)][:2]
+    [('blocks.0.attn', 'bias'), ('blocks.0.attn', 'map')]
+    """
+    work = copy.deepcopy(model)
+    images = [images for images, _labels in on_device(model, batches)]
+    if not images:
+        raise VitpruneError("no calibration images")
+    dense = [model(each).log_softmax(-1) for each in images]
+    found = []
+    for name in track(list(fitted), "layers"):
+        layer = work.get_submodule(name)
+        for kind, module in zip((BIAS, MAP), fitted[name], strict=True):
+            work.set_submodule(name, module)
+            losses = [measure_divergence(dense_BC, work(each)) for dense_BC, each in zip(dense, images, strict=True)]
+            found.append(StandIn(name, kind, module, float(torch.cat(losses).mean())))
+        work.set_submodule(name, layer)
+    return found
+
+
+def measure_divergence(dense_BC: Tensor, logits_BC: Tensor) -> Tensor:
+    """Return KL(dense ‖ other) of each image [B] in nats, in float64.
+
+    Args:
+        dense_BC: log-probabilities of the dense model.
+        logits_BC: logits of the other one.
+
+    >>> measure_divergence(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 1.0]])).tolist()
+    [0.0]
+    """
+    dense_BC, other_BC = dense_BC.double(), logits_BC.double().log_softmax(-1)
+    return (dense_BC.exp() * (dense_BC - other_BC)).sum(-1).clamp_min(0)
