@@ -22,7 +22,7 @@ def count_macs(model: nn.Module) -> int:
     >>> count_macs(timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32).eval())
     3003264
     """
-    model = copy.deepcopy(model).cpu().float()
+    model = copy.deepcopy(model).cpu().float().requires_grad_(False)
     image = torch.zeros(1, *data_config(model)["input_size"])
     # Without fused attention, so that it is counted as the matrix products it is.
     with plain_attention(model), FlopCounterMode(display=False) as counter:
