@@ -250,6 +250,18 @@ def _plain(block: nn.Module) -> nn.Module:
     return result
 
 
+def unmerged(model: nn.Module) -> nn.Module:
+    """Return a model whose tokens do not merge: the model itself where they do not anyway.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=3).eval()
+    >>> unmerged(model) is model, describe_merging(unmerged(set_merging(model, (0, 60, 0))))
+    (True, None)
+    """
+    merge = describe_merging(model)
+    return model if merge is None else set_merging(model, [0] * len(merge))
+
+
 def describe_merging(model: nn.Module) -> list[int] | None:
     """Return how many tokens disappear in each block of a model; None where none do.
 
