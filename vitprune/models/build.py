@@ -13,9 +13,13 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from vitprune.errors import VitpruneError
+from vitprune.models.attention import SplitAttention, describe_attention, restore_attention
+from vitprune.models.merging import describe_merging, set_merging
 from vitprune.models.units import find_groups
 
 CONFIG_FILE = "config.json"
+# What a description says beside timm's own keys, where there is such a thing.
+ATTENTION_KEY, MERGE_KEY = "attention", "merge"
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -34,8 +38,13 @@ def describe(model: nn.Module) -> dict[str, Any]:
 def unrecorded(model: nn.Module) -> dict[str, Any]:
     """Return what timm does not know of a model and is told when it describes it."""
     names = getattr(model, "label_names", None)
+    known = {
+        "label_names": list(names) if names else None,
+        ATTENTION_KEY: describe_attention(model),
+        MERGE_KEY: describe_merging(model),
+    }
     return {
-        "model_config": {"label_names": list(names)} if names else None,
+        "model_config": {key: value for key, value in known.items() if value} or None,
         "model_args": getattr(model, "model_args", None) or None,
     }
 
@@ -61,6 +70,19 @@ def build(config: Mapping[str, Any], source: str = CONFIG_FILE) -> nn.Module:
     return model
 
 
+def restore(model: nn.Module, config: Mapping[str, Any], source: str = CONFIG_FILE) -> nn.Module:
+    """Return a freshly built dense model with the attention and the merging of tokens that a description tells of.
+
+    Raises:
+        VitpruneError: if it cannot have them.
+    """
+    try:
+        model = restore_attention(model, config.get(ATTENTION_KEY) or {})
+        return set_merging(model, config[MERGE_KEY]) if config.get(MERGE_KEY) else model
+    except (AttributeError, KeyError, TypeError, VitpruneError) as error:
+        raise VitpruneError(f"{source}: the model cannot be as described ({error})") from error
+
+
 def fill(model: nn.Module, state: Mapping[str, Tensor], complaint: str) -> nn.Module:
     """Give a freshly built dense model the widths, dtype and tensors of a state dict."""
     _fit_widths(model, {key: tuple(value.shape) for key, value in state.items()})
@@ -76,13 +98,16 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], complaint: str) -> nn.Mo
 
 def _fit_widths(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Replace the layers that own units of a freshly built dense model by ones of the stored shapes."""
-    for group in find_groups(model):
-        for name in (part.linear for part in group.owned):
-            stored = shapes.get(f"{name}.weight")
-            linear = model.get_submodule(name)
-            has_bias = f"{name}.bias" in shapes
-            if stored and (stored != tuple(linear.weight.shape) or has_bias != (linear.bias is not None)):
-                model.set_submodule(name, nn.Linear(stored[1], stored[0], bias=has_bias))
+    names = [part.linear for group in find_groups(model) for part in group.owned]
+    for attention, module in model.named_modules():
+        if type(module) is SplitAttention:
+            names += [f"{attention}.{linear}" for linear in ("q", "k", "v", "proj")]
+    for name in names:
+        stored = shapes.get(f"{name}.weight")
+        linear = model.get_submodule(name)
+        has_bias = f"{name}.bias" in shapes
+        if stored and (stored != tuple(linear.weight.shape) or has_bias != (linear.bias is not None)):
+            model.set_submodule(name, nn.Linear(stored[1], stored[0], bias=has_bias))
 
 
 def find_mismatch(model: nn.Module, state: Mapping[str, Tensor]) -> str | None:

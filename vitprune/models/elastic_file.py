@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vitprune.errors import VitpruneError
 from vitprune.files import open_tensors, read_kind, write_tensors
-from vitprune.models.build import build, describe, fill
+from vitprune.models.build import build, describe, fill, restore
 from vitprune.models.facts import Facts
 from vitprune.models.identity import hash_weights
 from vitprune.models.units import Group, find_groups, read_group, take_units
@@ -292,7 +292,11 @@ def save_elastic(model: nn.Module, elastic: Elastic, path: str | Path) -> None:
     if hash_weights(model) != elastic.facts.weights_sha256:
         raise VitpruneError(f"{path}: the elastic model was made of other weights than this model has")
     config, state = describe(model), model.state_dict()
-    fill(build(config, str(path)), state, f"{path} would not load again: the model does not fit its description")
+    fill(
+        restore(build(config, str(path)), config, str(path)),
+        state,
+        f"{path} would not load again: the model does not fit its description",
+    )
     write_elastic(path, elastic, state=state, groups=find_groups(model), config=config)
 
 
@@ -308,7 +312,9 @@ def load_elastic(path: Path, ratio: float) -> nn.Module:
     if kind != ELASTIC:
         raise VitpruneError(f"{path} is no model but a vitprune file of kind '{kind}'")
     config, state = read_state(path, ratio)
-    model = fill(build(config, str(path)), state, f"{path} does not fit its own description")
+    model = fill(
+        restore(build(config, str(path)), config, str(path)), state, f"{path} does not fit its own description"
+    )
     _ranking, facts = read_ranking(path)
     if facts.calibration:
         model.calibration = facts.calibration.sha256

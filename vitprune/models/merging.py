@@ -4,12 +4,12 @@ Behind the attention of a block, patches stand alternately in two sets. Each of 
 similar of the second, and the ``r`` best pairs become one token each: the mean, weighted by how many patches a token
 stands for. Later attention counts a token as often as that. Class token, distillation token and registers never merge.
 
-Letters: B images, N tokens, M tokens that are left, P patches, D embedding width, F features that are compared.
+Letters: B images, N tokens, M tokens that are left, P patches, D embedding width,
+h heads, d width of a head's keys, F of all heads'.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
 from vitprune.errors import VitpruneError
-from vitprune.models.attention import SplitAttention
+from vitprune.models.attention import QK, VO, SplitAttention, split_attention, why_not
 from vitprune.views import num_patches, num_prefix_tokens, num_tokens_read
 
 
@@ -35,36 +35,35 @@ class Matching:
     num_left: int
 
 
-def match_tokens(features_BNF: Tensor, r: int, num_prefix: int) -> Matching:
+def match_tokens(keys_BhNd: Tensor, r: int, num_prefix: int) -> Matching:
     """Match tokens that are alike, so that ``r`` of them disappear.
 
     Args:
-        features_BNF: what tokens are compared by (cosine); no gradient flows through it.
+        keys_BhNd: of attention; no gradient flows through them. Tokens are alike whose keys are, by the mean of the
+            cosines of all heads.
         r: how many; at most half of the patches.
         num_prefix: tokens at the front that never merge, and keep their places.
 
     Raises:
         VitpruneError: if there are fewer than 2r patches.
 
-    >>> patches = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [3.0, 1.0]])
-    >>> match_tokens(patches[None], r=1, num_prefix=0).place_BN
+    >>> keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [3.0, 1.0]])
+    >>> match_tokens(keys[None, None], r=1, num_prefix=0).place_BN
     tensor([[0, 1, 1, 2]])
 
     Source:
-        Bolya et al., ICLR 2023 (arXiv:2210.09461). Here tokens that are left keep their order.
+        Bolya et al., ICLR 2023 (arXiv:2210.09461). They take the cosine of the mean over heads, and have tokens that
+        are left change places; here these keep their order.
     """
-    num_tokens = features_BNF.shape[1]
+    num_tokens = keys_BhNd.shape[2]
     check_r(r, num_tokens - num_prefix)
-    features_BNF = nn.functional.normalize(features_BNF.detach(), dim=-1)
-    index_N = torch.arange(num_tokens, device=features_BNF.device)
-    patch_N = index_N - num_prefix
-    second_BSF = features_BNF[:, num_prefix + 1 :: 2]
-    similarity_BN, partner_BN = (features_BNF @ second_BSF.transpose(1, 2)).max(dim=-1)
-    # Whatever is not of the first set comes last.
-    similarity_BN = similarity_BN.masked_fill((patch_N < 0) | (patch_N % 2 == 1), -2.0)
-    gone_Br = similarity_BN.topk(r, dim=-1).indices
-    partner_Br = num_prefix + 1 + 2 * partner_BN.gather(1, gone_Br)
-    into_BN = index_N.expand(len(features_BNF), -1).scatter(1, gone_Br, partner_Br)
+    keys_BNF = nn.functional.normalize(keys_BhNd.detach(), dim=-1).transpose(1, 2).flatten(2)
+    first, second = keys_BNF[:, num_prefix::2], keys_BNF[:, num_prefix + 1 :: 2]
+    similarity, partner = (first @ second.transpose(1, 2)).max(dim=-1)
+    gone_Br = similarity.topk(r, dim=-1, sorted=False).indices
+    partner_Br = num_prefix + 1 + 2 * partner.gather(1, gone_Br)
+    index_N = torch.arange(num_tokens, device=keys_BNF.device)
+    into_BN = index_N.expand(len(keys_BNF), -1).scatter(1, num_prefix + 2 * gone_Br, partner_Br)
     place_BN = (into_BN == index_N).cumsum(dim=1) - 1
     return Matching(place_BN.gather(1, into_BN), num_tokens - r)
 
@@ -131,12 +130,13 @@ class Merge(nn.Module):
         super().__init__()
         self.r, self.num_prefix = r, num_prefix
 
-    def forward(self, x_BND: Tensor, size_BN1: Tensor, features_BNF: Tensor) -> tuple[Tensor, Tensor, Matching]:
+    def forward(self, x_BND: Tensor, size_BN1: Tensor, keys_BhNd: Tensor) -> tuple[Tensor, Tensor, Matching]:
         """Return what is left of the tokens [B, M, D], their sizes [B, M, 1], and which of them became one."""
-        matching = match_tokens(features_BNF, self.r, self.num_prefix)
+        matching = match_tokens(keys_BhNd, self.r, self.num_prefix)
         return *merge_with(matching, x_BND, size_BN1), matching
 
     def extra_repr(self) -> str:
+        """Say in a printed model how many disappear."""
         return f"r={self.r}, num_prefix={self.num_prefix}"
 
 
@@ -156,7 +156,7 @@ class MergingBlock(nn.Module):
                 self.merge = Merge(r, num_prefix) if r else None
             if name != "merge":
                 self.add_module(name, child)
-        self.train(block.training)
+        self.training = block.training
 
     def forward(self, x_BND: Tensor, size_BN1: Tensor | None = None) -> tuple[Tensor, Tensor | None, Matching | None]:
         """Return tokens [B, M, D], their sizes [B, M, 1], and which became one.
@@ -167,12 +167,15 @@ class MergingBlock(nn.Module):
         """
         # A token of size n counts as n equal ones would.
         mask = None if size_BN1 is None else size_BN1.log().transpose(1, 2).unsqueeze(1)
-        y_BND = self.attn(self.norm1(x_BND), attn_mask=mask, is_causal=False)
+        z_BND, keys, matching = self.norm1(x_BND), None, None
+        if type(self.attn) is SplitAttention:
+            y_BND, keys = self.attn.attend(z_BND, z_BND, mask)
+        else:
+            y_BND = self.attn(z_BND, attn_mask=mask, is_causal=False)
         x_BND = x_BND + self.drop_path1(self.ls1(y_BND))
-        matching = None
         if self.merge is not None:
             size_BN1 = torch.ones_like(x_BND[..., :1]) if size_BN1 is None else size_BN1
-            x_BND, size_BN1, matching = self.merge(x_BND, size_BN1, self.norm2(x_BND))
+            x_BND, size_BN1, matching = self.merge(x_BND, size_BN1, keys)
         x_BND = x_BND + self.drop_path2(self.ls2(self.mlp(self.norm2(x_BND))))
         return x_BND, size_BN1, matching
 
@@ -207,7 +210,7 @@ class MergingBlocks(nn.Sequential):
 def set_merging(model: nn.Module, schedule: Sequence[int]) -> nn.Module:
     """Return a copy in which tokens merge; no training needed.
 
-    Up to the attention of the first block that merges, the copy computes what the model does, bit for bit.
+    Blocks before the first that merges stay as they are; from there on attention is ``SplitAttention``.
 
     Args:
         model: timm Vision Transformer, as ``check_merging`` admits it; it may merge already.
@@ -224,8 +227,9 @@ def set_merging(model: nn.Module, schedule: Sequence[int]) -> nn.Module:
     """
     check_merging(model)
     check_schedule(model, schedule)
-    result = copy.deepcopy(model)
     first = next((index for index, r in enumerate(schedule) if r), len(schedule))
+    attentions = {f"blocks.{index}.attn": block.attn for index, block in enumerate(model.blocks) if index >= first}
+    result = split_attention(model, [name for name, module in attentions.items() if type(module) is Attention])
     num_prefix = num_prefix_tokens(model)
     blocks = [
         _plain(block) if index < first else MergingBlock(block, r, num_prefix)
@@ -290,6 +294,8 @@ def check_schedule(model: nn.Module, schedule: Sequence[int]) -> None:
             check_r(r, left)
         except VitpruneError as error:
             raise VitpruneError(f"blocks.{index}: {error}") from None
+        if r and type(model.blocks[index].attn) not in (Attention, SplitAttention):
+            raise VitpruneError(f"blocks.{index}: no token can merge where attention is left out, it has no keys")
         left -= r
 
 
@@ -323,10 +329,10 @@ def why_no_merging(model: nn.Module) -> str | None:
     for index, block in enumerate(model.blocks):
         if type(block) not in (Block, MergingBlock):
             return f"blocks.{index} is a {type(block).__name__}, not timm's Block"
-        if type(block.attn) not in (Attention, SplitAttention) and hasattr(block.attn, "num_heads"):
-            return (
-                f"blocks.{index}.attn is a {type(block.attn).__name__}, which vitprune cannot have count tokens by size"
-            )
+        # What has no heads stands where attention was left out.
+        reason = why_not(block.attn, QK) or why_not(block.attn, VO) if hasattr(block.attn, "num_heads") else None
+        if reason:
+            return f"blocks.{index}.attn: {reason}"
     return None
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from vitprune.errors import VitpruneError
 from vitprune.files import atomic_folder, open_tensors
-from vitprune.models.build import CONFIG_FILE, build, fill, unrecorded
+from vitprune.models.build import CONFIG_FILE, build, fill, restore, unrecorded
 from vitprune.models.facts import Facts
 from vitprune.seen_images import seen_by
 
@@ -63,7 +63,8 @@ def load_folder(folder: Path) -> nn.Module:
         VitpruneError: if the folder is no saved model, or its files do not fit each other.
     """
     weights_path = folder / WEIGHTS_FILE
-    model = build(read_config(folder))
+    config = read_config(folder)
+    model = restore(build(config), config)
     try:
         state = load_file(weights_path)
     except SafetensorError as error:
