@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -110,18 +111,10 @@ def measure_query_key_losses(
     num_images = 0
     for images, _labels in on_device(model, batches):
         seen: dict[str, Tensor] = {}
-
-        def keep(name: str):
-            def hook(_module: nn.Module, _inputs: object, output: Tensor, seen=seen) -> Tensor:
-                seen[name] = output if output.requires_grad else output.detach().requires_grad_()
-                return seen[name]
-
-            return hook
-
         with torch.enable_grad(), frozen(model), ExitStack() as stack:
             for name in names:
                 linear = model.get_submodule(name).q
-                stack.callback(linear.register_forward_hook(keep(name)).remove)
+                stack.callback(linear.register_forward_hook(partial(_keep, seen, name)).remove)
             logits = model(images)
         gradients = torch.autograd.grad(logits, list(seen.values()), grad_outputs=draw_directions(logits, generator))
         for (name, query), gradient in zip(seen.items(), gradients, strict=True):
@@ -133,3 +126,8 @@ def measure_query_key_losses(
     if num_images == 0:
         raise VitpruneError("no calibration images")
     return {name: total.cpu() / (2 * num_images) for name, total in sums.items()}
+
+
+def _keep(seen: dict[str, Tensor], name: str, _module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+    seen[name] = output if output.requires_grad else output.detach().requires_grad_()
+    return seen[name]

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from vitprune.errors import VitpruneError
 from vitprune.models.attention import SplitAttention, describe_attention, restore_attention
+from vitprune.models.left_out import describe_left_out, restore_left_out
 from vitprune.models.merging import describe_merging, set_merging
-from vitprune.models.units import find_groups
+from vitprune.models.units import find_left
 
 CONFIG_FILE = "config.json"
 # What a description says beside timm's own keys, where there is such a thing.
-ATTENTION_KEY, MERGE_KEY = "attention", "merge"
+ATTENTION_KEY, LEFT_OUT_KEY, MERGE_KEY = "attention", "left_out", "merge"
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def unrecorded(model: nn.Module) -> dict[str, Any]:
     known = {
         "label_names": list(names) if names else None,
         ATTENTION_KEY: describe_attention(model),
+        LEFT_OUT_KEY: describe_left_out(model),
         MERGE_KEY: describe_merging(model),
     }
     return {
@@ -71,13 +73,14 @@ def build(config: Mapping[str, Any], source: str = CONFIG_FILE) -> nn.Module:
 
 
 def restore(model: nn.Module, config: Mapping[str, Any], source: str = CONFIG_FILE) -> nn.Module:
-    """Return a freshly built dense model with the attention and the merging of tokens that a description tells of.
+    """Return a freshly built dense model as a description tells of its attention, missing layers and merging tokens.
 
     Raises:
         VitpruneError: if it cannot have them.
     """
     try:
         model = restore_attention(model, config.get(ATTENTION_KEY) or {})
+        model = restore_left_out(model, config.get(LEFT_OUT_KEY) or {})
         return set_merging(model, config[MERGE_KEY]) if config.get(MERGE_KEY) else model
     except (AttributeError, KeyError, TypeError, VitpruneError) as error:
         raise VitpruneError(f"{source}: the model cannot be as described ({error})") from error
@@ -98,7 +101,7 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], complaint: str) -> nn.Mo
 
 def _fit_widths(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Replace the layers that own units of a freshly built dense model by ones of the stored shapes."""
-    names = [part.linear for group in find_groups(model) for part in group.owned]
+    names = [part.linear for group in find_left(model) for part in group.owned]
     for attention, module in model.named_modules():
         if type(module) is SplitAttention:
             names += [f"{attention}.{linear}" for linear in ("q", "k", "v", "proj")]

@@ -168,10 +168,10 @@ class MergingBlock(nn.Module):
         # A token of size n counts as n equal ones would.
         mask = None if size_BN1 is None else size_BN1.log().transpose(1, 2).unsqueeze(1)
         z_BND, keys, matching = self.norm1(x_BND), None, None
-        if type(self.attn) is SplitAttention:
-            y_BND, keys = self.attn.attend(z_BND, z_BND, mask)
-        else:
+        if self.merge is None:
             y_BND = self.attn(z_BND, attn_mask=mask, is_causal=False)
+        else:
+            y_BND, keys = self.attn.attend(z_BND, z_BND, mask)
         x_BND = x_BND + self.drop_path1(self.ls1(y_BND))
         if self.merge is not None:
             size_BN1 = torch.ones_like(x_BND[..., :1]) if size_BN1 is None else size_BN1

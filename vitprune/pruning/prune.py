@@ -39,7 +39,7 @@ from vitprune.pruning.apply import mask_neurons, remember, remove_neurons
 from vitprune.pruning.compensate import check_ridge
 from vitprune.pruning.compensations import REGISTRY as COMPENSATIONS
 from vitprune.pruning.compensations import check_compensation, needed_statistics
-from vitprune.pruning.parts import check_parts, decide_parts
+from vitprune.pruning.decide import check_parts, decide_parts
 from vitprune.pruning.plan import Plan, fit_plan, plan_from_widths
 from vitprune.pruning.schedule import Schedule, finish, list_stops, needs_steps, walk
 from vitprune.pruning.sequential import weigh_tokens
@@ -248,7 +248,7 @@ def prune(
             track=track,
         )
         neurons, whole_target, target = decided.cut(row.bridge, ridge=ridge), target, decided.target
-        token_weights = weigh_tokens(model, decided.ranked.statistics) if has_classifier(model) else None
+        token_weights = weigh_tokens(model, decided.turned.statistics) if has_classifier(model) else None
     ranks_neurons = FFN in parts and bool(find_left(neurons))
     bridged = ranks_neurons and len(schedule.stops(target, step)) > 1
     wanted = needed_statistics(

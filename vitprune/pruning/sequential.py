@@ -250,8 +250,9 @@ def _steer_attention(
         for module, name in ((dense_reader, "wanted"), (proj, "rows")):
             hook = lambda _module, inputs, name=name: seen.update({name: inputs[0]})  # noqa: E731
             stack.callback(module.register_forward_pre_hook(hook).remove)
-        # What reads the stream first is asked before any token of this block merges.
-        stop = stopping_before(work.get_submodule(attention.reader), lambda stream: seen.update(got=stream))
+        # Tokens of this block merge behind its attention, before anything else reads the stream.
+        reader = getattr(work.get_submodule(call.name), "merge", None) or work.get_submodule(attention.reader)
+        stop = stopping_before(reader, lambda stream: seen.update(got=stream))
         stack.enter_context(stop)
         for index, work_state in enumerate(work_states):
             dense_states[index] = call.run(dense, dense_states[index])

@@ -1,0 +1,305 @@
+"""Decide what of a model goes, over all its parts: the loss that each costs, over what it saves.
+
+Neurons, dimensions of attention and whole layers compete in one ranking. What is decided here for good is what of
+attention goes and which layers; neurons are ranked anew, in steps, on the model that this leaves.
+
+Letters: H units of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitprune.calibration.layer_losses import StandIn
+from vitprune.data import Batches
+from vitprune.errors import VitpruneError
+from vitprune.models.attention import HEADS, QK, VO, check_attention, split_attention
+from vitprune.models.facts import Asked, Facts
+from vitprune.models.left_out import MAP
+from vitprune.models.units import FFN, KINDS, LAYERS, find_groups, find_layers
+from vitprune.options import DEFAULT_RIDGE, PARTS, check_choice
+from vitprune.progress import Track, untracked
+from vitprune.pruning.allocate import allocate
+from vitprune.pruning.plan import Plan
+from vitprune.pruning.rank_parts import Worth, kind_of, rank_parts
+from vitprune.pruning.target import Target, count_tokens, target_neurons
+from vitprune.pruning.turn import Turned, cut, turn_attention
+from vitprune.views import has_classifier
+
+
+def check_parts(model: nn.Module, parts: Sequence[str], *, mode: str = "remove") -> tuple[str, ...]:
+    """Return parts in the order of ``PARTS``, after checking that the model has them.
+
+    Raises:
+        VitpruneError: if a part is unknown, the model lacks it, or it cannot be masked.
+
+    >>> import timm
+    >>> check_parts(timm.create_model("vit_tiny_patch16_224", depth=1), ["vo", "ffn"])
+    ('ffn', 'vo')
+    """
+    for part in parts:
+        check_choice("parts", part, PARTS)
+    ordered = tuple(part for part in PARTS if part in parts)
+    if not ordered:
+        raise VitpruneError(f"parts must name at least one of {', '.join(PARTS)}")
+    if ordered == (FFN,):
+        return ordered
+    if mode != "remove":
+        raise VitpruneError(f"mode {mode} is for neurons alone; parts {', '.join(ordered)} are removed")
+    check_attention(model, [part for part in ordered if part in (QK, VO, HEADS)])
+    if not has_classifier(model):
+        raise VitpruneError(f"parts {', '.join(ordered)} are ranked by loss, but the model has no classifier")
+    find_groups(model)
+    if LAYERS in ordered:
+        find_layers(model)
+        check_attention(model, [QK, VO])
+    return ordered
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What of a model goes, neurons still counted alone.
+
+    Attributes:
+        widths: group name -> units to keep, of every part but layers; 0 where a layer goes as a whole.
+        left_out: name of an attention or FFN -> what stands in for it.
+        loss: what all that is predicted to cost, in nats per image.
+    """
+
+    widths: Mapping[str, int]
+    left_out: Mapping[str, StandIn]
+    loss: float
+
+
+def decide(
+    losses: Mapping[str, Tensor],
+    target: Target,
+    stand_ins: Sequence[StandIn] = (),
+    stand_in_costs: Mapping[tuple[str, str], float] | None = None,
+    *,
+    allocation: str,
+    round_to: Mapping[str, int],
+    floor: float,
+) -> Decision:
+    """Decide widths and whole layers so that the target is met at the least predicted loss.
+
+    Layers are left out one after another, as long as that leaves more for the others than it costs.
+
+    Args:
+        losses: group name -> what each unit costs [H], of all groups that may be cut; nats per image.
+        target: limit and costs, of these groups and of all others in attention and FFNs.
+        stand_ins: what may stand where layers were, and what that costs.
+        stand_in_costs: (layer, kind) -> cost of the stand-in, in the target's unit; 0 where it does not say.
+        allocation: key of ``ALLOCATIONS``.
+        round_to: group name -> every width is a multiple of it.
+        floor: share of its units that ``global`` leaves to each group at least.
+
+    Raises:
+        VitpruneError: if the target cannot be met.
+    """
+    costs = stand_in_costs or {}
+
+    def attempt(left_out: Mapping[str, StandIn]) -> Decision:
+        gone = {name for name in target.costs if _layer_of(name) in left_out}
+        whole = {name: len(cost_H) - 1 for name, cost_H in target.costs.items() if name not in losses}
+        fixed = {**whole, **dict.fromkeys(gone, 0)}
+        extra = sum(costs.get((name, each.kind), 0.0) for name, each in left_out.items())
+        remaining = fix(target, fixed, extra)
+        open_losses = {name: loss_H for name, loss_H in losses.items() if name not in gone}
+        widths = allocate(
+            open_losses,
+            remaining,
+            allocation=allocation,
+            across_ffns=True,
+            round_to={name: round_to[name] for name in open_losses},
+            floor=floor,
+        )
+        loss = sum(
+            float(loss_H.sort().values[: len(loss_H) - widths[name]].sum()) for name, loss_H in open_losses.items()
+        )
+        loss += sum(each.loss for each in left_out.values())
+        return Decision({**widths, **dict.fromkeys(gone, 0)}, dict(left_out), loss)
+
+    best = attempt({})
+    while True:
+        better = best
+        for each in stand_ins:
+            if each.layer in best.left_out:
+                continue
+            try:
+                trial = attempt({**best.left_out, each.layer: each})
+            except VitpruneError:  # what would be left cannot meet the target
+                continue
+            better = min(better, trial, key=lambda decision: decision.loss)
+        if better is best:
+            return best
+        best = better
+
+
+def _layer_of(group: str) -> str:
+    kind = group.rpartition(".")[2]
+    return group.removesuffix(f".{kind}") if kind in (QK, VO, HEADS) else group
+
+
+def fix(target: Target, widths: Mapping[str, int], extra: float = 0.0) -> Target:
+    """Return a target whose groups of these names are decided already.
+
+    Args:
+        target: of all groups.
+        widths: group name -> units that it keeps.
+        extra: what else the model costs.
+
+    >>> costs = {"a": torch.arange(5.0), "b": torch.arange(3.0)}
+    >>> fix(Target("macs", limit=4, fixed=1, costs=costs), {"b": 1}).fixed
+    2.0
+    """
+    fixed = target.fixed + extra + sum(float(target.costs[name][width]) for name, width in widths.items())
+    costs = {name: cost_H for name, cost_H in target.costs.items() if name not in widths}
+    return replace(target, fixed=fixed, costs=costs)
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What of a model's attention and layers goes, and what its neurons may still cost.
+
+    Attributes:
+        turned: the model with its attention in order.
+        decision: widths and layers.
+        target: for the neurons of the model that is left.
+    """
+
+    turned: Turned
+    decision: Decision
+    target: Target
+
+    @property
+    def plan(self) -> Plan:
+        """What goes before neurons are ranked: dimensions, heads, layers."""
+        keep, kinds, left_out = {}, {}, self.decision.left_out
+        for group in find_groups(self.turned.model, [kind for kind in KINDS if kind != HEADS]):
+            if group.kind == LAYERS:
+                keep[group.name] = torch.tensor([group.module not in left_out])
+            elif group.module in left_out:
+                keep[group.name] = torch.zeros(group.num_units, dtype=torch.bool)
+            else:
+                width = group.num_units if group.kind == FFN else self.decision.widths.get(group.name, group.num_units)
+                keep[group.name] = torch.arange(group.num_units) < width
+            if group.kind != FFN:
+                kinds[group.name] = group.kind
+        facts = Facts(stand_ins={name: each.kind for name, each in left_out.items()})
+        return Plan(keep, facts, kinds)
+
+    def cut(self, compensation: str, *, ridge: float = DEFAULT_RIDGE) -> nn.Module:
+        """Return the model without what goes before neurons are ranked; arguments as of ``cut``."""
+        return cut(self.turned, self.plan, compensation, ridge=ridge)
+
+    def complete(self, neurons: Plan) -> Plan:
+        """Return the plan of everything, with which neurons of the model that is left stay."""
+        whole = self.plan
+        return replace(whole, keep={**whole.keep, **neurons.keep})
+
+    def asked(self, target: Target, neurons: Mapping[str, int]) -> Asked:
+        """Return what was asked and what is predicted for these widths of the FFNs that are left."""
+        return Asked(target.kind, target.limit, self.target.predict(neurons), target.dense)
+
+
+def decide_parts(
+    model: nn.Module,
+    batches: Batches,
+    parts: Sequence[str],
+    *,
+    pruning_ratio: float | None = None,
+    target: Target | None = None,
+    wanted: frozenset[str] = frozenset(),
+    allocation: str,
+    round_to: int = 1,
+    floor: float,
+    ridge: float = DEFAULT_RIDGE,
+    seed: int = 0,
+    track: Track = untracked,
+) -> Decided:
+    """Decide what of attention and which layers go, and what that leaves to the neurons.
+
+    Args:
+        model: timm Vision Transformer in eval mode, with a classifier; its tokens may merge.
+        batches: calibration images and labels, readable more than once.
+        parts: from ``check_parts``.
+        pruning_ratio: share of the units of every part to go, in [0, 1).
+        target: what the model may cost instead, by width of all its FFNs and attentions.
+        wanted: statistics of the FFNs that will be asked for, in the words of ``measure_statistics``.
+        allocation: key of ``ALLOCATIONS``.
+        round_to: every FFN's width is a multiple of it; widths of attention are multiples of 8 where heads are wide.
+        floor: share of its units that ``global`` leaves to each group at least.
+        ridge: λ of what stands in.
+        seed: of everything drawn at random.
+        track: wraps (items, description) of long loops, for progress.
+
+    Raises:
+        VitpruneError: if the target cannot be met, or is not for these parts.
+    """
+    if (pruning_ratio is None) == (target is None):
+        raise VitpruneError("say how far to prune: either pruning_ratio or target")
+    split = split_attention(model)
+    groups = find_groups(split, [FFN, QK, VO])
+    multiples = {group.name: round_to if group.kind == FFN else multiple_of(group.num_units) for group in groups}
+    options = {"allocation": allocation, "round_to": multiples, "floor": floor}
+    level = {group.name: torch.zeros(group.num_units) for group in groups if group.kind in parts}
+    if target is not None:
+        if set(target.costs) != {group.name for group in groups}:
+            raise VitpruneError("the target is for other parts than these; build it with `kinds` ffn, qk and vo")
+        if level:
+            decide(level, target, **options)
+    turned = turn_attention(model, batches, parts, wanted, ridge=ridge, seed=seed)
+    worth = rank_parts(turned, batches, parts, ridge=ridge, seed=seed, track=track)
+    if target is None:
+        decision = _decide_by_ratio(worth, parts, pruning_ratio, options)
+        remaining = target_neurons(cut(turned, Decided(turned, decision, None).plan, "none"), pruning_ratio)
+        return Decided(turned, decision, remaining)
+    extra = {(layer, MAP): _cost_of_map(target, split, layer) for layer in turned.stand_ins}
+    decision = decide(worth.losses, target, worth.stand_ins, extra, **options)
+    gone = {name: width for name, width in decision.widths.items() if kind_of(name) != FFN or width == 0}
+    others = {name: len(cost_H) - 1 for name, cost_H in target.costs.items() if kind_of(name) != FFN}
+    spent = sum(extra.get((name, each.kind), 0.0) for name, each in decision.left_out.items())
+    return Decided(turned, decision, fix(target, {**others, **gone}, spent))
+
+
+def _decide_by_ratio(worth: Worth, parts: Sequence[str], ratio: float, options: Mapping[str, Any]) -> Decision:
+    widths: dict[str, int] = {}
+    for kind in parts:
+        of_kind = {name: loss_H for name, loss_H in worth.losses.items() if kind_of(name) == kind}
+        if kind == FFN or not of_kind:
+            continue
+        counts = {name: torch.arange(len(loss_H) + 1, dtype=torch.float64) for name, loss_H in of_kind.items()}
+        limit = sum(len(loss_H) for loss_H in of_kind.values()) * (1 - ratio)
+        chosen = {**options, "round_to": {name: options["round_to"][name] for name in of_kind}}
+        widths.update(allocate(of_kind, Target("neurons", limit, 0.0, counts), across_ffns=True, **chosen))
+    left_out: dict[str, StandIn] = {}
+    num_layers = len({each.layer for each in worth.stand_ins})
+    for each in sorted(worth.stand_ins, key=lambda each: each.loss):
+        if len(left_out) < int(num_layers * ratio + 1e-9):
+            left_out.setdefault(each.layer, each)
+    return Decision(widths, left_out, 0.0)
+
+
+def _cost_of_map(target: Target, model: nn.Module, layer: str) -> float:
+    """Return what a linear map of tokens costs where a layer was: neurons and dimensions tell the price of a weight."""
+    of_layer = [group for group in find_groups(model, [FFN, QK, VO]) if group.module == layer and group.kind != QK]
+    group = of_layer[0]
+    dim = model.get_submodule(group.read_by).out_features
+    if target.kind == "parameters":
+        return float(dim * dim + dim)
+    return float(dim * dim * count_tokens(model, [group])[group.name])
+
+
+def multiple_of(width: int) -> int:
+    """Return what widths of attention are multiples of: 8, or less where heads are narrow.
+
+    >>> multiple_of(64), multiple_of(8), multiple_of(6)
+    (8, 2, 1)
+    """
+    return next(step for step in (8, 4, 2, 1) if (width % step == 0 and width >= 4 * step) or step == 1)

@@ -1,0 +1,137 @@
+"""What parts of a model are worth, in one currency: nats that an image's answer loses.
+
+Letters: H units of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitprune.calibration.attention_moments import measure_query_key_losses
+from vitprune.calibration.layer_losses import StandIn, measure_divergence, measure_stand_ins
+from vitprune.calibration.second_order import obs
+from vitprune.data import Batches, on_device
+from vitprune.models.attention import HEADS, QK, VO, find_attention
+from vitprune.models.units import FFN, LAYERS, find_groups
+from vitprune.options import DEFAULT_RIDGE
+from vitprune.progress import Track, untracked
+from vitprune.pruning.apply import mask_neurons
+from vitprune.pruning.plan import Plan
+from vitprune.pruning.turn import Turned, stand_in_for
+
+# Of the calibration images, how many measure what whole layers are worth.
+NUM_MEASURED = 64
+# How many of them, and which share of a part, tell how far an estimate is off.
+NUM_CALIBRATED, SHARE_CALIBRATED = 128, 0.25
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What the parts of a model are worth.
+
+    Attributes:
+        losses: group name -> what each unit costs when it goes after those worth less [H]; float64, nats per image.
+        stand_ins: what may stand where whole layers were.
+    """
+
+    losses: Mapping[str, Tensor]
+    stand_ins: Sequence[StandIn] = ()
+
+
+def rank_parts(
+    turned: Turned,
+    batches: Batches,
+    parts: Sequence[str],
+    *,
+    ridge: float = DEFAULT_RIDGE,
+    seed: int = 0,
+    track: Track = untracked,
+) -> Worth:
+    """Estimate what neurons, dimensions and layers cost, so that all compare.
+
+    Neurons by criterion ``obs``, values by their discarded singular values, queries and keys by the Fisher information
+    of their last dimensions together, layers by trying. Of each kind of unit a share is then tried as well, and its
+    estimates are multiplied by what they were off by.
+
+    Args:
+        turned: from ``turn_attention``, for the same parts.
+        batches: calibration images and labels, readable more than once.
+        parts: keys of ``PARTS``.
+        ridge: λ of what stands in.
+        seed: of everything drawn at random.
+        track: wraps (items, description) of long loops, for progress.
+
+    >>> import timm
+    >>> from vitprune.pruning.turn import turn_attention
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5).eval()
+    >>> batches = [(torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64))]
+    >>> worth = rank_parts(turn_attention(model, batches, ["qk", "vo"]), batches, ["qk", "vo"])
+    >>> {name: len(losses) for name, losses in sorted(worth.losses.items())}
+    {'blocks.0.attn.qk': 64, 'blocks.0.attn.vo': 64}
+    """
+    losses: dict[str, Tensor] = {}
+    if FFN in parts:
+        losses.update(obs(turned.model, turned.statistics, ridge=ridge, track=track))
+    if VO in parts:
+        losses.update(turned.value_losses)
+    if QK in parts:
+        names = [name for name, module in find_attention(turned.model).items() if hasattr(module, "q")]
+        tails = measure_query_key_losses(turned.model, names, batches, seed=seed + 1)
+        losses.update({f"{name}.{QK}": _per_unit(tail_H) for name, tail_H in tails.items()})
+    stand_ins: Sequence[StandIn] = ()
+    if turned.stand_ins:
+        stand_ins = measure_stand_ins(turned.model, turned.stand_ins, _some(batches, NUM_MEASURED), track=track)
+    factors = _measure_factors(turned, losses, _some(batches, NUM_CALIBRATED), ridge)
+    return Worth({name: loss_H * factors[kind_of(name)] for name, loss_H in losses.items()}, stand_ins)
+
+
+def _per_unit(tail_H: Tensor) -> Tensor:
+    """Turn what the units from each on cost together into what each adds; falling, so that the first are kept."""
+    added_H = tail_H - torch.cat([tail_H[1:], tail_H.new_zeros(1)])
+    tiny = torch.finfo(torch.float64).tiny
+    return added_H.flip(0).clamp_min(tiny).cummax(0).values.flip(0)
+
+
+def _some(batches: Batches, num_images: int) -> list[tuple[Tensor, Tensor]]:
+    """Return about this many images, evenly from all batches."""
+    held = list(batches)
+    total = sum(len(labels) for _images, labels in held)
+    every = max(1, total // num_images)
+    return [(images[::every], labels[::every]) for images, labels in held]
+
+
+@torch.no_grad()
+def _measure_factors(turned: Turned, losses: Mapping[str, Tensor], batches: Batches, ridge: float) -> dict[str, float]:
+    """Return by how much estimates of each kind fall short: they see tokens and layers one by one."""
+    model = turned.model
+    images = [images for images, _labels in on_device(model, batches)]
+    dense = [model(each).log_softmax(-1) for each in images]
+    factors = {}
+    for kind in dict.fromkeys(map(kind_of, losses)):
+        keep, estimate = {}, 0.0
+        groups = find_groups(model, [kind])
+        for group in groups:
+            loss_H = losses[group.name]
+            gone = loss_H.argsort(stable=True)[: round(SHARE_CALIBRATED * len(loss_H))]
+            keep[group.name] = torch.ones(len(loss_H), dtype=torch.bool)
+            keep[group.name][gone] = False
+            estimate += float(loss_H[gone].sum())
+        plan = Plan(keep, kinds={group.name: kind for group in groups if kind != FFN})
+        tried = mask_neurons(stand_in_for(model, plan, turned.statistics, "ridge", ridge=ridge), plan)
+        found = [measure_divergence(dense_BC, tried(each)) for dense_BC, each in zip(dense, images, strict=True)]
+        factors[kind] = max(float(torch.cat(found).mean()), 1e-12) / max(estimate, 1e-12)
+    return factors
+
+
+def kind_of(group: str) -> str:
+    """Return the kind of a group's units, by its name.
+
+    >>> kind_of("blocks.0.attn.qk"), kind_of("blocks.0.mlp")
+    ('qk', 'ffn')
+    """
+    kind = group.rpartition(".")[2]
+    return kind if kind in (QK, VO, HEADS, LAYERS) else FFN
