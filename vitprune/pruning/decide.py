@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.calibration.layer_losses import StandIn
-from vitprune.data import Batches
+from vitprune.data import Batches, take_evenly
 from vitprune.errors import VitpruneError
 from vitprune.models.attention import HEADS, QK, VO, check_attention, split_attention
-from vitprune.models.facts import Asked, Facts
+from vitprune.models.facts import Facts
 from vitprune.models.left_out import MAP
 from vitprune.models.units import FFN, KINDS, LAYERS, find_groups, find_layers
 from vitprune.options import DEFAULT_RIDGE, PARTS, check_choice
@@ -30,6 +30,9 @@ from vitprune.pruning.rank_parts import Worth, kind_of, rank_parts
 from vitprune.pruning.target import Target, count_tokens, target_neurons
 from vitprune.pruning.turn import Turned, cut, turn_attention
 from vitprune.views import has_classifier
+
+# How many of the calibration images the decision is made on; all see what is left of the model.
+NUM_IMAGES = 512
 
 
 def check_parts(model: nn.Module, parts: Sequence[str], *, mode: str = "remove") -> tuple[str, ...]:
@@ -169,19 +172,21 @@ class Decided:
 
     Attributes:
         turned: the model with its attention in order.
+        parts: kinds of units that may go.
         decision: widths and layers.
         target: for the neurons of the model that is left.
     """
 
     turned: Turned
+    parts: tuple[str, ...]
     decision: Decision
-    target: Target
+    target: Target | None
 
     @property
     def plan(self) -> Plan:
         """What goes before neurons are ranked: dimensions, heads, layers."""
         keep, kinds, left_out = {}, {}, self.decision.left_out
-        for group in find_groups(self.turned.model, [kind for kind in KINDS if kind != HEADS]):
+        for group in find_groups(self.turned.model, [kind for kind in KINDS if kind == FFN or kind in self.parts]):
             if group.kind == LAYERS:
                 keep[group.name] = torch.tensor([group.module not in left_out])
             elif group.module in left_out:
@@ -191,21 +196,14 @@ class Decided:
                 keep[group.name] = torch.arange(group.num_units) < width
             if group.kind != FFN:
                 kinds[group.name] = group.kind
-        facts = Facts(stand_ins={name: each.kind for name, each in left_out.items()})
+        facts = Facts(stand_ins={name: each.kind for name, each in left_out.items()} or None)
         return Plan(keep, facts, kinds)
 
-    def cut(self, compensation: str, *, ridge: float = DEFAULT_RIDGE) -> nn.Module:
-        """Return the model without what goes before neurons are ranked; arguments as of ``cut``."""
-        return cut(self.turned, self.plan, compensation, ridge=ridge)
-
-    def complete(self, neurons: Plan) -> Plan:
+    def complete(self, neurons: Plan, facts: Facts) -> Plan:
         """Return the plan of everything, with which neurons of the model that is left stay."""
         whole = self.plan
-        return replace(whole, keep={**whole.keep, **neurons.keep})
-
-    def asked(self, target: Target, neurons: Mapping[str, int]) -> Asked:
-        """Return what was asked and what is predicted for these widths of the FFNs that are left."""
-        return Asked(target.kind, target.limit, self.target.predict(neurons), target.dense)
+        facts = replace(facts, stand_ins=whole.facts.stand_ins)
+        return replace(whole, keep={**whole.keep, **neurons.keep}, facts=facts)
 
 
 def decide_parts(
@@ -254,18 +252,19 @@ def decide_parts(
             raise VitpruneError("the target is for other parts than these; build it with `kinds` ffn, qk and vo")
         if level:
             decide(level, target, **options)
-    turned = turn_attention(model, batches, parts, wanted, ridge=ridge, seed=seed)
-    worth = rank_parts(turned, batches, parts, ridge=ridge, seed=seed, track=track)
+    some = take_evenly(batches, NUM_IMAGES)
+    turned = turn_attention(model, some, parts, wanted, ridge=ridge, seed=seed)
+    worth = rank_parts(turned, some, parts, ridge=ridge, seed=seed, track=track)
     if target is None:
         decision = _decide_by_ratio(worth, parts, pruning_ratio, options)
-        remaining = target_neurons(cut(turned, Decided(turned, decision, None).plan, "none"), pruning_ratio)
-        return Decided(turned, decision, remaining)
+        remaining = target_neurons(cut(turned, Decided(turned, parts, decision, None).plan, "none"), pruning_ratio)
+        return Decided(turned, parts, decision, remaining)
     extra = {(layer, MAP): _cost_of_map(target, split, layer) for layer in turned.stand_ins}
     decision = decide(worth.losses, target, worth.stand_ins, extra, **options)
     gone = {name: width for name, width in decision.widths.items() if kind_of(name) != FFN or width == 0}
     others = {name: len(cost_H) - 1 for name, cost_H in target.costs.items() if kind_of(name) != FFN}
     spent = sum(extra.get((name, each.kind), 0.0) for name, each in decision.left_out.items())
-    return Decided(turned, decision, fix(target, {**others, **gone}, spent))
+    return Decided(turned, parts, decision, fix(target, {**others, **gone}, spent))
 
 
 def _decide_by_ratio(worth: Worth, parts: Sequence[str], ratio: float, options: Mapping[str, Any]) -> Decision:

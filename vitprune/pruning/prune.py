@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from vitprune.calibration.criteria import REGISTRY as CRITERIA
 from vitprune.calibration.criteria import check_needs
 from vitprune.calibration.statistics import Statistics
-from vitprune.data import Batches
+from vitprune.data import Batches, take_evenly
 from vitprune.discovery.discover import Discovery
 from vitprune.errors import VitpruneError
+from vitprune.models.attention import split_attention
 from vitprune.models.block_calls import BlockCall
 from vitprune.models.facts import Asked, Facts
 from vitprune.models.identity import architecture, hash_weights
+from vitprune.models.image_size import set_image_size
 from vitprune.models.macs import ffn_share, measure_sizes
-from vitprune.models.merging import describe_merging, unmerged
+from vitprune.models.merging import describe_merging, set_merging, unmerged
 from vitprune.models.units import FFN, find_groups, find_left
 from vitprune.options import COMPENSATIONS as COMPENSATION_NAMES
 from vitprune.options import (
@@ -39,13 +41,14 @@ from vitprune.pruning.apply import mask_neurons, remember, remove_neurons
 from vitprune.pruning.compensate import check_ridge
 from vitprune.pruning.compensations import REGISTRY as COMPENSATIONS
 from vitprune.pruning.compensations import check_compensation, needed_statistics
-from vitprune.pruning.decide import check_parts, decide_parts
+from vitprune.pruning.decide import NUM_IMAGES, check_parts, decide_parts
 from vitprune.pruning.plan import Plan, fit_plan, plan_from_widths
 from vitprune.pruning.schedule import Schedule, finish, list_stops, needs_steps, walk
 from vitprune.pruning.sequential import weigh_tokens
 from vitprune.pruning.session import Session
 from vitprune.pruning.target import Target, target_neurons
-from vitprune.seen_images import SeenImages
+from vitprune.pruning.turn import Turned, cut, turn_attention
+from vitprune.seen_images import SeenImages, watch
 from vitprune.views import data_config, has_classifier
 
 _TAKE_OUT: Mapping[str, Callable[[nn.Module, Plan], nn.Module]] = {"remove": remove_neurons, "mask": mask_neurons}
@@ -212,7 +215,7 @@ def prune(
     if pruning_ratio is None and target is None:
         pruning_ratio = DEFAULT_RATIO
     parts = check_parts(model, parts, mode=mode)
-    aimed_at = unmerged(model)
+    check_compensation(compensation, has_images=batches is not None)
     facts = Facts(
         criterion=criterion,
         allocation=allocation,
@@ -222,17 +225,16 @@ def prune(
         ridge=ridge,
         seed=seed,
     )
-    schedule = Schedule(criterion, allocation, row.bridge, round_to, floor)
-    check_compensation(compensation, has_images=batches is not None)
-    neurons, decided, token_weights = model, None, None
+    asked = target
     if parts == (FFN,):
-        target = _target(model, pruning_ratio, target)
-        list_stops(target.share, step)
+        target = asked = _target(model, pruning_ratio, target)
         # Refuse an impossible target before any image is read.
         level = {group.name: torch.zeros(group.num_units) for group in find_groups(model)}
         allocate(level, target, allocation=allocation, across_ffns=True, round_to=round_to, floor=floor)
-    else:
-        list_stops(0.5, step)
+    list_stops(0.0 if target is None else target.share, step)
+    batches = watch(batches)
+    decided = None
+    if parts != (FFN,):
         decided = decide_parts(
             model,
             batches,
@@ -247,23 +249,19 @@ def prune(
             seed=seed,
             track=track,
         )
-        neurons, whole_target, target = decided.cut(row.bridge, ridge=ridge), target, decided.target
-        token_weights = weigh_tokens(model, decided.turned.statistics) if has_classifier(model) else None
+        target = decided.target
+    schedule = Schedule(criterion, allocation, row.bridge, round_to, floor)
+    narrowed = None if decided is None else decided.turned
+    neurons = model if decided is None else cut(decided.turned, decided.plan, row.bridge, ridge=ridge)
     ranks_neurons = FFN in parts and bool(find_left(neurons))
-    bridged = ranks_neurons and len(schedule.stops(target, step)) > 1
     wanted = needed_statistics(
-        model, criteria=[criterion] if ranks_neurons else [], compensations=[compensation], bridged=bridged
+        model,
+        criteria=[criterion] if ranks_neurons else [],
+        compensations=[compensation],
+        bridged=ranks_neurons and len(schedule.stops(target, step)) > 1,
     )
-    session = Session(
-        neurons,
-        batches,
-        found=found,
-        wanted=wanted,
-        dense=model if neurons is model and aimed_at is model else aimed_at,
-        token_weights=token_weights,
-        ridge=ridge,
-        seed=seed,
-        track=track,
+    session = _session(
+        model, neurons, narrowed, batches, found=found, wanted=wanted, ridge=ridge, seed=seed, track=track
     )
     if row.by_block:
         _ = session.calls  # a model whose blocks cannot be run one at a time is refused before its units are scored
@@ -271,25 +269,28 @@ def prune(
         *_earlier, stage = walk(session, target, schedule, step=step)
         plan = finish(session, stage, target, schedule)
     else:
-        plan = Plan({group.name: torch.ones(group.num_units, dtype=torch.bool) for group in session.groups})
-    if decided is None:
-        plan = explain(model, plan, target, pruning_ratio, facts)
-        return _carry_out(session, plan, mode=mode, compensation=compensation, dense=dense)
-    plan = plan.with_facts(architecture=architecture(model), criterion=criterion)
-    whole = decided.complete(plan)
-    asked = None if whole_target is None else decided.asked(whole_target, plan.widths)
-    whole = replace(
-        whole,
-        facts=replace(
-            facts,
-            architecture=architecture(model),
-            weights_sha256=hash_weights(model if dense is None else dense),
-            pruning_ratio_asked=pruning_ratio,
-            target=asked,
-            stand_ins={name: each.kind for name, each in decided.decision.left_out.items()} or None,
-        ),
+        plan = Plan({group.name: torch.ones(group.num_units, dtype=torch.bool) for group in find_left(neurons)})
+    if asked is not None:
+        predicted = target.predict(
+            plan.widths if ranks_neurons else {name: len(c) - 1 for name, c in target.costs.items()}
+        )
+        facts = replace(facts, target=Asked(asked.kind, asked.limit, predicted, asked.dense))
+    facts = replace(
+        facts,
+        architecture=architecture(model),
+        weights_sha256=hash_weights(model if dense is None else dense),
+        pruning_ratio_asked=pruning_ratio,
     )
-    return _carry_out(session, plan, mode=mode, compensation=compensation, dense=dense, whole=whole)
+    whole = replace(plan, facts=facts) if decided is None else decided.complete(plan, facts)
+    return _carry_out(session, whole, mode=mode, compensation=compensation, dense=dense)
+
+
+def _session(model: nn.Module, neurons: nn.Module, turned: Turned | None, batches: Batches | None, **needs) -> Session:
+    """Return the session of what is left of a model before its neurons go, which aims at the model unmerged."""
+    weights = None
+    if turned is not None and has_classifier(model):
+        weights = weigh_tokens(model, turned.statistics)
+    return Session(neurons, batches, dense=unmerged(model), token_weights=weights, **needs)
 
 
 def prune_as_planned(
@@ -312,48 +313,80 @@ def prune_as_planned(
     """
     check_choice("mode", mode, MODES)
     check_ridge(ridge)
-    fit_plan(model, plan)
     check_compensation(compensation, has_images=batches is not None)
+    dense, model = model, shape_as_planned(model, plan)
     wanted = needed_statistics(model, compensations=[compensation])
-    session = Session(model, batches, wanted=wanted, ridge=ridge, seed=seed, track=track)
-    plan = plan.with_facts(weights_sha256=hash_weights(model), ridge=ridge)
-    return _carry_out(session, plan, mode=mode, compensation=compensation)
+    neurons, turned, batches = model, None, watch(batches)
+    if plan.parts == (FFN,):
+        fit_plan(model, plan)
+    else:
+        check_parts(model, plan.parts, mode=mode)
+        fit_plan(split_attention(model), plan)
+        if batches is None:
+            raise VitpruneError(f"a plan of {', '.join(plan.parts)} turns attention by images; pass `batches`")
+        turned = turn_attention(model, take_evenly(batches, NUM_IMAGES), plan.parts, ridge=ridge, seed=seed)
+        neurons = cut(turned, _before_neurons(plan), COMPENSATIONS[compensation].bridge, ridge=ridge)
+    session = _session(model, neurons, turned, batches, wanted=wanted, ridge=ridge, seed=seed, track=track)
+    plan = plan.with_facts(weights_sha256=hash_weights(dense), ridge=ridge)
+    return _carry_out(session, plan, mode=mode, compensation=compensation, dense=dense)
+
+
+def shape_as_planned(model: nn.Module, plan: Plan) -> nn.Module:
+    """Return a model whose tokens merge, and whose images are as large, as a plan says; as it is where they do already.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=2).eval()
+    >>> plan = Plan({}, Facts(merge=(60, 0), image_size=(160, 160)))
+    >>> describe_merging(shape_as_planned(model, Plan({}, Facts(merge=(40, 0), image_size=(160, 160)))))
+    [40, 0]
+    """
+    facts = plan.facts
+    if facts.image_size is not None and tuple(data_config(model)["input_size"][1:]) != facts.image_size:
+        model = set_image_size(model, facts.image_size)
+    if facts.merge is not None and describe_merging(model) != list(facts.merge):
+        model = set_merging(model, facts.merge)
+    return model
+
+
+def _before_neurons(plan: Plan) -> Plan:
+    """Return a plan with all neurons, but of the FFNs that go as a whole."""
+    left_out = plan.left_out
+    whole = {
+        name: torch.full_like(keep, name not in left_out) for name, keep in plan.keep.items() if plan.kind(name) == FFN
+    }
+    return replace(plan, keep={**plan.keep, **whole})
 
 
 def _carry_out(
-    session: Session,
-    plan: Plan,
-    *,
-    mode: str,
-    compensation: str,
-    dense: nn.Module | None = None,
-    whole: Plan | None = None,
+    session: Session, plan: Plan, *, mode: str, compensation: str, dense: nn.Module | None = None
 ) -> tuple[nn.Module, Plan]:
     """Prune, and say in the plan which images had a say and how large the model became.
 
     Args:
-        session: of the model whose neurons go.
-        plan: which of them stay.
+        session: of the model whose neurons go, which may have lost of its attention already.
+        plan: everything that goes.
         mode: key of ``MODES``.
         compensation: key of ``COMPENSATIONS``.
         dense: the model that sizes are compared with; None: that which is aimed at.
-        whole: the plan of everything that goes, where that is more than neurons.
     """
-    pruned = apply_in(session, plan, mode=mode, compensation=compensation)
+    of_neurons = plan
+    if plan.parts != (FFN,):
+        keep = {group.name: plan.keep[group.name] for group in find_left(session.model)}
+        of_neurons = Plan(keep, plan.facts)
+    pruned = apply_in(session, of_neurons, mode=mode, compensation=compensation)
     dense = session.dense if dense is None else dense
-    whole = plan if whole is None else whole
     merge, image_size = describe_merging(session.model), tuple(data_config(session.model)["input_size"][1:])
-    whole = whole.with_facts(
+    plan = plan.with_facts(
         compensation=compensation,
         mode=mode,
-        calibration=list_seen(session, whole.facts.criterion, whole.calibration),
+        calibration=list_seen(session, plan.facts.criterion, plan.calibration),
         sizes=measure_sizes(pruned),
         sizes_dense=measure_sizes(dense),
         ffn_share=ffn_share(dense),
         merge=None if merge is None else tuple(merge),
         image_size=None if image_size == tuple(data_config(dense)["input_size"][1:]) else image_size,
     )
-    return remember(pruned, whole.calibration), whole
+    return remember(pruned, plan.calibration), plan
 
 
 def list_seen(session: Session, criterion: str | None, before: frozenset[str] = frozenset()) -> SeenImages:

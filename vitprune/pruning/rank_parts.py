@@ -14,7 +14,7 @@ from torch import Tensor
 from vitprune.calibration.attention_moments import measure_query_key_losses
 from vitprune.calibration.layer_losses import StandIn, measure_divergence, measure_stand_ins
 from vitprune.calibration.second_order import obs
-from vitprune.data import Batches, on_device
+from vitprune.data import Batches, on_device, take_evenly
 from vitprune.models.attention import HEADS, QK, VO, find_attention
 from vitprune.models.units import FFN, LAYERS, find_groups
 from vitprune.options import DEFAULT_RIDGE
@@ -23,8 +23,8 @@ from vitprune.pruning.apply import mask_neurons
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.turn import Turned, stand_in_for
 
-# Of the calibration images, how many measure what whole layers are worth.
-NUM_MEASURED = 64
+# Of the calibration images, how many tell what the last dimensions of queries and keys are worth, and whole layers.
+NUM_FISHER, NUM_MEASURED = 256, 48
 # How many of them, and which share of a part, tell how far an estimate is off.
 NUM_CALIBRATED, SHARE_CALIBRATED = 128, 0.25
 
@@ -80,12 +80,12 @@ def rank_parts(
         losses.update(turned.value_losses)
     if QK in parts:
         names = [name for name, module in find_attention(turned.model).items() if hasattr(module, "q")]
-        tails = measure_query_key_losses(turned.model, names, batches, seed=seed + 1)
+        tails = measure_query_key_losses(turned.model, names, take_evenly(batches, NUM_FISHER), seed=seed + 1)
         losses.update({f"{name}.{QK}": _per_unit(tail_H) for name, tail_H in tails.items()})
     stand_ins: Sequence[StandIn] = ()
     if turned.stand_ins:
-        stand_ins = measure_stand_ins(turned.model, turned.stand_ins, _some(batches, NUM_MEASURED), track=track)
-    factors = _measure_factors(turned, losses, _some(batches, NUM_CALIBRATED), ridge)
+        stand_ins = measure_stand_ins(turned.model, turned.stand_ins, take_evenly(batches, NUM_MEASURED), track=track)
+    factors = _measure_factors(turned, losses, take_evenly(batches, NUM_CALIBRATED), ridge)
     return Worth({name: loss_H * factors[kind_of(name)] for name, loss_H in losses.items()}, stand_ins)
 
 
@@ -94,14 +94,6 @@ def _per_unit(tail_H: Tensor) -> Tensor:
     added_H = tail_H - torch.cat([tail_H[1:], tail_H.new_zeros(1)])
     tiny = torch.finfo(torch.float64).tiny
     return added_H.flip(0).clamp_min(tiny).cummax(0).values.flip(0)
-
-
-def _some(batches: Batches, num_images: int) -> list[tuple[Tensor, Tensor]]:
-    """Return about this many images, evenly from all batches."""
-    held = list(batches)
-    total = sum(len(labels) for _images, labels in held)
-    every = max(1, total // num_images)
-    return [(images[::every], labels[::every]) for images, labels in held]
 
 
 @torch.no_grad()
