@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from timm.layers import to_2tuple
 from torch import nn
 
 from vitprune.errors import VitpruneError
@@ -31,12 +32,13 @@ def set_image_size(model: nn.Module, size: int | tuple[int, int]) -> nn.Module:
     >>> set_image_size(model, 160).pos_embed.shape
     torch.Size([1, 101, 192])
     """
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = to_2tuple(size)
     name = type(model).__name__
     patch_embed = getattr(model, "patch_embed", None)
     patch_size = getattr(patch_embed, "patch_size", None)
     if not hasattr(model, "set_input_size") or patch_size is None:
         raise VitpruneError(f"{name} cannot be resized: timm has no way to give it another image size")
+    patch_size = to_2tuple(patch_size)
     if any(pixels < 1 or pixels % patch for pixels, patch in zip((height, width), patch_size, strict=True)):
         raise VitpruneError(
             f"images of {height} x {width} pixels are no whole patches of {patch_size[0]} x {patch_size[1]}; "
