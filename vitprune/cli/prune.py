@@ -1,4 +1,4 @@
-"""``vitprune prune``: remove the FFN neurons that matter least."""
+"""``vitprune prune``: remove the FFN neurons, or whatever else costs time, that matter least."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from vitprune.cli.terminal import Tracked, note, print_table, track
 from vitprune.errors import VitpruneError
 
 SUMMARY = "remove the FFN neurons that matter least"
+# On which --merge auto measures.
+NUM_IMAGES_OF_SCHEDULES = 128
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -35,10 +37,28 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_checkpoint(parser)
     add_images(parser, required=False, batch_size=32, what="calibration images (default: those of the run)")
     # No defaults here: a plan that is given decides these, and what was asked for beside it must not be ignored.
-    parser.add_argument("--ratio", type=float, help=f"share of FFN neurons to remove ({options.DEFAULT_RATIO})")
+    parser.add_argument(
+        "--ratio",
+        type=float,
+        help=f"share of the units of every part to remove ({options.DEFAULT_RATIO}; 0 beside --merge or --image-size)",
+    )
     parser.add_argument("--target-params", type=float, help="parameters of the whole model instead, such as 4.5e6")
     parser.add_argument("--target-macs", type=float, help="multiply-accumulates of one image instead, such as 0.9e9")
     parser.add_argument("--target-latency", type=float, help="ms per run on --backend instead, measured here")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=tuple(options.PARTS),
+        help=f"what may go: {listed(options.PARTS)} (ffn; of --target-macs and --target-params whatever the model has "
+        "of ffn, qk, vo and layers)",
+    )
+    parser.add_argument(
+        "--merge",
+        type=str,
+        help="tokens that merge by block: constant:13, every3:39, 3:60,6:60,9:36 (block:tokens), a number for each "
+        "block, or auto:0.6 (what changes answers least at this share of the multiply-accumulates)",
+    )
+    parser.add_argument("--image-size", type=int, nargs="+", help="feed images of this height and width instead")
     parser.add_argument(
         "--backend", type=str, help=f"of --target-latency and --round-to auto: {listed(options.BACKENDS)}"
     )
@@ -85,16 +105,18 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(
     source, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, ratio,
-    target_params, target_macs, target_latency, backend, latency_batch_size, keep_classes, criterion, allocation,
-    compensate, mode, round_to, floor, step, ridge, plan, device, output, overwrite,
+    target_params, target_macs, target_latency, parts, merge, image_size, backend, latency_batch_size, keep_classes,
+    criterion, allocation, compensate, mode, round_to, floor, step, ridge, plan, device, output, overwrite,
 ):  # fmt: skip
     import time
 
     from vitprune.files import refuse_existing
+    from vitprune.models.image_size import set_image_size
+    from vitprune.models.merging import set_merging
     from vitprune.models.saved_folder import FOLDER_FILES, save
     from vitprune.pruning.compensations import reads_images
     from vitprune.pruning.plan import read_plan
-    from vitprune.pruning.prune import prune, prune_as_planned
+    from vitprune.pruning.prune import prune, prune_as_planned, shape_as_planned
     from vitprune.pruning.schedule import needs_steps
     from vitprune.pruning.specialise import specialise
     from vitprune.speed.latency_target import default_backend, measure_reached
@@ -112,8 +134,10 @@ def run(
     targets = {"target_params": target_params, "target_macs": target_macs, "target_latency": target_latency}
     targets = {name: value for name, value in targets.items() if value is not None}
     given_plan = None if plan is None else read_plan(plan)
-    if given_plan is not None and (decisions or targets):
-        raise VitpruneError(f"--plan decides which neurons stay; leave {', '.join({**decisions, **targets})} out")
+    shapes = {"parts": parts, "merge": merge, "image_size": image_size}
+    shapes = {name: value for name, value in shapes.items() if value is not None}
+    if given_plan is not None and (decisions or targets or shapes):
+        raise VitpruneError(f"--plan decides what stays; leave {', '.join({**decisions, **targets, **shapes})} out")
     timed = target_latency is not None or round_to == "auto"
     if not timed and (backend, latency_batch_size) != (None, None):
         raise VitpruneError("--backend and --latency-batch-size go with --target-latency or --round-to auto")
@@ -137,6 +161,8 @@ def run(
         raise VitpruneError(
             f"one target at a time, got {', '.join([*targets, *(['ratio'] if ratio is not None else [])])}"
         )
+    if target_latency is not None and parts not in (None, ["ffn"]):
+        raise VitpruneError("--target-latency times FFNs alone; leave --parts out, or ask for --target-macs")
     if floor is not None and allocation == "uniform":
         raise VitpruneError("--floor is for --allocation global; uniform leaves every FFN the same share")
     if step not in (None, 1) and not needs_steps(criterion or options.DEFAULT_CRITERION):
@@ -148,6 +174,9 @@ def run(
     if keep_classes is not None:
         wanted = _classes_to_keep(keep_classes, images, data_given=data is not None)
         network, images, found = specialise(network, images, wanted, found=found)
+    dense, network = network, network if given_plan is None else shape_as_planned(network, given_plan)
+    if image_size is not None:
+        network = set_image_size(network, _parse_image_size(image_size))
     batches = tracked = None
     if images is not None:
         batches = make_batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
@@ -160,15 +189,21 @@ def run(
         "batch_size": latency_batch_size or 1,
     }
     started = time.perf_counter()
+    if merge is not None:
+        network = set_merging(network, _find_schedule(merge, network, tracked))
     if given_plan is None:
-        target = _make_target(network, timing, **targets)
+        parts = _choose_parts(dense, parts, targets)
+        target = _make_target(network, timing, parts, **targets)
+        if shapes and not targets and parts == ["ffn"] and "parts" not in shapes:
+            decisions.setdefault("pruning_ratio", 0.0)
         if round_to == "auto":
             decisions["round_to"] = _find_multiple(network, target, ratio, timing)
-        if tracked is not None:
+        if tracked is not None and parts == ["ffn"]:
             tracked.description = _describe_passes(network, ratio, target, criterion, step, compensate)
-        pruned, made = prune(network, tracked, **decisions, target=target, found=found, **applied)
+        shape = {"parts": parts, "dense": dense}
+        pruned, made = prune(network, tracked, **decisions, target=target, found=found, **shape, **applied)
     else:
-        pruned, made = prune_as_planned(network, given_plan, tracked, **applied)
+        pruned, made = prune_as_planned(dense, given_plan, tracked, **applied)
     seconds = time.perf_counter() - started
     skipped = report_skipped(batches) if tracked is not None and tracked.passes else []
     save(pruned, output, plan=made)
@@ -180,6 +215,11 @@ def run(
         "output": output,
         "latency": latency,
         "widths": made.widths,
+        "widths_dense": {name: len(keep) for name, keep in made.keep.items()},
+        "parts": made.parts,
+        "stand_ins": facts.stand_ins,
+        "merge": facts.merge,
+        "image_size": facts.image_size,
         "num_neurons": made.num_neurons,
         "num_neurons_dense": made.num_neurons_dense,
         "pruning_ratio": made.pruning_ratio,
@@ -205,11 +245,19 @@ def run(
 def _show(answer: dict[str, Any], made: Any, *, mode: str, targeted: bool) -> None:
     from vitprune.data import describe_class
 
-    dense_widths = {name: len(keep) for name, keep in made.keep.items()}
-    rows = [(name, str(dense_widths[name]), str(width)) for name, width in made.widths.items()]
-    print_table("neurons", ("FFN", "dense", "kept"), rows)
     seconds, latency = answer["seconds"], answer["latency"]
-    print(f"removed {made.pruning_ratio:.1%} of {made.num_neurons_dense} FFN neurons ({mode}) in {seconds:.0f} s")
+    if made.parts == ("ffn",):
+        rows = [(name, str(answer["widths_dense"][name]), str(width)) for name, width in made.widths.items()]
+        print_table("neurons", ("FFN", "dense", "kept"), rows)
+        print(f"removed {made.pruning_ratio:.1%} of {made.num_neurons_dense} FFN neurons ({mode}) in {seconds:.0f} s")
+    else:
+        print_table("units kept, of those of the dense model", *_tabulate_parts(made))
+        print(f"removed {_count_removed(made)} in {seconds:.0f} s")
+    if answer["merge"]:
+        merged = ", ".join(f"{r} in block {block}" for block, r in enumerate(answer["merge"]) if r)
+        print(f"tokens that merge: {merged}")
+    if answer["image_size"]:
+        print(f"images of {answer['image_size'][0]} x {answer['image_size'][1]} pixels")
     if targeted:
         asked = made.facts.target
         print(f"target {asked.limit:g} {options.TARGETS[asked.kind]}; predicted {asked.predicted:.6g}")
@@ -280,16 +328,90 @@ def _find_multiple(network, target, ratio: float | None, timing: dict[str, Any])
     return found
 
 
-def _make_target(network, timing: dict[str, Any], **targets: float):
+def _tabulate_parts(made: Any) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the heads of a table of all parts, and a row for each block."""
+    from vitprune.pruning.rank_parts import kind_of
+
+    parts = [part for part in made.parts if part != "layers"]
+    stand_ins = made.facts.stand_ins or {}
+    rows: dict[str, dict[str, str]] = {}
+    for name, keep in made.keep.items():
+        kind = kind_of(name)
+        if kind == "layers":
+            continue
+        module = name.removesuffix(f".{kind}")
+        gone = f"none ({stand_ins[module]})" if module in stand_ins else ""
+        kept = gone or f"{int(keep.sum())} of {len(keep)}"
+        rows.setdefault(module.rpartition(".")[0], {})[kind] = kept
+    return ("block", *parts), [(block, *(row.get(part, "") for part in parts)) for block, row in rows.items()]
+
+
+def _count_removed(made: Any) -> str:
+    """Say how many units of each part went."""
+    from vitprune.models.units import KINDS
+
+    said = []
+    for part in made.parts:
+        of_part = made.only(part)
+        dense = sum(map(len, of_part.keep.values()))
+        said.append(f"{dense - sum(of_part.widths.values()):,} of {dense:,} {KINDS[part]}s")
+    return ", ".join(said)
+
+
+def _parse_image_size(sizes: Sequence[int]) -> int | tuple[int, int]:
+    if len(sizes) > 2:
+        raise VitpruneError(f"--image-size takes one number, or height and width; got {len(sizes)} numbers")
+    return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
+
+
+def _find_schedule(merge: str, network, batches) -> tuple[int, ...]:
+    """Read a schedule, or choose one by measuring."""
+    from vitprune.data import take_evenly
+    from vitprune.models.merge_schedule import choose_schedule, parse_schedule
+
+    if not merge.startswith("auto"):
+        return parse_schedule(merge, network)
+    _auto, _colon, share = merge.partition(":")
+    try:
+        share_of_macs = float(share)
+    except ValueError:
+        raise VitpruneError(f"--merge {merge}: say which share of the multiply-accumulates, such as auto:0.6") from None
+    if batches is None:
+        raise VitpruneError("--merge auto measures schedules on calibration images; pass --data DIR")
+    return choose_schedule(network, take_evenly(batches, NUM_IMAGES_OF_SCHEDULES), share_of_macs, track=track)
+
+
+def _choose_parts(network, parts: Sequence[str] | None, targets: dict[str, float]) -> list[str]:
+    """Return the parts that were named, or those that a target is spread over."""
+    from vitprune.pruning.decide import check_parts
+
+    if parts is not None:
+        return list(parts)
+    if not {"target_macs", "target_params"} & set(targets):
+        return ["ffn"]
+    chosen = ["ffn", "qk", "vo", "layers"]
+    try:
+        check_parts(network, chosen)
+    except VitpruneError as error:
+        note(f"neurons alone go: {error}")
+        return ["ffn"]
+    return chosen
+
+
+def _make_target(network, timing: dict[str, Any], parts: Sequence[str], **targets: float):
     """Build the target that was asked for; None where the ratio decides."""
+    from vitprune.models.attention import split_attention
     from vitprune.pruning.target import target_macs, target_parameters
     from vitprune.speed.latency_target import measure_target
 
     if not targets:
         return None
     ((name, limit),) = targets.items()
+    kinds = ["ffn"]
+    if list(parts) != ["ffn"] and name != "target_latency":
+        network, kinds = split_attention(network), ["ffn", "qk", "vo"]
     if name == "target_params":
-        return target_parameters(network, limit)
+        return target_parameters(network, limit, kinds=kinds)
     if name == "target_macs":
-        return target_macs(network, limit)
+        return target_macs(network, limit, kinds=kinds)
     return measure_target(network, limit, **timing, track=track)
