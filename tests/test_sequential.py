@@ -102,9 +102,9 @@ def test_the_drift_ridge_chosen_explains_most_of_the_images_it_was_not_fitted_to
     for _ in range(2):
         hidden = torch.randn(40, 1, 12, dtype=torch.float64, generator=generator)
         drift = hidden[..., :3] @ torch.ones(3, 6).double() + 4 * torch.randn(40, 1, 6, generator=generator)
-        half = sequential._DriftMoments(gain, torch.full((12,), 0.1, dtype=torch.float64), None)
-        half.add(hidden[:25], drift[:25])
-        half.add(hidden[25:], drift[25:])
+        half = sequential._DriftMoments(gain, torch.full((12,), 0.1, dtype=torch.float64))
+        half.add(hidden[:25], drift[:25], None)
+        half.add(hidden[25:], drift[25:], None)
         halves.append(half.finish())
         rows.append((hidden.squeeze(1).numpy(), drift.squeeze(1).numpy()))
     keep, grid = torch.arange(12) != 5, [0.001, 0.1, 1.0, 3.0, 100.0, float("inf")]
@@ -201,7 +201,9 @@ def test_no_hook_survives_an_exception(tiny_vit):
     states = [torch.zeros(2, 17, 24, dtype=torch.float64), torch.zeros(2, 17, 25, dtype=torch.float64)]
     work = copy.deepcopy(tiny_vit)
     with pytest.raises(RuntimeError):
-        sequential._steer_attention(tiny_vit, work, call, states, states, weights_N=None, drift_ridges=[1.0])
+        sequential._steer_attention(
+            tiny_vit, work, call, states, list(map(sequential._State, states)), weights_N=None, drift_ridges=[1.0]
+        )
     assert not has_hooks(tiny_vit)
     assert not has_hooks(work)
 

@@ -76,9 +76,9 @@ def test_statistics_without_images_are_refused():
 
 
 def test_kinds_of_units_that_nobody_knows_are_refused(tmp_path):
-    with pytest.raises(vitprune.VitpruneError, match="kinds of units are ffn, got 'heads'"):
-        vitprune.find_groups(make_vit(), ["heads"])
-    plan = vitprune.Plan({"blocks.0.attn": torch.ones(3).bool()}, kinds={"blocks.0.attn": "heads"})
+    with pytest.raises(vitprune.VitpruneError, match="kinds of units are ffn, qk, vo, heads, layers, got 'experts'"):
+        vitprune.find_groups(make_vit(), ["experts"])
+    plan = vitprune.Plan({"blocks.0.moe": torch.ones(3).bool()}, kinds={"blocks.0.moe": "experts"})
     plan.write(tmp_path / "plan.safetensors")
-    with pytest.raises(vitprune.VitpruneError, match=r"blocks\.0\.attn has units of kind 'heads'"):
+    with pytest.raises(vitprune.VitpruneError, match=r"blocks\.0\.moe has units of kind 'experts'"):
         vitprune.read_plan(tmp_path / "plan.safetensors")

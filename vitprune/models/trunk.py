@@ -20,6 +20,7 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from vitprune.errors import VitpruneError
+from vitprune.models.attention import SplitAttention
 from vitprune.models.units import Group, hook_hidden
 from vitprune.options import TOKENS, check_choice
 from vitprune.views import has_class_token, num_prefix_tokens, num_tokens_read
@@ -102,6 +103,8 @@ def _trunk_mismatch(model: nn.Module, ffns: Sequence[Group], images: Tensor) -> 
     names = [f"blocks.{index}.mlp" for index in range(len(getattr(model, "blocks", [])))]
     if [ffn.name for ffn in ffns] != names:
         return f"its FFNs are not blocks.0.mlp .. blocks.N.mlp but {ffns[0].name} .. {ffns[-1].name}"
+    if any(getattr(block, "merge", None) is not None for block in model.blocks):
+        return "its tokens merge, and a path goes through all of them"
     if not all(hasattr(model, part) for part in ("norm", "forward_head")):
         return "it has no 'norm' and 'forward_head' after its blocks"
     images = images[:1]
@@ -146,12 +149,14 @@ def attend(block: nn.Module, x_BND: Tensor, args: tuple[tuple[Any, ...], dict[st
 
 def can_attend_first(block: nn.Module) -> bool:
     """Tell whether ``attend_first`` knows this block's attention."""
-    return type(block.attn) is Attention
+    return type(block.attn) in (Attention, SplitAttention)
 
 
 def attend_first(block: nn.Module, x_BND: Tensor, num_tokens: int) -> Tensor:
     """Return ``attend`` for the first tokens only: queries for them, keys and values for all."""
     attn, z_BND = block.attn, block.norm1(x_BND)
+    if type(attn) is SplitAttention:
+        return x_BND[:, :num_tokens] + scale_branch(block, 1, attn.attend(z_BND[:, :num_tokens], z_BND)[0])
     width = attn.qkv.out_features // 3
     bias = attn.qkv.bias
     q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])

@@ -55,8 +55,9 @@ def check_parts(model: nn.Module, parts: Sequence[str], *, mode: str = "remove")
     if mode != "remove":
         raise VitpruneError(f"mode {mode} is for neurons alone; parts {', '.join(ordered)} are removed")
     check_attention(model, [part for part in ordered if part in (QK, VO, HEADS)])
-    if not has_classifier(model):
-        raise VitpruneError(f"parts {', '.join(ordered)} are ranked by loss, but the model has no classifier")
+    by_loss = [part for part in ordered if part not in (FFN, QK)]
+    if by_loss and not has_classifier(model):
+        raise VitpruneError(f"part {by_loss[0]} is ranked by loss, but the model has no classifier; ffn and qk can go")
     find_groups(model)
     if LAYERS in ordered:
         find_layers(model)
@@ -242,6 +243,11 @@ def decide_parts(
     """
     if (pruning_ratio is None) == (target is None):
         raise VitpruneError("say how far to prune: either pruning_ratio or target")
+    if not has_classifier(model) and (target is not None or allocation != "uniform"):
+        raise VitpruneError(
+            "parts are weighed against each other by loss, but the model has no classifier; ask for a share, with "
+            "`allocation` uniform"
+        )
     split = split_attention(model)
     groups = find_groups(split, [FFN, QK, VO])
     multiples = {group.name: round_to if group.kind == FFN else multiple_of(group.num_units) for group in groups}

@@ -22,6 +22,7 @@ from vitprune.progress import Track, untracked
 from vitprune.pruning.apply import mask_neurons
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.turn import Turned, stand_in_for
+from vitprune.views import has_classifier
 
 # Of the calibration images, how many tell what the last dimensions of queries and keys are worth, and whole layers.
 NUM_FISHER, NUM_MEASURED = 256, 48
@@ -57,6 +58,8 @@ def rank_parts(
     of their last dimensions together, layers by trying. Of each kind of unit a share is then tried as well, and its
     estimates are multiplied by what they were off by.
 
+    Of a model without classifier nothing is known but the order of its queries' and keys' dimensions.
+
     Args:
         turned: from ``turn_attention``, for the same parts.
         batches: calibration images and labels, readable more than once.
@@ -73,6 +76,9 @@ def rank_parts(
     >>> {name: len(losses) for name, losses in sorted(worth.losses.items())}
     {'blocks.0.attn.qk': 64, 'blocks.0.attn.vo': 64}
     """
+    if not has_classifier(turned.model):
+        groups = find_groups(turned.model, [QK]) if QK in parts else []
+        return Worth({group.name: torch.arange(group.num_units, 0, -1).double() for group in groups})
     losses: dict[str, Tensor] = {}
     if FFN in parts:
         losses.update(obs(turned.model, turned.statistics, ridge=ridge, track=track))

@@ -24,6 +24,7 @@ from vitprune.pruning.apply import remove_neurons
 from vitprune.pruning.compensate import STAND_INS, write_down_proj
 from vitprune.pruning.plan import Plan, fit_plan
 from vitprune.pruning.rotate import rotate_queries_keys, rotate_values
+from vitprune.views import has_classifier
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,10 @@ def turn_attention(
     names = [name for name, module in find_attention(model).items() if hasattr(module, "q")]
     sums = QueryKeySums()
     groups = [*find_groups(model), *find_groups(model, [VO])]
+    # Without a classifier there is no loss: values keep their basis, and queries and keys need none.
+    wanted = wanted | {MOMENTS} | ({GRADIENTS} if has_classifier(model) else set())
     with sums.watching(model, names if QK in parts else []):
-        statistics = measure_statistics(model, groups, batches, wanted | {MOMENTS, GRADIENTS}, seed=seed)
+        statistics = measure_statistics(model, groups, batches, wanted, seed=seed)
     value_losses: dict[str, Tensor] = {}
     if QK in parts:
         model = rotate_queries_keys(model, sums.finish())
