@@ -20,7 +20,7 @@ import pytest
 import timm
 import torch
 from filelock import FileLock
-from quick import hurry
+from quick import fork_footprints, hurry, keep_exports
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -60,6 +60,7 @@ def pytest_collection_finish():
     """All modules are there now."""
     if IS_WORKER:
         hurry()
+        fork_footprints()
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -82,6 +83,18 @@ def make_once(tmp_path_factory, name: str, make: Callable[[Path], Any]) -> Path:
             make(folder)
             made.touch()
     return folder
+
+
+@pytest.fixture(scope="session")
+def kept_exports(tmp_path_factory):
+    """The folder of what torch exported in this session."""
+    return make_once(tmp_path_factory, "exports", lambda _folder: None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exports_are_kept(kept_exports):
+    if IS_WORKER:
+        keep_exports(kept_exports)
 
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "mlp_ratio": 2, "num_classes": 5}
