@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ import pytest
 import timm
 import torch
 from filelock import FileLock
-from quick import fork_footprints, hurry, keep_exports
+from quick import fork_footprints, hurry, keep_exports, start_command
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -174,19 +172,21 @@ class Demo:
     log: str
 
 
-def run_demo(folder: Path, cache: Path) -> Demo:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "HOME": str(cache)}
-    command = [sys.executable, "-m", "vitprune", "demo", "-o", str(folder), "--json"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return Demo(cache, folder, json.loads(result.stdout), result.stderr)
+def run_demo(folder: Path, cache: Path, exports: Path) -> Demo:
+    printed, log = (folder.with_name(f"{folder.name}.{stream}") for stream in ("stdout", "stderr"))
+    places = {"XDG_CACHE_HOME": cache, "HOME": cache}
+    process = start_command(["demo", "-o", folder, "--json"], stdout=printed, stderr=log, exports=exports, **places)
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+    return Demo(cache, folder, json.loads(printed.read_text()), log.read_text())
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory):
+def demo(kept_exports, tmp_path_factory):
     """The demo as a newcomer runs it, whose trained model others find in its cache."""
 
     def make(root: Path) -> None:
-        made = run_demo(root / "demo", root / "cache")
+        made = run_demo(root / "demo", root / "cache", kept_exports)
         (root / "printed.json").write_text(json.dumps([made.answer, made.log]))
 
     root = make_once(tmp_path_factory, "first-demo", make)

@@ -60,16 +60,38 @@ def start(function: Callable[..., Any], *arguments: Any) -> BaseProcess:
     return process
 
 
-def start_command(arguments: Sequence[str]) -> BaseProcess:
-    """Run ``vitprune`` in a fork, which may be killed; what it prints is lost."""
-    return start(_run_command, list(map(str, arguments)))
+def start_command(
+    arguments: Sequence[Any],
+    *,
+    stdout: str | Path = os.devnull,
+    stderr: str | Path = os.devnull,
+    exports: Path | None = None,
+    **environment: Any,
+) -> BaseProcess:
+    """Run ``vitprune`` in a fork.
+
+    Args:
+        arguments: after the program's name.
+        stdout: file for what it prints.
+        stderr: file for what it tells.
+        exports: folder of ``keep_exports``, for a command that is in a hurry.
+        environment: variables beside those of this session.
+    """
+    environment = {name: str(value) for name, value in environment.items()}
+    return start(_run_command, list(map(str, arguments)), (stdout, stderr), exports, environment)
 
 
-def _run_command(arguments: list[str]) -> None:
+def _run_command(arguments, streams, exports, environment) -> None:
+    os.environ.update(environment)
+    for path, stream in zip(streams, (sys.stdout, sys.stderr), strict=True):
+        with open(path, "w") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    if exports is not None:
+        hurry()
+        keep_exports(exports)
     from vitprune.cli import main
 
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        sys.exit(main(arguments))
+    sys.exit(main(arguments))
 
 
 def keep_exports(folder: Path) -> None:

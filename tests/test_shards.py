@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
+from multiprocessing.connection import wait
 
 import pytest
 import torch
@@ -36,10 +38,20 @@ def whole(saved_vit, image_folder, tmp_path_factory):
     return folder
 
 
-def run_on_two_processes(arguments):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*torchrun, "-m", "vitprune", *arguments], capture_output=True, text=True, env=environment)
+def run_on_two_processes(arguments, folder):
+    """Do what torchrun does, with processes that start at once; return whether both went well, and what they told."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    place = {"WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    logs = [folder / f"{rank}.log" for rank in range(2)]
+    ranks = [start_command(arguments, stderr=log, RANK=rank, LOCAL_RANK=rank, **place) for rank, log in enumerate(logs)]
+    wait([process.sentinel for process in ranks])
+    if any(process.exitcode for process in ranks):
+        for process in ranks:
+            process.terminate()
+    for process in ranks:
+        process.join()
+    return not any(process.exitcode for process in ranks), "".join(log.read_text() for log in logs)
 
 
 def kill_after(wanted, arguments, shards):
@@ -199,7 +211,9 @@ def test_the_output_may_be_the_working_folder(saved_vit, image_folder, tmp_path,
 
 
 def test_two_processes_find_the_same(whole, saved_vit, image_folder, tmp_path):
-    done = run_on_two_processes(command(saved_vit, image_folder, tmp_path / "two", "--json"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    asked = [*torchrun, "-m", "vitprune", *command(saved_vit, image_folder, tmp_path / "two", "--json")]
+    done = subprocess.run(asked, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["num_images"] == 20
     two, one = vitprune.load_run(tmp_path / "two").found, vitprune.load_run(whole).found
@@ -220,16 +234,16 @@ def test_a_rank_that_dies_loses_its_unfinished_shard_only(saved_vit, image_folde
     whole_bytes = broken.read_bytes()
     broken.write_bytes(whole_bytes[:20])
     arguments = command(saved_vit, images, tmp_path / "two", "--strict")
-    done = run_on_two_processes(arguments)
-    assert done.returncode != 0
-    assert "cannot be decoded" in done.stderr
+    went_well, told = run_on_two_processes(arguments, tmp_path)
+    assert not went_well
+    assert "cannot be decoded" in told
     finished = {path.name for path in (tmp_path / "two.shards").glob("shard-*")}
     assert "shard-000001.safetensors" in finished
     assert "shard-000003.safetensors" not in finished
     broken.write_bytes(whole_bytes)
-    done = run_on_two_processes(arguments)
-    assert done.returncode == 0, done.stderr
-    assert f"{len(finished)} of 5 shards are there already" in done.stderr
+    went_well, told = run_on_two_processes(arguments, tmp_path)
+    assert went_well, told
+    assert f"{len(finished)} of 5 shards are there already" in told
     assert main(command(saved_vit, images, tmp_path / "one")) == 0
     two, one = (vitprune.load_run(tmp_path / name).found for name in ("two", "one"))
     assert torch.equal(two.neurons, one.neurons)
