@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ import pytest
 import timm
 import torch
 from filelock import FileLock
-from quick import hurry
+from quick import fork_footprints, hurry, keep_exports, start_command
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -60,6 +58,7 @@ def pytest_collection_finish():
     """All modules are there now."""
     if IS_WORKER:
         hurry()
+        fork_footprints()
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -82,6 +81,18 @@ def make_once(tmp_path_factory, name: str, make: Callable[[Path], Any]) -> Path:
             make(folder)
             made.touch()
     return folder
+
+
+@pytest.fixture(scope="session")
+def kept_exports(tmp_path_factory):
+    """The folder of what torch exported in this session."""
+    return make_once(tmp_path_factory, "exports", lambda _folder: None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exports_are_kept(kept_exports):
+    if IS_WORKER:
+        keep_exports(kept_exports)
 
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "mlp_ratio": 2, "num_classes": 5}
@@ -161,19 +172,21 @@ class Demo:
     log: str
 
 
-def run_demo(folder: Path, cache: Path) -> Demo:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "HOME": str(cache)}
-    command = [sys.executable, "-m", "vitprune", "demo", "-o", str(folder), "--json"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return Demo(cache, folder, json.loads(result.stdout), result.stderr)
+def run_demo(folder: Path, cache: Path, exports: Path) -> Demo:
+    printed, log = (folder.with_name(f"{folder.name}.{stream}") for stream in ("stdout", "stderr"))
+    places = {"XDG_CACHE_HOME": cache, "HOME": cache}
+    process = start_command(["demo", "-o", folder, "--json"], stdout=printed, stderr=log, exports=exports, **places)
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+    return Demo(cache, folder, json.loads(printed.read_text()), log.read_text())
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory):
+def demo(kept_exports, tmp_path_factory):
     """The demo as a newcomer runs it, whose trained model others find in its cache."""
 
     def make(root: Path) -> None:
-        made = run_demo(root / "demo", root / "cache")
+        made = run_demo(root / "demo", root / "cache", kept_exports)
         (root / "printed.json").write_text(json.dumps([made.answer, made.log]))
 
     root = make_once(tmp_path_factory, "first-demo", make)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
+from quick import start_command
 
 import vitprune
 from vitprune.card import read_card
@@ -180,17 +177,16 @@ def test_overwriting_spares_what_the_command_does_not_write(saved_vit, image_fol
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(saved_vit, image_folder, other_images, tmp_path):
     criteria = ["--criteria", "obs", "fisher", "random", "variance", "--compensations", "none", "sequential"]
 
-    def start(output):
-        command = [sys.executable, "-m", "vitprune", *arguments(saved_vit, image_folder, output), *criteria]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
+    def command(output):
+        return [*arguments(saved_vit, image_folder, output), *criteria]
 
-    assert start(tmp_path / "whole").wait() == 0
+    assert main(command(tmp_path / "whole")) == 0
     for wanted in (2, 5):
-        process = start(tmp_path / "killed")
-        while len(list((tmp_path / "killed").glob("points/*.json"))) < wanted and process.poll() is None:
+        process = start_command(command(tmp_path / "killed"))
+        while len(list((tmp_path / "killed").glob("points/*.json"))) < wanted and process.is_alive():
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert start(tmp_path / "killed").wait() == 0
+        process.kill()
+        process.join()
+    assert main(command(tmp_path / "killed")) == 0
     for name in ("curve.csv", "curve.png", "curve.svg"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

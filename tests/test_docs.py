@@ -77,11 +77,11 @@ def environment(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(environment):
+def address(environment, kept_exports):
     """The socket of a process that runs commands."""
     with tempfile.TemporaryDirectory() as folder:  # a socket's name must be short
         address = f"{folder}/socket"
-        command = [sys.executable, Path(__file__).with_name("warm_vitprune.py"), address]
+        command = [sys.executable, Path(__file__).with_name("warm_vitprune.py"), address, kept_exports]
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
             assert server.stdout.readline() == "ready\n"
             yield address

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import resource
-import subprocess
-import sys
 
 import pytest
 import torch
+from quick import start
 
 from vitprune import VitpruneError
 from vitprune.files import (
@@ -96,25 +95,20 @@ def test_outputs_that_cannot_be_written_are_refused_beforehand(tmp_path):
     refuse_existing(tmp_path / "new" / "deep" / "run", overwrite=False, owned=frozenset())
 
 
-FULL = """
-import resource, sys, torch
-from vitprune import VitpruneError
-from vitprune.files import atomic_folder, write_json, write_tensors
-resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-try:
-    with atomic_folder(sys.argv[1]) as folder:
-        if sys.argv[2] == "json":
-            write_json(folder / "a", {"x": "y" * 50000})
+def write_on_a_full_disk(path, kind):
+    """In a process of its own: nothing takes such a limit back."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+    with pytest.raises(VitpruneError, match="no space left to write it; nothing was kept"), atomic_folder(path) as made:
+        if kind == "json":
+            write_json(made / "a", {"x": "y" * 50000})
         else:
-            write_tensors(folder / "a", {"x": torch.zeros(50000)}, kind="plan", facts={})
-except VitpruneError as error:
-    print(error)
-"""
+            write_tensors(made / "a", {"x": torch.zeros(50000)}, kind="plan", facts={})
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs a file size limit")
 @pytest.mark.parametrize("kind", ["json", "tensors"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(kind, tmp_path):
-    result = subprocess.run([sys.executable, "-c", FULL, tmp_path / "out", kind], capture_output=True, text=True)
-    assert "no space left to write it; nothing was kept" in result.stdout, result.stderr
+    process = start(write_on_a_full_disk, tmp_path / "out", kind)
+    process.join()
+    assert process.exitcode == 0
     assert list(tmp_path.iterdir()) == []

@@ -6,9 +6,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import jsonschema
 import pytest
 import yaml
 from PIL import Image
+from quick import start_command
 from test_cli import RECIPES, run
 
 import vitprune
@@ -405,14 +403,13 @@ def test_a_recipe_killed_again_and_again_ends_with_the_same_bytes(place, capsys)
     """In the path search, between steps, in the curve; each time the same command goes on."""
     expected = answer(capsys)
     (place / "out").rename(place / "whole")
-    command = [sys.executable, "-m", "vitprune", "run", "r.yaml", "--json"]
     for seen in ("out/run.shards/shard-000001.safetensors", "out/run/run.json", "out/pruned/plan.safetensors",
                  "out/curve/points/*", "out/curve/curve.json"):  # fmt: skip
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-        while not list(place.glob(seen)) and process.poll() is None:
+        process = start_command(["run", "r.yaml", "--json"])
+        while not list(place.glob(seen)) and process.is_alive():
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.join()
     got = answer(capsys)
     made, whole = files(place / "out"), files(place / "whole")
     assert {name for name in made if not name.name.startswith(".")} == whole.keys()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import time
+from multiprocessing.connection import wait
 
 import pytest
 import torch
 from PIL import Image
+from quick import start_command
 
 import vitprune
 from vitprune.cli import main
@@ -36,14 +38,29 @@ def whole(saved_vit, image_folder, tmp_path_factory):
     return folder
 
 
-def start(program, arguments, **environment):
-    return subprocess.Popen(
-        [*program, "-m", "vitprune", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-    )
+def run_on_two_processes(arguments, folder):
+    """Do what torchrun does, with processes that start at once; return whether both went well, and what they told."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    place = {"WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    logs = [folder / f"{rank}.log" for rank in range(2)]
+    ranks = [start_command(arguments, stderr=log, RANK=rank, LOCAL_RANK=rank, **place) for rank, log in enumerate(logs)]
+    wait([process.sentinel for process in ranks])
+    if any(process.exitcode for process in ranks):
+        for process in ranks:
+            process.terminate()
+    for process in ranks:
+        process.join()
+    return not any(process.exitcode for process in ranks), "".join(log.read_text() for log in logs)
+
+
+def kill_after(wanted, arguments, shards):
+    """Start a search in another process, and kill it when so many shards are there."""
+    process = start_command(arguments)
+    while len(list(shards.glob("shard-*"))) < wanted and process.is_alive():
+        time.sleep(0.005)
+    process.kill()
+    process.join()
 
 
 def assert_same_files(got, whole):
@@ -64,21 +81,16 @@ def test_shards_equal_one_search_in_memory(whole, saved_vit, image_folder):
         torch.testing.assert_close(found.class_scores[name], scores)
 
 
-def test_a_search_killed_again_and_again_ends_with_the_same_bytes(whole, saved_vit, image_folder, tmp_path):
+def test_a_search_killed_again_and_again_ends_with_the_same_bytes(whole, saved_vit, image_folder, tmp_path, capsys):
     shards = tmp_path / "killed.shards"
     for wanted in (1, 2, 4):
-        process = start([sys.executable], command(saved_vit, image_folder, tmp_path / "killed"))
-        while len(list(shards.glob("shard-*"))) < wanted and process.poll() is None:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        kill_after(wanted, command(saved_vit, image_folder, tmp_path / "killed"), shards)
         assert not (tmp_path / "killed").exists()
     before = {path.name: path.stat().st_mtime_ns for path in shards.glob("shard-*")}
     assert 4 <= len(before) <= 5
-    process = start([sys.executable], command(saved_vit, image_folder, tmp_path / "killed"))
-    _out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert f"{len(before)} of 5 shards are there already" in err
+    capsys.readouterr()
+    assert main(command(saved_vit, image_folder, tmp_path / "killed")) == 0
+    assert f"{len(before)} of 5 shards are there already" in capsys.readouterr().err
     assert_same_files(tmp_path / "killed", whole)
 
 
@@ -200,10 +212,10 @@ def test_the_output_may_be_the_working_folder(saved_vit, image_folder, tmp_path,
 
 def test_two_processes_find_the_same(whole, saved_vit, image_folder, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = start(torchrun, command(saved_vit, image_folder, tmp_path / "two", "--json"), OMP_NUM_THREADS="1")
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert json.loads(out)["num_images"] == 20
+    asked = [*torchrun, "-m", "vitprune", *command(saved_vit, image_folder, tmp_path / "two", "--json")]
+    done = subprocess.run(asked, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["num_images"] == 20
     two, one = vitprune.load_run(tmp_path / "two").found, vitprune.load_run(whole).found
     assert torch.equal(two.neurons, one.neurons)
     torch.testing.assert_close(two.joint_scores, one.joint_scores)
@@ -221,20 +233,17 @@ def test_a_rank_that_dies_loses_its_unfinished_shard_only(saved_vit, image_folde
     broken = images / files[13]  # in the fourth shard, the second process's second
     whole_bytes = broken.read_bytes()
     broken.write_bytes(whole_bytes[:20])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = command(saved_vit, images, tmp_path / "two", "--strict")
-    process = start(torchrun, arguments, OMP_NUM_THREADS="1")
-    _out, err = process.communicate()
-    assert process.returncode != 0
-    assert "cannot be decoded" in err
+    went_well, told = run_on_two_processes(arguments, tmp_path)
+    assert not went_well
+    assert "cannot be decoded" in told
     finished = {path.name for path in (tmp_path / "two.shards").glob("shard-*")}
     assert "shard-000001.safetensors" in finished
     assert "shard-000003.safetensors" not in finished
     broken.write_bytes(whole_bytes)
-    process = start(torchrun, arguments, OMP_NUM_THREADS="1")
-    _out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert f"{len(finished)} of 5 shards are there already" in err
+    went_well, told = run_on_two_processes(arguments, tmp_path)
+    assert went_well, told
+    assert f"{len(finished)} of 5 shards are there already" in told
     assert main(command(saved_vit, images, tmp_path / "one")) == 0
     two, one = (vitprune.load_run(tmp_path / name).found for name in ("two", "one"))
     assert torch.equal(two.neurons, one.neurons)
@@ -242,11 +251,7 @@ def test_a_rank_that_dies_loses_its_unfinished_shard_only(saved_vit, image_folde
 
 @pytest.mark.parametrize(("more", "named"), [(["--top-k", "1"], "top_k"), (["--target", "predicted"], "target")])
 def test_other_arguments_over_unfinished_shards_are_refused(more, named, saved_vit, image_folder, tmp_path, capsys):
-    process = start([sys.executable], command(saved_vit, image_folder, tmp_path / "r"))
-    while not list((tmp_path / "r.shards").glob("shard-*")) and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill_after(1, command(saved_vit, image_folder, tmp_path / "r"), tmp_path / "r.shards")
     arguments = command(saved_vit, image_folder, tmp_path / "r", *more)
     assert main(arguments) == 2
     assert f"was made with another {named}" in capsys.readouterr().err

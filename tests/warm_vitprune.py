@@ -1,7 +1,8 @@
 """Commands and programs that start at once: forks of a process that has imported what they need, and done nothing else.
 
-``python warm_vitprune.py SOCKET`` serves; ``CLIENT`` is the ``vitprune`` that a shell finds, and hands over its
-arguments, folder and streams; ``Program`` runs blocks of Python one after another in one namespace.
+``python warm_vitprune.py SOCKET EXPORTS`` serves, with a folder for what torch exported; ``CLIENT`` is the ``vitprune``
+that a shell finds, and hands over its arguments, folder and streams; ``Program`` runs blocks of Python one after
+another in one namespace.
 """
 
 from __future__ import annotations
@@ -53,21 +54,24 @@ class Program:
         self.connection.close()
 
 
-def serve(address: str) -> None:
+def serve(address: str, exports: Path) -> None:
     """Import what the commands import, then fork for every request, as long as the parent lives."""
     import onnxruntime  # noqa: F401
     import onnxscript  # noqa: F401
     import torch_pruning  # noqa: F401
-    from quick import hurry
+    from quick import hurry, keep_exports
     from torch.onnx import _constants
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     import vitprune
+    from vitprune import timing
     from vitprune.cli import commands  # noqa: F401
 
     for name in vitprune.__all__:
         getattr(vitprune, name)
     hurry()
+    timing.ROUNDS = 3  # of a real model, whose every run takes its time
+    keep_exports(exports)
     ONNXRegistry.from_torchlib(opset_version=_constants.ONNX_DEFAULT_OPSET)  # for every fork
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # finished forks are nobody's zombies
     with socket.socket(socket.AF_UNIX) as listener:
@@ -143,4 +147,4 @@ def _run_blocks(connection: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], Path(sys.argv[2]))
