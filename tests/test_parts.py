@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from families import build
 import vitprune
 from vitprune import Plan, VitpruneError, count_macs, find_groups, mask_neurons, masked, remove_neurons, target_macs
 from vitprune.calibration.attention_moments import QueryKeySums, measure_query_key_losses
-from vitprune.calibration.layer_losses import StandIn
+from vitprune.calibration.layer_losses import StandIn, fit_stand_ins, measure_divergence, measure_stand_ins
 from vitprune.calibration.statistics import measure_statistics
 from vitprune.models.attention import check_attention, split_attention
 from vitprune.models.left_out import describe_left_out
@@ -23,6 +24,7 @@ from vitprune.pruning.decide import Decision, check_parts, decide
 from vitprune.pruning.prune import prune_as_planned
 from vitprune.pruning.rotate import rotate_queries_keys, rotate_values
 from vitprune.pruning.target import Target, target_parameters
+from vitprune.pruning.turn import layers_that_can_go
 
 ATTENTION_MODELS = {
     "vit_tiny_patch16_224": {},
@@ -268,7 +270,10 @@ def test_the_path_search_follows_narrow_attention_and_refuses_merged_tokens(tiny
 def test_narrow_attention_trains():
     model = remove_neurons(split_attention(make_vit()), random_plan(split_attention(make_vit()), list(KINDS)))
     model.train()(make_batches()[0][0]).sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    # What stands in the place of a layer reads nothing: the norm before it has no say.
+    unread = ("blocks.1.norm1", "blocks.2.norm2")
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert {name for name, _parameter in model.named_parameters() if not name.startswith(unread)} == trained
 
 
 REFUSED = {
@@ -305,3 +310,18 @@ def test_parts_are_refused_by_name():
     with pytest.raises(VitpruneError, match="built for other parts|other parts than these"):
         model = make_vit()
         vitprune.prune(model, make_batches(), target=target_macs(model, 0.9 * count_macs(model)), parts=["qk"])
+
+
+@pytest.mark.parametrize("merge", [None, (0, 4, 0)], ids=["unmerged", "merged"])
+@torch.no_grad()
+def test_what_a_layer_costs_is_measured_on_the_whole_model(merge):
+    """Blocks before it are not run again; the loss is that of the whole model with the layer replaced."""
+    model, batches = make_vit(), make_batches()
+    model = model if merge is None else set_merging(model, merge)
+    fitted = fit_stand_ins(model, layers_that_can_go(model), batches)
+    assert ("blocks.1.attn" in fitted) == (merge is None)
+    for each in measure_stand_ins(model, fitted, batches):
+        replaced = copy.deepcopy(model)
+        replaced.set_submodule(each.layer, each.module)
+        losses = [measure_divergence(model(images).log_softmax(-1), replaced(images)) for images, _labels in batches]
+        assert each.loss == pytest.approx(float(torch.cat(losses).mean()), rel=1e-6)

@@ -16,7 +16,7 @@ from vitprune.errors import VitpruneError
 from vitprune.models.macs import count_macs
 from vitprune.models.units import FFN, HEADS, QK, VO, Group, find_groups, hook_hidden
 from vitprune.options import TARGETS
-from vitprune.views import data_config
+from vitprune.views import block_of, data_config
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,9 @@ def target_macs(model: nn.Module, limit: float, *, total: int | None = None, kin
     groups = find_groups(model, kinds)
     tokens = count_tokens(model, groups)
     per_unit = {
-        group: tokens[group.name] * macs_per_unit(model, group, num_tokens=tokens[group.name]) for group in groups
+        group: tokens[group.name] * macs_per_unit(model, group, num_tokens=tokens[group.name])
+        + _compared(model, group, tokens[group.name])
+        for group in groups
     }
     return _checked("macs", limit, count_macs(model) if total is None else total, per_unit)
 
@@ -154,6 +156,15 @@ def _features_attended(group: Group) -> int:
     if group.kind in (QK, VO):
         return group.owned[0].copies
     return group.unit_size + group.owned[0].unit_size if group.kind == HEADS else 0
+
+
+def _compared(model: nn.Module, group: Group, num_tokens: int) -> int:
+    """Return what a dimension of the keys costs where tokens merge, because these are matched by them."""
+    merge = getattr(model.get_submodule(block_of(group.module)), "merge", None)
+    if group.kind != QK or merge is None:
+        return 0
+    second = (num_tokens - merge.num_prefix) // 2
+    return group.owned[0].copies * (num_tokens - merge.num_prefix - second) * second
 
 
 @torch.no_grad()
