@@ -289,9 +289,7 @@ def test_it_compiles_whole(tiny_vit, tiny_images):
 def test_onnx_runtime_answers_alike_at_any_batch_size(tmp_path):
     model = set_merging(make_vit(global_pool="avg"), SCHEDULE).float()
     images = images_for(model, 5).float()
-    batch = torch.export.Dim.DYNAMIC
-    program = torch.onnx.export(model, (images[:2],), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
-    program.save(tmp_path / "merged.onnx")
+    vitprune.export_onnx(model, tmp_path / "merged.onnx", [(images[:2], torch.zeros(2, dtype=torch.int64))])
     session = onnxruntime.InferenceSession(tmp_path / "merged.onnx", providers=["CPUExecutionProvider"])
     for count in (1, 5):
         (logits,) = session.run(None, {session.get_inputs()[0].name: images[:count].numpy()})

@@ -63,7 +63,7 @@ def match_tokens(keys_BhNd: Tensor, r: int, num_prefix: int) -> Matching:
     gone_Br = similarity.topk(r, dim=-1, sorted=False).indices
     partner_Br = num_prefix + 1 + 2 * partner.gather(1, gone_Br)
     index_N = torch.arange(num_tokens, device=keys_BNF.device)
-    into_BN = index_N.expand(len(keys_BNF), -1).scatter(1, num_prefix + 2 * gone_Br, partner_Br)
+    into_BN = index_N.expand(keys_BNF.shape[0], -1).scatter(1, num_prefix + 2 * gone_Br, partner_Br)
     place_BN = (into_BN == index_N).cumsum(dim=1) - 1
     return Matching(place_BN.gather(1, into_BN), num_tokens - r)
 
