@@ -24,6 +24,7 @@ from vitprune.models.macs import ffn_share, measure_sizes
 from vitprune.models.merging import describe_merging, set_merging, unmerged
 from vitprune.models.units import FFN, find_groups, find_left
 from vitprune.options import COMPENSATIONS as COMPENSATION_NAMES
+from vitprune.options import CRITERIA as CRITERION_NAMES
 from vitprune.options import (
     DEFAULT_ALLOCATION,
     DEFAULT_COMPENSATION,
@@ -210,7 +211,9 @@ def prune(
     check_choice("mode", mode, MODES)
     check_choice("compensation", compensation, COMPENSATION_NAMES)
     row = COMPENSATIONS[compensation]
-    check_needs(model, criterion, batches=batches, found=found)
+    check_choice("criterion", criterion, CRITERION_NAMES)
+    if pruning_ratio != 0:  # 0: tokens merge or images are smaller, and all units stay
+        check_needs(model, criterion, batches=batches, found=found)
     check_ridge(ridge)
     if pruning_ratio is None and target is None:
         pruning_ratio = DEFAULT_RATIO
@@ -253,7 +256,7 @@ def prune(
     schedule = Schedule(criterion, allocation, row.bridge, round_to, floor)
     narrowed = None if decided is None else decided.turned
     neurons = model if decided is None else cut(decided.turned, decided.plan, row.bridge, ridge=ridge)
-    ranks_neurons = FFN in parts and bool(find_left(neurons))
+    ranks_neurons = FFN in parts and bool(find_left(neurons)) and target.share > 0
     wanted = needed_statistics(
         model,
         criteria=[criterion] if ranks_neurons else [],
