@@ -22,7 +22,7 @@ from vitprune.models.trunk import check_trunk
 from vitprune.models.units import KINDS
 from vitprune.pruning.decide import Decision, check_parts, decide
 from vitprune.pruning.prune import prune_as_planned
-from vitprune.pruning.rotate import rotate_queries_keys, rotate_values
+from vitprune.pruning.rotate import _eliminate_heads, rotate_queries_keys, rotate_values, sort_heads
 from vitprune.pruning.target import Target, target_parameters
 from vitprune.pruning.turn import layers_that_can_go
 
@@ -189,6 +189,73 @@ def test_a_decision_leaves_out_what_is_dear_for_its_worth():
     assert decide(losses, target, [replace(cheap[0], loss=0.5)], **options).left_out == {}
 
 
+def test_layers_alone_meet_a_target_or_it_is_refused():
+    """Nothing else may go: the layer that costs least for what it saves goes first, then the next."""
+    costs = {name: torch.arange(5.0) for name in ("a", "b", "c")}
+    stand_ins = [
+        StandIn(name, "bias", torch.nn.Identity(), loss) for name, loss in (("a", 3.0), ("b", 1.0), ("c", 2.0))
+    ]
+    options = {"allocation": "global", "round_to": {}, "floor": 0.0}
+    decision = decide({}, Target("macs", limit=4, fixed=0, costs=costs), stand_ins, **options)
+    assert set(decision.left_out) == {"b", "c"}
+    with pytest.raises(VitpruneError, match="cannot be met by what may go"):
+        decide({}, Target("macs", limit=1, fixed=2, costs=costs), stand_ins, **options)
+
+
+def test_heads_compete_with_dimensions():
+    """One of two heads is worth next to nothing: it goes, and takes half of what its dimensions cost."""
+    losses = {
+        "a.heads": torch.tensor([5.0, 0.01]),
+        "a.qk": torch.full((4,), 2.0),
+        "a.vo": torch.full((4,), 2.0),
+        "b": torch.full((8,), 0.1),
+    }
+    costs = {name: torch.arange(len(loss_H) + 1.0) for name, loss_H in losses.items() if name != "a.heads"}
+    target = Target("macs", limit=12, fixed=0, costs=costs)
+    options = {"allocation": "global", "round_to": dict.fromkeys(costs, 1), "floor": 0.0}
+    assert decide(losses, target, **options).widths == {"a.heads": 1, "a.qk": 4, "a.vo": 4, "b": 8}
+
+
+@torch.no_grad()
+def test_sorting_heads_changes_no_answer_and_the_dead_head_is_last(tiny_images):
+    model = split_attention(make_vit())
+    model.blocks[1].attn.proj.weight[:, :8] *= 1e-3
+    batches = make_batches()
+    statistics = measure_statistics(model, find_groups(model, ["vo"]), batches, {"moments", "gradients"})
+    result, sorted_statistics, _moments, losses = sort_heads(model, statistics, {})
+    torch.testing.assert_close(result(tiny_images), model(tiny_images), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(result.blocks[1].attn.proj.weight[:, 16:], model.blocks[1].attn.proj.weight[:, :8])
+    assert losses["blocks.1.attn"][2] < 1e-3 * losses["blocks.1.attn"][1]
+    again = measure_statistics(result, find_groups(result, ["vo"]), batches, {"moments"})["blocks.1.attn.vo"]
+    torch.testing.assert_close(sorted_statistics["blocks.1.attn.vo"].covariance_HH, again.covariance_HH)
+
+
+def test_what_a_head_costs_is_what_is_left_after_the_others_were_refitted():
+    """Against least squares on rows whose second moments are the covariance."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(500, 6, dtype=torch.float64, generator=generator) @ torch.randn(6, 6, dtype=torch.float64)
+    rows = rows - rows.mean(0)
+    weight = torch.randn(4, 6, dtype=torch.float64, generator=generator)
+    order, losses = _eliminate_heads(weight, rows.T @ rows / len(rows), 3, 1e-12)
+    left, target = [0, 1, 2], rows @ weight.T
+    for head, _loss in zip(order.flip(0).tolist()[:2], losses.flip(0).tolist()[:2], strict=True):
+        found = {}
+        for gone in left:
+            columns = [2 * each + place for each in left if each != gone for place in (0, 1)]
+            fit = torch.linalg.lstsq(rows[:, columns], target).solution
+            found[gone] = 0.5 * float((rows[:, columns] @ fit - target).square().sum() / len(rows))
+        assert min(found, key=found.get) == head
+        left.remove(head)
+    assert losses[2] == pytest.approx(
+        min(
+            0.5
+            * float((rows[:, keep] @ torch.linalg.lstsq(rows[:, keep], target).solution - target).square().sum() / 500)
+            for keep in ([2, 3, 4, 5], [0, 1, 4, 5], [0, 1, 2, 3])
+        ),
+        rel=1e-6,
+    )
+
+
 PARTS = ["ffn", "qk", "vo", "layers"]
 
 
@@ -227,12 +294,12 @@ def test_a_target_of_parameters_counts_all_parts():
     assert target.predict(widths) == sum(parameter.numel() for parameter in remove_neurons(model, plan).parameters())
 
 
-@pytest.mark.parametrize("part", ["qk", "vo"])
+@pytest.mark.parametrize("part", ["qk", "vo", "heads"])
 def test_a_ratio_takes_that_share_of_every_part(part):
     model = make_vit(embed_dim=48, num_heads=2)
     pruned, plan = vitprune.prune(model, make_batches(), pruning_ratio=0.5, parts=[part], allocation="uniform")
     widths = {name: width for name, width in plan.widths.items() if name.endswith(part)}
-    assert set(widths.values()) == {12}
+    assert set(widths.values()) == {1 if part == "heads" else 12}
     assert pruned.blocks[0].attn.scale == model.blocks[0].attn.scale
     assert plan.pruning_ratio == 0
 

@@ -8,7 +8,7 @@ Letters: H units of a group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from vitprune.models.attention import HEADS, QK, VO, check_attention, split_atte
 from vitprune.models.facts import Facts
 from vitprune.models.left_out import MAP
 from vitprune.models.units import FFN, KINDS, LAYERS, find_groups, find_layers
-from vitprune.options import DEFAULT_RIDGE, PARTS, check_choice
+from vitprune.options import DEFAULT_RIDGE, PARTS, TARGETS, check_choice
 from vitprune.progress import Track, untracked
 from vitprune.pruning.allocate import allocate
 from vitprune.pruning.plan import Plan
@@ -92,7 +92,7 @@ def decide(
 ) -> Decision:
     """Decide widths and whole layers so that the target is met at the least predicted loss.
 
-    Layers are left out one after another, as long as that leaves more for the others than it costs.
+    Layers and heads are left out one after another, as long as that leaves more for the others than it costs.
 
     Args:
         losses: group name -> what each unit costs [H], of all groups that may be cut; nats per image.
@@ -105,44 +105,116 @@ def decide(
 
     Raises:
         VitpruneError: if the target cannot be met.
+
+    >>> losses = {"a": torch.tensor([4.0, 3.0, 2.0, 1.0]), "b": torch.tensor([0.4, 0.3, 0.2, 0.1])}
+    >>> target = Target("macs", limit=4, fixed=0, costs={name: torch.arange(5.0) for name in losses})
+    >>> decide(losses, target, allocation="global", round_to={"a": 1, "b": 1}, floor=0.25).widths
+    {'a': 3, 'b': 1}
     """
+    options = {"allocation": allocation, "round_to": round_to, "floor": floor}
     costs = stand_in_costs or {}
-
-    def attempt(left_out: Mapping[str, StandIn]) -> Decision:
-        gone = {name for name in target.costs if _layer_of(name) in left_out}
-        whole = {name: len(cost_H) - 1 for name, cost_H in target.costs.items() if name not in losses}
-        fixed = {**whole, **dict.fromkeys(gone, 0)}
-        extra = sum(costs.get((name, each.kind), 0.0) for name, each in left_out.items())
-        remaining = fix(target, fixed, extra)
-        open_losses = {name: loss_H for name, loss_H in losses.items() if name not in gone}
-        widths = allocate(
-            open_losses,
-            remaining,
-            allocation=allocation,
-            across_ffns=True,
-            round_to={name: round_to[name] for name in open_losses},
-            floor=floor,
-        )
-        loss = sum(
-            float(loss_H.sort().values[: len(loss_H) - widths[name]].sum()) for name, loss_H in open_losses.items()
-        )
-        loss += sum(each.loss for each in left_out.values())
-        return Decision({**widths, **dict.fromkeys(gone, 0)}, dict(left_out), loss)
-
-    best = attempt({})
+    state = _Whole({}, {name: len(loss_H) for name, loss_H in losses.items() if kind_of(name) == HEADS})
+    best = _attempt(state, losses, target, costs, **options)
     while True:
-        better = best
-        for each in stand_ins:
-            if each.layer in best.left_out:
-                continue
-            try:
-                trial = attempt({**best.left_out, each.layer: each})
-            except VitpruneError:  # what would be left cannot meet the target
-                continue
-            better = min(better, trial, key=lambda decision: decision.loss)
-        if better is best:
+        trials = []
+        for whole in state.one_less(stand_ins):
+            trials.append((whole, _attempt(whole, losses, target, costs, **options)))
+        met = [(whole, trial) for whole, trial in trials if trial is not None]
+        if best is None and not met:
+            # Nothing less than several layers meets the target: the cheapest first.
+            price = {
+                whole: whole.loss(losses) / max(state.cost(target, costs) - whole.cost(target, costs), 1e-12)
+                for whole, _ in trials
+            }
+            if not price:
+                raise VitpruneError(
+                    f"target of {target.limit:g} {TARGETS[target.kind]}: it cannot be met by what may go; ask for more"
+                )
+            state = min(price, key=price.get)
+            continue
+        whole, better = min(met, key=lambda each: each[1].loss, default=(state, best))
+        if best is not None and better.loss >= best.loss:
             return best
-        best = better
+        state, best = whole, better
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Which layers and heads go, before widths are allotted.
+
+    Attributes:
+        left_out: name of an attention or FFN -> what stands in for it.
+        heads: group name of heads -> how many stay.
+    """
+
+    left_out: Mapping[str, StandIn]
+    heads: Mapping[str, int]
+
+    def __hash__(self) -> int:
+        return hash(
+            (tuple(sorted((name, each.kind) for name, each in self.left_out.items())), tuple(self.heads.items()))
+        )
+
+    def one_less(self, stand_ins: Sequence[StandIn]) -> Iterator[_Whole]:
+        """Yield what has one layer or one head less."""
+        for each in stand_ins:
+            if each.layer not in self.left_out:
+                yield _Whole({**self.left_out, each.layer: each}, self.heads)
+        for name, width in self.heads.items():
+            if width > 1 and _layer_of(name) not in self.left_out:
+                yield _Whole(self.left_out, {**self.heads, name: width - 1})
+
+    def loss(self, losses: Mapping[str, Tensor]) -> float:
+        """Return what these layers and heads cost."""
+        of_heads = [losses[name][width:] for name, width in self.heads.items() if _layer_of(name) not in self.left_out]
+        return sum(each.loss for each in self.left_out.values()) + sum(float(loss_H.sum()) for loss_H in of_heads)
+
+    def share(self, name: str, losses: Mapping[str, Tensor]) -> float:
+        """Return which share of its heads the layer of a group of dimensions keeps."""
+        heads = f"{_layer_of(name)}.{HEADS}"
+        return self.heads[heads] / len(losses[heads]) if heads in self.heads and kind_of(name) != FFN else 1.0
+
+    def cost(self, target: Target, costs: Mapping[tuple[str, str], float]) -> float:
+        """Return what the model costs without these layers, nothing else taken out."""
+        left = [cost_H[-1] for name, cost_H in target.costs.items() if _layer_of(name) not in self.left_out]
+        return float(sum(left)) + sum(costs.get((name, each.kind), 0.0) for name, each in self.left_out.items())
+
+
+def _attempt(
+    whole: _Whole,
+    losses: Mapping[str, Tensor],
+    target: Target,
+    costs: Mapping[tuple[str, str], float],
+    *,
+    round_to: Mapping[str, int],
+    **options: Any,
+) -> Decision | None:
+    """Allot widths beside what goes as a whole; None where the target cannot be met."""
+    gone = {name for name in target.costs if _layer_of(name) in whole.left_out}
+    # Dimensions of fewer heads cost less and are worth less.
+    scaled = replace(target, costs={name: cost_H * whole.share(name, losses) for name, cost_H in target.costs.items()})
+    open_losses = {
+        name: loss_H * whole.share(name, losses)
+        for name, loss_H in losses.items()
+        if name not in gone and kind_of(name) != HEADS
+    }
+    kept = {name: len(cost_H) - 1 for name, cost_H in target.costs.items() if name not in open_losses}
+    extra = sum(costs.get((name, each.kind), 0.0) for name, each in whole.left_out.items())
+    remaining = fix(scaled, {**kept, **dict.fromkeys(gone, 0)}, extra)
+    widths: dict[str, int] = {}
+    if open_losses:
+        try:
+            multiples = {name: round_to[name] for name in open_losses}
+            widths = allocate(open_losses, remaining, across_ffns=True, round_to=multiples, **options)
+        except VitpruneError:
+            return None
+    elif remaining.fixed > target.limit * (1 + 1e-12):
+        return None
+    loss = whole.loss(losses) + sum(
+        float(loss_H.sort().values[: len(loss_H) - widths[name]].sum()) for name, loss_H in open_losses.items()
+    )
+    heads = {name: 0 if _layer_of(name) in whole.left_out else width for name, width in whole.heads.items()}
+    return Decision({**widths, **heads, **dict.fromkeys(gone, 0)}, dict(whole.left_out), loss)
 
 
 def _layer_of(group: str) -> str:
@@ -267,10 +339,17 @@ def decide_parts(
         return Decided(turned, parts, decision, remaining)
     extra = {(layer, MAP): _cost_of_map(target, split, layer) for layer in turned.stand_ins}
     decision = decide(worth.losses, target, worth.stand_ins, extra, **options)
-    gone = {name: width for name, width in decision.widths.items() if kind_of(name) != FFN or width == 0}
-    others = {name: len(cost_H) - 1 for name, cost_H in target.costs.items() if kind_of(name) != FFN}
+    whole = _Whole(
+        decision.left_out, {name: width for name, width in decision.widths.items() if kind_of(name) == HEADS}
+    )
+    scaled = {name: cost_H * whole.share(name, worth.losses) for name, cost_H in target.costs.items()}
+    kept = {
+        name: decision.widths.get(name, len(cost_H) - 1)
+        for name, cost_H in target.costs.items()
+        if kind_of(name) != FFN or name in decision.left_out
+    }
     spent = sum(extra.get((name, each.kind), 0.0) for name, each in decision.left_out.items())
-    return Decided(turned, parts, decision, fix(target, {**others, **gone}, spent))
+    return Decided(turned, parts, decision, fix(replace(target, costs=scaled), kept, spent))
 
 
 def _decide_by_ratio(worth: Worth, parts: Sequence[str], ratio: float, options: Mapping[str, Any]) -> Decision:
@@ -281,7 +360,7 @@ def _decide_by_ratio(worth: Worth, parts: Sequence[str], ratio: float, options: 
             continue
         counts = {name: torch.arange(len(loss_H) + 1, dtype=torch.float64) for name, loss_H in of_kind.items()}
         limit = sum(len(loss_H) for loss_H in of_kind.values()) * (1 - ratio)
-        chosen = {**options, "round_to": {name: options["round_to"][name] for name in of_kind}}
+        chosen = {**options, "round_to": {name: options["round_to"].get(name, 1) for name in of_kind}}
         widths.update(allocate(of_kind, Target("neurons", limit, 0.0, counts), across_ffns=True, **chosen))
     left_out: dict[str, StandIn] = {}
     num_layers = len({each.layer for each in worth.stand_ins})

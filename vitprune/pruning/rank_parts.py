@@ -82,8 +82,7 @@ def rank_parts(
     losses: dict[str, Tensor] = {}
     if FFN in parts:
         losses.update(obs(turned.model, turned.statistics, ridge=ridge, track=track))
-    if VO in parts:
-        losses.update(turned.value_losses)
+    losses.update(turned.losses)
     if QK in parts:
         names = [name for name, module in find_attention(turned.model).items() if hasattr(module, "q")]
         tails = measure_query_key_losses(turned.model, names, take_evenly(batches, NUM_FISHER), seed=seed + 1)

@@ -23,7 +23,7 @@ from vitprune.options import DEFAULT_RIDGE
 from vitprune.pruning.apply import remove_neurons
 from vitprune.pruning.compensate import STAND_INS, write_down_proj
 from vitprune.pruning.plan import Plan, fit_plan
-from vitprune.pruning.rotate import rotate_queries_keys, rotate_values
+from vitprune.pruning.rotate import rotate_queries_keys, rotate_values, sort_heads
 from vitprune.views import has_classifier
 
 
@@ -34,13 +34,14 @@ class Turned:
     Attributes:
         model: with ``SplitAttention``; answers as the one it came from.
         statistics: of its FFNs and of what its attentions' projections read, by group name, in the new basis.
-        value_losses: group name -> what each dimension of the values costs [H]; float64, nats per image.
+        losses: group name -> what each dimension of the values, and each head, costs [H]; float64, nats per image,
+            falling.
         stand_ins: attention or FFN -> the constant and the map that come nearest to it.
     """
 
     model: nn.Module
     statistics: Mapping[str, Statistics]
-    value_losses: Mapping[str, Tensor] = field(default_factory=dict)
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
     stand_ins: Mapping[str, tuple[Bias, TokenMap]] = field(default_factory=dict)
 
 
@@ -81,16 +82,20 @@ def turn_attention(
     wanted = wanted | {MOMENTS} | ({GRADIENTS} if has_classifier(model) else set())
     with sums.watching(model, names if QK in parts else []):
         statistics = measure_statistics(model, groups, batches, wanted, seed=seed)
-    value_losses: dict[str, Tensor] = {}
+    losses: dict[str, Tensor] = {}
+    moments = sums.finish()
+    if HEADS in parts:
+        model, statistics, moments, of_heads = sort_heads(model, statistics, moments, ridge=ridge)
+        losses.update({f"{name}.{HEADS}": loss_H for name, loss_H in of_heads.items()})
     if QK in parts:
-        model = rotate_queries_keys(model, sums.finish())
+        model = rotate_queries_keys(model, moments)
     if VO in parts:
         of_values = {name: statistics[f"{name}.{VO}"] for name in names}
-        model, turned, losses = rotate_values(model, of_values)
+        model, turned, of_dimensions = rotate_values(model, of_values)
         statistics = {**statistics, **{f"{name}.{VO}": of_name for name, of_name in turned.items()}}
-        value_losses = {f"{name}.{VO}": loss_H for name, loss_H in losses.items()}
+        losses.update({f"{name}.{VO}": loss_H for name, loss_H in of_dimensions.items()})
     stand_ins = fit_stand_ins(model, layers_that_can_go(model), batches, ridge=ridge) if LAYERS in parts else {}
-    return Turned(model, statistics, value_losses, stand_ins)
+    return Turned(model, statistics, losses, stand_ins)
 
 
 def layers_that_can_go(model: nn.Module) -> list[Group]:
