@@ -33,7 +33,7 @@ from vitprune.calibration.statistics import Statistics, at_least_float32
 from vitprune.data import Batches
 from vitprune.models.block_calls import BlockCall, read_states_before, run_until_stopped, stopping_before, study_blocks
 from vitprune.models.left_out import Bias, TokenMap
-from vitprune.models.merging import MergingBlock, describe_merging, follow, pool
+from vitprune.models.merging import MergingBlock, describe_merging, follow, pool, unmerged
 from vitprune.models.units import find_groups
 from vitprune.options import DEFAULT_RIDGE
 from vitprune.progress import Track, untracked
@@ -81,8 +81,8 @@ def compensate_sequentially(
         ridge: λ relative to the mean variance of the hidden neurons; positive.
         drift_ridges: values of κ to choose from, relative to the mean variance of what a projection reads; positive.
         calls: from ``study_blocks`` on the dense model, where it is there already.
-        dense: the model whose answers are aimed at, of as many blocks; None: ``model``. Where tokens of ``model`` have
-            merged, the aim is the mean of the dense model's tokens that they stand for.
+        dense: the model whose answers are aimed at, of as many blocks; None: ``model``, unmerged. Where tokens of
+            ``model`` have merged, the aim is the mean of the dense model's tokens that they stand for.
         track: wraps (FFNs, description), for progress.
 
     Raises:
@@ -102,7 +102,7 @@ def compensate_sequentially(
     True
     """
     groups = {group.name: group for group in fit_plan(model, plan)}
-    dense = model if dense is None else dense
+    dense = unmerged(model) if dense is None else dense
     work = copy.deepcopy(model)
     if calls is None:
         calls = study_blocks(dense, find_groups(dense), batches)

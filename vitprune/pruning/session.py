@@ -13,6 +13,7 @@ from vitprune.data import Batches
 from vitprune.discovery.discover import Discovery
 from vitprune.errors import VitpruneError
 from vitprune.models.block_calls import BlockCall, study_blocks
+from vitprune.models.merging import unmerged
 from vitprune.models.units import Group, find_groups
 from vitprune.options import DEFAULT_RIDGE
 from vitprune.progress import Track, untracked
@@ -31,7 +32,8 @@ class Session:
         wanted: statistics that will be asked for, in the words of ``measure_statistics``: one pass measures them all.
         statistics: of this model, where they are there already.
         calls: from ``study_blocks`` on the dense model, where they are there already.
-        dense: the model whose answers are aimed at, where ``model`` is a narrower one already; None: ``model``.
+        dense: the model whose answers are aimed at, where ``model`` is a narrower one already; None: ``model``,
+            without merging of tokens.
         token_weights: group name of the dense model -> how much each token counts, where that is known already.
         ridge: λ relative to the mean variance of the units.
         seed: of everything drawn at random.
@@ -63,7 +65,7 @@ class Session:
         track: Track = untracked,
     ) -> None:
         self.model, self.batches, self.found = model, watch(batches), found
-        self.dense = model if dense is None else dense
+        self.dense = unmerged(model) if dense is None else dense
         self.wanted, self.ridge, self.seed, self.track = frozenset(wanted), ridge, seed, track
         if statistics is not None:
             self.statistics = statistics

@@ -11,6 +11,7 @@ from vitprune.evaluation.model_facts import ModelFacts, describe_network
 from vitprune.models.load import load
 from vitprune.models.macs import measure_sizes
 from vitprune.models.saved_folder import build_dense
+from vitprune.models.units import FFN, KINDS
 from vitprune.pruning.plan import Plan, read_plan
 
 
@@ -50,7 +51,7 @@ def load_pruned(folder: str | Path) -> PrunedModel:
         plan=plan,
         model=model,
         dense=replace(model, weights_sha256=plan.facts.weights_sha256 or "", **asdict(sizes)),
-        dense_widths={name: len(keep) for name, keep in plan.keep.items()},
+        dense_widths={name: len(keep) for name, keep in plan.only(FFN).keep.items()},
         label_names=tuple(getattr(network, "label_names", None) or ()),
     )
 
@@ -63,7 +64,13 @@ def count_removed(pruned: PrunedModel) -> tuple[int, int]:
 
 def widths_of(pruned: PrunedModel) -> dict[str, tuple[int, int]]:
     """Return FFN name -> neurons kept, neurons of the dense model."""
-    return {name: (width, pruned.dense_widths[name]) for name, width in pruned.plan.widths.items()}
+    return {name: (width, pruned.dense_widths[name]) for name, width in pruned.plan.only(FFN).widths.items()}
+
+
+def list_other_parts(pruned: PrunedModel) -> list[tuple[str, int, int]]:
+    """Return name, units kept and units of the dense model of each group that is no FFN's neurons."""
+    others = pruned.plan.only(*(kind for kind in KINDS if kind != FFN))
+    return [(name, width, len(others.keep[name])) for name, width in others.widths.items()]
 
 
 def same_weights(pruned: PrunedModel, run: Run) -> bool:

@@ -10,7 +10,13 @@ from vitprune.discovery.discover import class_paths
 from vitprune.figures.widths_figure import draw_widths
 from vitprune.report.page_blocks import Cell, Column, Grid, Row, Section
 from vitprune.report.pictures import embed_figure
-from vitprune.report.pruned_folder import PrunedModel, count_removed, same_weights, widths_of
+from vitprune.report.pruned_folder import (
+    PrunedModel,
+    count_removed,
+    list_other_parts,
+    same_weights,
+    widths_of,
+)
 from vitprune.report.shown_folder import Artefact, card_id, of_kind, part_name
 from vitprune.report.text import percent, plural
 
@@ -23,6 +29,7 @@ def pruned_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Section
     lead = [
         f"{removed:,} of {dense:,} FFN neurons ({percent(removed / dense)}) are removed"
         + (", by masking: the shapes are those of the dense model." if facts.mode == "mask" else "."),
+        *_describe_shape(content),
         describe_decision(content),
     ]
     if content.label_names:
@@ -39,7 +46,7 @@ def pruned_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Section
                 Cell(percent(width / content.dense_widths[name], 0), width / content.dense_widths[name]),
             )
         )
-        for place, (name, width) in enumerate(content.plan.widths.items())
+        for place, (name, (width, _dense)) in enumerate(widths_of(content).items())
     )
     columns = (Column("FFN"), Column("dense"), Column("kept"), Column("kept share"))
     grid = Grid(f"{artefact.key}-widths", "Neurons by FFN", columns, rows, sorted_by=(0, False))
@@ -48,9 +55,32 @@ def pruned_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Section
         id=f"{artefact.key}-picture",
         caption="Neurons kept in the FFN of each block; dashed: the dense model.",
     )
+    blocks = [picture, grid]
+    others = list_other_parts(content)
+    if others:
+        rows = tuple(
+            Row((Cell(name, place), Cell(f"{dense:,}", dense), Cell(f"{width:,}", width)))
+            for place, (name, width, dense) in enumerate(others)
+        )
+        columns = (Column("part"), Column("dense"), Column("kept"))
+        blocks.append(Grid(f"{artefact.key}-parts", "Attention and layers", columns, rows, sorted_by=(0, False)))
     title = f"{artefact.name}: what was removed"
     name = part_name(artefact, artefacts, "Neurons removed")
-    return Section(artefact.key, name, "pruned model", title, tuple(lead), (picture, grid), card_id(artefact))
+    return Section(artefact.key, name, "pruned model", title, tuple(lead), tuple(blocks), card_id(artefact))
+
+
+def _describe_shape(pruned: PrunedModel) -> list[str]:
+    """Say what went beside neurons: attention and layers, tokens, pixels."""
+    facts, said = pruned.plan.facts, []
+    narrower = [name for name, width, dense in list_other_parts(pruned) if width < dense]
+    if narrower:
+        said.append(f"{plural(len(narrower), 'group')} of attention or layers became smaller as well.")
+    if facts.merge:
+        merges = ", ".join(f"{r} in block {block}" for block, r in enumerate(facts.merge) if r)
+        said.append(f"Tokens merge: {merges}.")
+    if facts.image_size:
+        said.append(f"It is fed images of {facts.image_size[0]} x {facts.image_size[1]} pixels.")
+    return said
 
 
 def describe_decision(pruned: PrunedModel) -> str:
