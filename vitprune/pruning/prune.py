@@ -316,15 +316,13 @@ def prune_as_planned(
     """
     check_choice("mode", mode, MODES)
     check_ridge(ridge)
-    check_compensation(compensation, has_images=batches is not None)
     dense, model = model, shape_as_planned(model, plan)
+    parts = check_parts(model, plan.parts, mode=mode)
+    fit_plan(model if parts == (FFN,) else split_attention(model), plan)
+    check_compensation(compensation, has_images=batches is not None)
     wanted = needed_statistics(model, compensations=[compensation])
     neurons, turned, batches = model, None, watch(batches)
-    if plan.parts == (FFN,):
-        fit_plan(model, plan)
-    else:
-        check_parts(model, plan.parts, mode=mode)
-        fit_plan(split_attention(model), plan)
+    if parts != (FFN,):
         if batches is None:
             raise VitpruneError(f"a plan of {', '.join(plan.parts)} turns attention by images; pass `batches`")
         turned = turn_attention(model, take_evenly(batches, NUM_IMAGES), plan.parts, ridge=ridge, seed=seed)

@@ -225,8 +225,8 @@ def _check(target: Target) -> Target:
     if target.limit > target.dense:
         raise VitpruneError(f"target of {target.limit:g} {what}: the model has {target.dense:.6g} already")
     if target.limit < smallest:
+        least = "neuron in each FFN" if all(name.endswith(".mlp") for name in target.costs) else "unit in each group"
         raise VitpruneError(
-            f"target of {target.limit:g} {what}: with one neuron in each FFN the model still has {smallest:.6g}; "
-            "ask for more"
+            f"target of {target.limit:g} {what}: with one {least} the model still has {smallest:.6g}; ask for more"
         )
     return target
