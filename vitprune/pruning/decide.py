@@ -1,7 +1,9 @@
 """Decide what of a model goes, over all its parts: the loss that each costs, over what it saves.
 
-Neurons, dimensions of attention and whole layers compete in one ranking. What is decided here for good is what of
-attention goes and which layers; neurons are ranked anew, in steps, on the model that this leaves.
+Neurons, dimensions of attention and whole layers compete in one ranking. Estimates of different kinds are off by
+different factors, and what goes together costs more than it does one by one: whole candidates are tried on images that
+nothing was fitted to, and the factors chosen by what they lose. What is decided here for good is what of attention goes
+and which layers; neurons are ranked anew, in steps, on the model that this leaves.
 
 Letters: H units of a group.
 """
@@ -15,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitprune.calibration.layer_losses import StandIn
-from vitprune.data import Batches, take_evenly
+from vitprune.calibration.layer_losses import StandIn, measure_divergence
+from vitprune.data import Batches, on_device, take_evenly
 from vitprune.errors import VitpruneError
 from vitprune.models.attention import HEADS, QK, VO, check_attention, split_attention
 from vitprune.models.facts import Facts
@@ -25,7 +27,7 @@ from vitprune.models.units import FFN, KINDS, LAYERS, find_groups, find_layers
 from vitprune.options import DEFAULT_RIDGE, PARTS, TARGETS, check_choice
 from vitprune.progress import Track, untracked
 from vitprune.pruning.allocate import allocate
-from vitprune.pruning.plan import Plan
+from vitprune.pruning.plan import Plan, plan_from_widths
 from vitprune.pruning.rank_parts import Worth, kind_of, rank_parts
 from vitprune.pruning.target import Target, count_tokens, target_neurons
 from vitprune.pruning.turn import Turned, cut, turn_attention
@@ -33,6 +35,14 @@ from vitprune.views import has_classifier
 
 # How many of the calibration images the decision is made on; all see what is left of the model.
 NUM_IMAGES = 512
+# Every fourth batch of these is kept back, to try candidates on.
+KEPT_BACK = 4
+# By what estimates are multiplied beside those of neurons, to begin with: errors of values add up over the tokens of
+# an image, which the estimate takes to be independent.
+FIRST_FACTORS = {QK: 1.0, VO: 4.0, HEADS: 4.0, LAYERS: 1.0}
+NUM_CANDIDATES = 12
+# Neurons that are weighed together against dimensions and layers.
+BUNCH = 8
 
 
 def check_parts(model: nn.Module, parts: Sequence[str], *, mode: str = "remove") -> tuple[str, ...]:
@@ -331,14 +341,21 @@ def decide_parts(
         if level:
             decide(level, target, **options)
     some = take_evenly(batches, NUM_IMAGES)
-    turned = turn_attention(model, some, parts, wanted, ridge=ridge, seed=seed)
-    worth = rank_parts(turned, some, parts, ridge=ridge, seed=seed, track=track)
+    fitted = [batch for number, batch in enumerate(some) if number % KEPT_BACK != KEPT_BACK - 1]
+    kept_back = some[KEPT_BACK - 1 :: KEPT_BACK] or some
+    turned = turn_attention(model, fitted, parts, wanted, ridge=ridge, seed=seed)
+    worth = rank_parts(turned, fitted, parts, ridge=ridge, seed=seed, track=track)
     if target is None:
         decision = _decide_by_ratio(worth, parts, pruning_ratio, options)
         remaining = target_neurons(cut(turned, Decided(turned, parts, decision, None).plan, "none"), pruning_ratio)
         return Decided(turned, parts, decision, remaining)
     extra = {(layer, MAP): _cost_of_map(target, split, layer) for layer in turned.stand_ins}
-    decision = decide(worth.losses, target, worth.stand_ins, extra, **options)
+    coarse = {
+        name: step * BUNCH if kind_of(name) == FFN and len(target.costs[name]) > 16 * step * BUNCH else step
+        for name, step in multiples.items()
+    }
+    trial = _Trial(turned, parts, worth, target, extra, {**options, "round_to": coarse}, ridge)
+    decision = _search(trial, kept_back, track)
     whole = _Whole(
         decision.left_out, {name: width for name, width in decision.widths.items() if kind_of(name) == HEADS}
     )
@@ -350,6 +367,70 @@ def decide_parts(
     }
     spent = sum(extra.get((name, each.kind), 0.0) for name, each in decision.left_out.items())
     return Decided(turned, parts, decision, fix(replace(target, costs=scaled), kept, spent))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What it takes to try a candidate; names as in ``decide_parts`` and ``decide``."""
+
+    turned: Turned
+    parts: tuple[str, ...]
+    worth: Worth
+    target: Target
+    extra: Mapping[tuple[str, str], float]
+    options: Mapping[str, Any]
+    ridge: float
+
+    def decide(self, factors: Mapping[str, float]) -> Decision:
+        """Decide with estimates multiplied by a factor for each kind."""
+        losses = {name: loss_H * factors.get(kind_of(name), 1.0) for name, loss_H in self.worth.losses.items()}
+        stand_ins = [replace(each, loss=each.loss * factors.get(LAYERS, 1.0)) for each in self.worth.stand_ins]
+        return decide(losses, self.target, stand_ins, self.extra, **self.options)
+
+    def model(self, decision: Decision) -> nn.Module:
+        """Return the candidate with all that goes, refitted at once."""
+        plan = Decided(self.turned, self.parts, decision, None).plan
+        chosen = plan_from_widths(
+            {name: loss_H for name, loss_H in self.worth.losses.items() if kind_of(name) == FFN}, decision.widths
+        )
+        return cut(self.turned, replace(plan, keep={**plan.keep, **chosen.keep}), "ridge", ridge=self.ridge)
+
+
+@torch.no_grad()
+def _search(trial: _Trial, batches: Batches, track: Track) -> Decision:
+    """Return the decision whose model, refitted at once, loses least on images that were kept back."""
+    images = [images for images, _labels in on_device(trial.turned.model, batches)]
+    dense = [trial.turned.model(each).log_softmax(-1) for each in images]
+    tried: dict[tuple[Any, ...], float] = {}
+
+    def measure(decision: Decision) -> float:
+        key = (*decision.widths.items(), *((name, each.kind) for name, each in decision.left_out.items()))
+        if key not in tried:
+            model = trial.model(decision)
+            losses = [measure_divergence(dense_BC, model(each)) for dense_BC, each in zip(dense, images, strict=True)]
+            tried[key] = float(torch.cat(losses).mean())
+        return tried[key]
+
+    factors = {kind: FIRST_FACTORS[kind] for kind in trial.parts if kind != FFN}
+    decision = trial.decide(factors)
+    best = measure(decision)
+    steps = [(kind, factor) for kind in factors for factor in (2.0, 0.5)]
+    waiting = list(steps)
+    for _number in track(range(NUM_CANDIDATES), "candidates"):
+        if not waiting or (len(factors) == 1 and FFN not in trial.parts):
+            break
+        kind, factor = waiting.pop(0)
+        candidate = {**factors, kind: factors[kind] * factor}
+        try:
+            decided = trial.decide(candidate)
+        except VitpruneError:
+            continue
+        loss = measure(decided)
+        if loss < best:
+            best, factors, decision = loss, candidate, decided
+            # On in the same direction; the other kinds are asked anew, the opposite is known.
+            waiting = [(kind, factor), *(step for step in steps if step[0] != kind)]
+    return decision
 
 
 def _decide_by_ratio(worth: Worth, parts: Sequence[str], ratio: float, options: Mapping[str, Any]) -> Decision:

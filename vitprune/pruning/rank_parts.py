@@ -12,22 +12,18 @@ import torch
 from torch import Tensor
 
 from vitprune.calibration.attention_moments import measure_query_key_losses
-from vitprune.calibration.layer_losses import StandIn, measure_divergence, measure_stand_ins
+from vitprune.calibration.layer_losses import StandIn, measure_stand_ins
 from vitprune.calibration.second_order import obs
-from vitprune.data import Batches, on_device, take_evenly
+from vitprune.data import Batches, take_evenly
 from vitprune.models.attention import HEADS, QK, VO, find_attention
 from vitprune.models.units import FFN, LAYERS, find_groups
 from vitprune.options import DEFAULT_RIDGE
 from vitprune.progress import Track, untracked
-from vitprune.pruning.apply import mask_neurons
-from vitprune.pruning.plan import Plan
-from vitprune.pruning.turn import Turned, stand_in_for
+from vitprune.pruning.turn import Turned
 from vitprune.views import has_classifier
 
 # Of the calibration images, how many tell what the last dimensions of queries and keys are worth, and whole layers.
 NUM_FISHER, NUM_MEASURED = 256, 48
-# How many of them, and which share of a part, tell how far an estimate is off.
-NUM_CALIBRATED, SHARE_CALIBRATED = 128, 0.25
 
 
 @dataclass(frozen=True)
@@ -52,11 +48,10 @@ def rank_parts(
     seed: int = 0,
     track: Track = untracked,
 ) -> Worth:
-    """Estimate what neurons, dimensions and layers cost, so that all compare.
+    """Estimate what neurons, dimensions and layers cost.
 
     Neurons by criterion ``obs``, values by their discarded singular values, queries and keys by the Fisher information
-    of their last dimensions together, layers by trying. Of each kind of unit a share is then tried as well, and its
-    estimates are multiplied by what they were off by.
+    of their last dimensions together, layers by trying.
 
     Of a model without classifier nothing is known but the order of its queries' and keys' dimensions.
 
@@ -90,8 +85,7 @@ def rank_parts(
     stand_ins: Sequence[StandIn] = ()
     if turned.stand_ins:
         stand_ins = measure_stand_ins(turned.model, turned.stand_ins, take_evenly(batches, NUM_MEASURED), track=track)
-    factors = _measure_factors(turned, losses, take_evenly(batches, NUM_CALIBRATED), ridge)
-    return Worth({name: loss_H * factors[kind_of(name)] for name, loss_H in losses.items()}, stand_ins)
+    return Worth(losses, stand_ins)
 
 
 def _per_unit(tail_H: Tensor) -> Tensor:
@@ -99,29 +93,6 @@ def _per_unit(tail_H: Tensor) -> Tensor:
     added_H = tail_H - torch.cat([tail_H[1:], tail_H.new_zeros(1)])
     tiny = torch.finfo(torch.float64).tiny
     return added_H.flip(0).clamp_min(tiny).cummax(0).values.flip(0)
-
-
-@torch.no_grad()
-def _measure_factors(turned: Turned, losses: Mapping[str, Tensor], batches: Batches, ridge: float) -> dict[str, float]:
-    """Return by how much estimates of each kind fall short: they see tokens and layers one by one."""
-    model = turned.model
-    images = [images for images, _labels in on_device(model, batches)]
-    dense = [model(each).log_softmax(-1) for each in images]
-    factors = {}
-    for kind in dict.fromkeys(map(kind_of, losses)):
-        keep, estimate = {}, 0.0
-        groups = find_groups(model, [kind])
-        for group in groups:
-            loss_H = losses[group.name]
-            gone = loss_H.argsort(stable=True)[: round(SHARE_CALIBRATED * len(loss_H))]
-            keep[group.name] = torch.ones(len(loss_H), dtype=torch.bool)
-            keep[group.name][gone] = False
-            estimate += float(loss_H[gone].sum())
-        plan = Plan(keep, kinds={group.name: kind for group in groups if kind != FFN})
-        tried = mask_neurons(stand_in_for(model, plan, turned.statistics, "ridge", ridge=ridge), plan)
-        found = [measure_divergence(dense_BC, tried(each)) for dense_BC, each in zip(dense, images, strict=True)]
-        factors[kind] = max(float(torch.cat(found).mean()), 1e-12) / max(estimate, 1e-12)
-    return factors
 
 
 def kind_of(group: str) -> str:
