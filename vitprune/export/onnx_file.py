@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from vitprune.data import Batches, class_names
 from vitprune.errors import VitpruneError
 from vitprune.export.fuse import fuse_attention, skip_unread_tokens
+from vitprune.export.fuse_merging import fuse_merging
 from vitprune.export.graph import forget_shapes
 from vitprune.export.profile import make_session_runner
 from vitprune.export.quantize import quantize
@@ -177,6 +178,7 @@ def _trace(model: nn.Module, batch_size: int | None, operators: str) -> ir.Model
             verbose=False,
         )
     graph_model = program.model
+    fuse_merging(graph_model)
     if operators == "onnxruntime":
         fuse_attention(graph_model)
     skip_unread_tokens(graph_model)

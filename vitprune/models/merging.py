@@ -21,6 +21,9 @@ from vitprune.errors import VitpruneError
 from vitprune.models.attention import QK, VO, SplitAttention, split_attention, why_not
 from vitprune.views import num_patches, num_prefix_tokens, num_tokens_read
 
+# Keys that are shorter than this are like no other.
+LEAST = 1e-12
+
 
 @dataclass(frozen=True)
 class Matching:
@@ -57,13 +60,15 @@ def match_tokens(keys_BhNd: Tensor, r: int, num_prefix: int) -> Matching:
     """
     num_tokens = keys_BhNd.shape[2]
     check_r(r, num_tokens - num_prefix)
-    keys_BNF = nn.functional.normalize(keys_BhNd.detach(), dim=-1).transpose(1, 2).flatten(2)
+    keys_BNhd = keys_BhNd.detach().transpose(1, 2)
+    # Not ``normalize``, whose graph spreads the lengths out over all dimensions first.
+    keys_BNF = (keys_BNhd / keys_BNhd.norm(dim=-1, keepdim=True).clamp_min(LEAST)).flatten(2)
     first, second = keys_BNF[:, num_prefix::2], keys_BNF[:, num_prefix + 1 :: 2]
     similarity, partner = (first @ second.transpose(1, 2)).max(dim=-1)
     gone_Br = similarity.topk(r, dim=-1, sorted=False).indices
     partner_Br = num_prefix + 1 + 2 * partner.gather(1, gone_Br)
     index_N = torch.arange(num_tokens, device=keys_BNF.device)
-    into_BN = index_N.expand(len(keys_BNF), -1).scatter(1, num_prefix + 2 * gone_Br, partner_Br)
+    into_BN = index_N.expand(keys_BNF.shape[0], -1).scatter(1, num_prefix + 2 * gone_Br, partner_Br)
     place_BN = (into_BN == index_N).cumsum(dim=1) - 1
     return Matching(place_BN.gather(1, into_BN), num_tokens - r)
 
