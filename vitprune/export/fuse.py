@@ -232,6 +232,30 @@ def _from_heads(headed: ir.Value | None):
     return (shaped.inputs[0], None) if None not in (whole, heads, width) and whole == heads * width else None
 
 
+def unspread_biases(model: ir.Model) -> int:
+    """Add a bias to tokens as it is, where a graph gives it to every token first.
+
+    Args:
+        model: with shapes; changed in place.
+
+    Returns:
+        How many.
+    """
+    count = 0
+    for node in model.graph:
+        for at, value in enumerate(node.inputs if node.op_type == "Add" else ()):
+            spread, other = producer(value, "Expand"), node.inputs[1 - at]
+            bias = None if spread is None else constant(spread.inputs[0])
+            known = other.shape is not None and node.outputs[0].shape is not None
+            if bias is not None and bias.ndim == 1 and known and list(other.shape) == list(node.outputs[0].shape):
+                node.replace_input_with(at, spread.inputs[0])
+                count += 1
+                break
+    if count:
+        _tidy(model)
+    return count
+
+
 def skip_unread_tokens(model: ir.Model) -> int:
     """Compute behind the last attention only what the head reads of its tokens.
 

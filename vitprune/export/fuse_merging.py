@@ -22,18 +22,18 @@ def fuse_merging(model: ir.Model) -> int:
         model: with shapes; changed in place.
 
     Returns:
-        Nodes that are gone.
+        How many steps became simpler.
     """
-    graph = model.graph
-    before = len(graph)
+    graph, count = model.graph, 0
     for node in list(graph):
         if node.op_type == "Div":
-            _normalise_at_once(graph, node)
+            count += _normalise_at_once(graph, node)
         elif node.op_type in ("Mul", "MatMul"):
-            _leave_ones_out(graph, node)
-    RemoveUnusedNodesPass()(model)
-    graph.sort()
-    return before - len(graph)
+            count += _leave_ones_out(graph, node)
+    if count:
+        RemoveUnusedNodesPass()(model)
+        graph.sort()
+    return count
 
 
 def find_cosines(keys: ir.Value) -> list[ir.Node]:
@@ -86,7 +86,7 @@ def _is_compared(node: ir.Node, at: int) -> bool:
     return ahead and all(_is_compared(user, place) for user, place in node.outputs[0].uses())
 
 
-def _normalise_at_once(graph: ir.Graph, divide: ir.Node) -> None:
+def _normalise_at_once(graph: ir.Graph, divide: ir.Node) -> bool:
     """Replace keys divided by their lengths, which are at least some tiny number."""
     keys = divide.inputs[0]
     bounded = producer(divide.inputs[1], "Clip", "Max")
@@ -94,16 +94,16 @@ def _normalise_at_once(graph: ir.Graph, divide: ir.Node) -> None:
     flat = only_user(divide.outputs[0], "Reshape")
     least = None if bounded is None else scalar(bounded.inputs[1])
     if length is None or flat is None or length.inputs[0] is not keys or least is None or not 0 < least < 1e-9:
-        return
+        return False
     axes = numbers(length.inputs[1]) if len(length.inputs) > 1 else tuple(attribute(length, "axes", ()))
     turned = permutation(permutation(keys, 0, 2, 1, 3), 0, 2, 1, 3)
     parted = producer(turned or keys, "Reshape")
     heads = size(keys, 2)
     if axes not in ((-1,), (3,)) or parted is None or heads is None or len(keys.shape) != 4:
-        return
+        return False
     linear, result = parted.inputs[0], flat.outputs[0]
     if not (_is_flat(linear) and _is_flat(result)) or size(linear, 2) != size(result, 2):
-        return
+        return False
     by_heads = add_constant(graph, np.array([0, 0, heads, -1]), "keys_by_heads")
     nodes = [ir.node("Reshape", [linear, by_heads], num_outputs=1)]
     nodes.append(ir.node("LpNormalization", [nodes[0].outputs[0]], {"axis": -1, "p": 2}, num_outputs=1))
@@ -113,26 +113,29 @@ def _normalise_at_once(graph: ir.Graph, divide: ir.Node) -> None:
         node.outputs[0].type, node.outputs[0].shape = like.type, like.shape
     graph.extend(nodes)
     ir.convenience.replace_all_uses_with(result, nodes[2].outputs[0])
+    return True
 
 
 def _is_flat(value: ir.Value) -> bool:
     return value.shape is not None and len(value.shape) == 3 and size(value, 2) is not None
 
 
-def _leave_ones_out(graph: ir.Graph, node: ir.Node) -> None:
+def _leave_ones_out(graph: ir.Graph, node: ir.Node) -> bool:
     """Replace tokens [B, N, D] times sizes of 1 by the tokens, and a product [B, M, N] with such sizes by a sum."""
     ones = producer(node.inputs[1], "Expand")
     if ones is None or scalar(ones.inputs[0]) != 1 or node.outputs[0].is_graph_output():
-        return
+        return False
     value, result = node.inputs[0], node.outputs[0]
     if value.shape is None or result.shape is None or len(value.shape) != len(result.shape):
-        return
-    if node.op_type == "Mul":
-        if list(value.shape) == list(result.shape):
-            ir.convenience.replace_all_uses_with(result, value)
-    elif size(node.inputs[1], -1) == 1:
+        return False
+    if node.op_type == "Mul" and list(value.shape) == list(result.shape):
+        ir.convenience.replace_all_uses_with(result, value)
+        return True
+    if node.op_type == "MatMul" and size(node.inputs[1], -1) == 1:
         last = add_constant(graph, np.array([-1]), "last_axis")
         total = ir.node("ReduceSum", [value, last], {"keepdims": 1}, num_outputs=1)
         total.outputs[0].type, total.outputs[0].shape = result.type, result.shape
         graph.append(total)
         ir.convenience.replace_all_uses_with(result, total.outputs[0])
+        return True
+    return False

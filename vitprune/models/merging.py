@@ -271,6 +271,20 @@ def unmerged(model: nn.Module) -> nn.Module:
     return model if merge is None else set_merging(model, [0] * len(merge))
 
 
+def drop_unread_merge(model: nn.Module) -> None:
+    """Take from a model, in place, the merge of its last block where the head reads none of the tokens that merge.
+
+    >>> import timm
+    >>> model = set_merging(timm.create_model("vit_tiny_patch16_224", depth=2), (60, 20))
+    >>> drop_unread_merge(model)
+    >>> describe_merging(model)
+    [60, 0]
+    """
+    blocks = getattr(model, "blocks", None)
+    if isinstance(blocks, MergingBlocks) and not blocks.unmerges and isinstance(blocks[-1], MergingBlock):
+        blocks[-1].merge = None
+
+
 def describe_merging(model: nn.Module) -> list[int] | None:
     """Return how many tokens disappear in each block of a model; None where none do.
 
