@@ -199,9 +199,10 @@ def test_merging_models_are_exported_and_say_where_they_merge(arguments, tmp_pat
     assert made.max_abs_diff < (1e-4 if made.float32 is None else 1)
 
 
-@pytest.mark.parametrize(
-    "layers", [("blocks.1.mlp",), ("blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp"), ("blocks.2.attn",)]
-)
+ALL_FFNS = ("blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp")
+
+
+@pytest.mark.parametrize("layers", [("blocks.1.mlp",), ALL_FFNS, ("blocks.2.attn",)], ids="-".join)
 def test_models_without_some_layers_are_exported(layers, tmp_path):
     model = make_vit().float()
     for name in layers:
