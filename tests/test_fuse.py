@@ -205,14 +205,14 @@ def test_keys_of_zero_are_like_no_other(tmp_path):
 
 
 def test_the_last_block_of_a_merging_model_runs_for_the_class_token_alone(tmp_path):
-    model = set_merging(make_vit(), (3, 4, 6)).float()
+    model = set_merging(make_vit(), (3, 4, 3)).float()
     drop_unread_merge(model)
     graph = read_graph(export_plainly(model, tmp_path / "plain.onnx"))
     fuse_merging(graph)
     fuse_attention(graph)
     # Queries, projection and both of the FFN; keys and values are all read.
     assert skip_unread_tokens(graph) == 4
-    assert_answers(graph, set_merging(make_vit(), (3, 4, 6)).float(), tmp_path / "run.onnx")
+    assert_answers(graph, set_merging(make_vit(), (3, 4, 3)).float(), tmp_path / "run.onnx")
 
 
 def test_narrow_attention_of_merged_tokens_is_fused(tmp_path):
