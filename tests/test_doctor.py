@@ -12,6 +12,7 @@ import vitprune
 from vitprune.export.graph import read_graph
 from vitprune.export.onnx_file import quiet
 from vitprune.export.profile import NodeRun, count_graph_macs, count_node_macs, profile
+from vitprune.models.merging import set_merging
 from vitprune.speed.alignment import FfnShape, _fastest, find_round_to, measure_multiples, round_up
 from vitprune.speed.bench import random_batch
 from vitprune.speed.doctor import (
@@ -69,14 +70,24 @@ def named(found):
 
 def test_a_good_export_has_nothing_that_could_be_fused(of_good, good):
     findings = named(of_good)
-    for name in ("attention", "unread tokens", "weights as inputs", "norms", "gelu", "precision", "placement", "opset"):
+    for name in (
+        "merging",
+        "attention",
+        "unread tokens",
+        "weights as inputs",
+        "norms",
+        "gelu",
+        "precision",
+        "placement",
+        "opset",
+    ):
         assert findings[name].verdict == FINE, findings[name]
-    assert findings["metadata"].verdict == FINE
+    assert findings["merging"].verdict == findings["metadata"].verdict == FINE
     assert "any batch size" in findings["batch"].text
     assert of_good.macs == count_graph_macs(good)
     assert 0.2 < of_good.ffn_share < 0.6
     assert of_good.median_ms > 0
-    assert len(findings) == len(of_good.findings) == 14
+    assert len(findings) == len(of_good.findings) == 15
 
 
 def test_a_bad_export_is_told_what_is_wrong_with_it(of_bad):
@@ -116,6 +127,19 @@ def test_attention_that_cannot_be_fused_is_told_of(tmp_path):
     path = export_plainly(make_vit(qk_norm=True).float(), tmp_path / "normed.onnx")
     finding = _judge_absent("attention", read_graph(path))
     assert (finding.verdict, finding.text[:26]) == (KNOW, "3 softmax are left as they")
+
+
+def test_a_merging_file_has_nothing_that_could_be_fused(tmp_path):
+    model = set_merging(make_vit(), (3, 0, 6)).float()
+    path = tmp_path / "merged.onnx"
+    vitprune.export_onnx(model, path, [random_batch(model, 2)])
+    findings = named(diagnose(path, seconds=0.4, num_threads=1))
+    for name in ("merging", "attention", "unread tokens", "precision", "norms"):
+        assert findings[name].verdict == FINE, findings[name]
+    vitprune.export_onnx(model, path, [random_batch(model, 2)], operators="standard")
+    (tmp_path / "variants").mkdir()
+    variants, _untried = _make_variants(path, read_graph(path), tmp_path / "variants")
+    assert {name: variant.count for name, variant in variants.items()} == {"attention": 3, "int8": 1}
 
 
 def test_double_numbers_cost_their_time():

@@ -21,6 +21,10 @@ from vitprune.export.runtime import open_onnx
 from vitprune.figures.bench_figure import draw_bench
 from vitprune.figures.style import save_figure
 from vitprune.files import write_table
+from vitprune.models.facts import Facts
+from vitprune.models.left_out import Bias
+from vitprune.models.merging import describe_merging, set_merging
+from vitprune.pruning.plan import Plan
 from vitprune.seen_images import SeenImages
 from vitprune.speed.bench import BenchRow
 
@@ -174,6 +178,50 @@ def test_the_file_says_what_it_was_pruned_by(image_folder, tmp_path):
     for name, keep in plan.keep.items():
         bits = np.unpackbits(np.frombuffer(base64.b64decode(facts["plan"]["keep"][name]), np.uint8))[: len(keep)]
         assert bits.astype(bool).tolist() == keep.tolist()
+
+
+def read_own_facts(path):
+    return json.loads(open_onnx(path).session.get_modelmeta().custom_metadata_map["vitprune"])
+
+
+@pytest.mark.parametrize("arguments", [{}, {"batch_size": 2}, {"precision": "int8"}], ids=str)
+def test_merging_models_are_exported_and_say_where_they_merge(arguments, tmp_path):
+    model = set_merging(make_vit(), (3, 0, 6)).float()
+    images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    made = vitprune.export_onnx(model, tmp_path / "m.onnx", [(images, torch.zeros(5))], **arguments)
+    facts = read_own_facts(made.path)
+    assert (facts["merge"], facts["image_size"]) == ([3, 0, 6], [32, 32])
+    assert facts["precision"] == arguments.get("precision", "float32")
+    assert describe_merging(model) == [3, 0, 6]
+    operators = [node.op_type for node in onnx.load(made.path).graph.node]
+    # Behind the last merge only the class token is read, which does not merge.
+    assert (operators.count("TopK"), operators.count("MultiHeadAttention")) == (1, 3)
+    assert made.max_abs_diff < (1e-4 if made.float32 is None else 1)
+
+
+ALL_FFNS = ("blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp")
+
+
+@pytest.mark.parametrize("layers", [("blocks.1.mlp",), ALL_FFNS, ("blocks.2.attn",)], ids="-".join)
+def test_models_without_some_layers_are_exported(layers, tmp_path):
+    model = make_vit().float()
+    for name in layers:
+        model.set_submodule(name, Bias(torch.randn(24)))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    made = vitprune.export_onnx(model, tmp_path / "m.onnx", [(images, torch.zeros(2))])
+    facts = read_own_facts(made.path)
+    assert facts["left_out"] == dict.fromkeys(layers, "bias")
+    assert set(facts["widths"]) == set(ALL_FFNS) - set(layers)
+
+
+def test_the_file_says_which_parts_went():
+    keep = {"blocks.0.mlp": torch.arange(4) < 2, "blocks.0.attn.qk": torch.arange(8) < 4}
+    facts = Facts(merge=(3, 0, 6), image_size=(24, 24), stand_ins={"blocks.1.attn": "map"})
+    described = onnx_file.describe_plan(Plan(keep, facts, {"blocks.0.attn.qk": "qk"}))
+    assert described["kinds"] == {"blocks.0.attn.qk": "qk"}
+    assert described["num_neurons_dense"] == {"blocks.0.mlp": 4, "blocks.0.attn.qk": 8}
+    assert (described["merge"], described["image_size"]) == ((3, 0, 6), (24, 24))
+    assert described["stand_ins"] == {"blocks.1.attn": "map"}
 
 
 def test_files_that_cannot_be_opened_are_refused(tmp_path):

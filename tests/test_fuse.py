@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
@@ -9,10 +11,14 @@ import pytest
 import timm
 import torch
 from conftest import TINY, make_vit
+from torch import nn
 
-from vitprune.export.fuse import fuse_attention, skip_unread_tokens
+from vitprune.export.fuse import fuse_attention, skip_unread_tokens, unspread_biases
+from vitprune.export.fuse_merging import fuse_merging
 from vitprune.export.graph import read_graph
-from vitprune.export.onnx_file import quiet
+from vitprune.export.onnx_file import quiet, save_graph
+from vitprune.models.left_out import Bias
+from vitprune.models.merging import drop_unread_merge, set_merging
 
 SMALL = {key: TINY[key] for key in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")}
 
@@ -106,3 +112,125 @@ def test_a_path_that_masks_attention_is_left_alone(tmp_path):
     graph.graph.insert_before(softmax, bias)
     softmax.replace_input_with(0, bias.outputs[0])
     assert fuse_attention(graph) == 2
+
+
+MERGING = {
+    # arguments, schedule (of 3 blocks with 16 patches), attentions with sizes
+    "class token": ({}, (3, 0, 6), 2),
+    "two class tokens": ({"name": "deit_tiny_distilled_patch16_224"}, (3, 0, 6), 2),
+    "average of the patches": ({"global_pool": "avg"}, (3, 0, 6), 2),
+    "a merge in every block": ({}, (4, 4, 3), 2),
+    "one merge at the end": ({"global_pool": "avg"}, (0, 0, 5), 0),
+}
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    """Return merging models and the files that torch writes of them, each made once."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            arguments, schedule, _num_sized = MERGING[kind]
+            model = set_merging(make_vit(**arguments), schedule).float()
+            made[kind] = model, export_plainly(model, tmp_path_factory.mktemp("merged") / "plain.onnx")
+        return made[kind]
+
+    return make
+
+
+def assert_answers(graph, model, path):
+    for count in (1, 3):
+        images = np.random.default_rng(0).standard_normal((count, 3, 32, 32), dtype=np.float32)
+        with torch.no_grad():
+            expected = model(torch.from_numpy(images)).numpy()
+        np.testing.assert_allclose(run(graph, path, images), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", MERGING)
+def test_merging_graphs_give_the_same_logits(kind, merged, tmp_path):
+    model, path = merged(kind)
+    graph = read_graph(path)
+    for number, rewrite in enumerate((fuse_merging, fuse_attention, skip_unread_tokens)):
+        rewrite(graph)
+        # No stale shape is left either.
+        save_graph(graph, tmp_path / f"{number}.onnx")
+        assert_answers(graph, model, tmp_path / "run.onnx")
+    assert [fuse_merging(graph), fuse_attention(graph), skip_unread_tokens(graph)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", MERGING)
+def test_sizes_ride_as_one_more_dimension_of_queries_and_keys(kind, merged):
+    graph, num_sized = read_graph(merged(kind)[1]), MERGING[kind][2]
+    fuse_merging(graph)
+    assert fuse_attention(graph) == 3
+    fused = [node for node in graph.graph if node.op_type == "MultiHeadAttention"]
+    widths = sorted(tuple(value.shape[2] for value in node.inputs) for node in fused)
+    assert widths == [(24, 24, 24)] * (3 - num_sized) + [(27, 27, 24)] * num_sized
+    assert "Softmax" not in {node.op_type for node in graph.graph}
+
+
+def test_keys_are_computed_once_for_attention_and_comparison(merged):
+    graph = read_graph(merged("a merge in every block")[1])
+    products = sum(node.op_type == "MatMul" and node.inputs[1].is_initializer() for node in graph.graph)
+    fuse_merging(graph)
+    fuse_attention(graph)
+    assert sum(node.op_type == "MatMul" and node.inputs[1].is_initializer() for node in graph.graph) == products
+
+
+def test_without_simpler_merging_attention_is_fused_all_the_same(merged, tmp_path):
+    model, path = merged("a merge in every block")
+    graph = read_graph(path)
+    assert fuse_attention(graph) == 3
+    assert_answers(graph, model, tmp_path / "fused.onnx")
+
+
+def test_merging_takes_few_operators(merged):
+    graph = read_graph(merged("class token")[1])
+    # Lengths of keys in two merges, and sizes of 1 in the first: tokens times them, and their sum.
+    assert fuse_merging(graph) == 4
+    counts = Counter(node.op_type for node in graph.graph)
+    assert (counts["LpNormalization"], counts["ReduceL2"], counts["Clip"], counts["ReduceSum"]) == (2, 0, 0, 1)
+
+
+def test_keys_of_zero_are_like_no_other(tmp_path):
+    """ONNX leaves open what a direction of no length is; ONNX Runtime says 0, as torch does here."""
+    model = set_merging(make_vit(), (3, 0, 0)).float()
+    with torch.no_grad():
+        model.blocks[0].attn.k.weight[:8].zero_()
+        model.blocks[0].attn.k.bias[:8].zero_()
+    graph = read_graph(export_plainly(model, tmp_path / "plain.onnx"))
+    fuse_merging(graph)
+    assert_answers(graph, model, tmp_path / "run.onnx")
+
+
+def test_the_last_block_of_a_merging_model_runs_for_the_class_token_alone(tmp_path):
+    model = set_merging(make_vit(), (3, 4, 3)).float()
+    drop_unread_merge(model)
+    graph = read_graph(export_plainly(model, tmp_path / "plain.onnx"))
+    fuse_merging(graph)
+    fuse_attention(graph)
+    # Queries, projection and both of the FFN; keys and values are all read.
+    assert skip_unread_tokens(graph) == 4
+    assert_answers(graph, set_merging(make_vit(), (3, 4, 3)).float(), tmp_path / "run.onnx")
+
+
+def test_narrow_attention_of_merged_tokens_is_fused(tmp_path):
+    model = set_merging(make_vit(), (3, 4, 0)).float()
+    for block in model.blocks:
+        for name in ("q", "k"):
+            linear = getattr(block.attn, name)
+            setattr(block.attn, name, nn.Linear(linear.in_features, 3 * 5))
+    graph = read_graph(export_plainly(model.eval(), tmp_path / "plain.onnx"))
+    fuse_merging(graph)
+    assert fuse_attention(graph) == 3
+    assert_answers(graph, model, tmp_path / "run.onnx")
+
+
+def test_a_bias_in_place_of_a_layer_is_one_addition(tmp_path):
+    model = make_vit().float()
+    model.blocks[1].mlp, model.blocks[2].attn = Bias(torch.randn(24)), Bias(torch.randn(24))
+    graph = read_graph(export_plainly(model, tmp_path / "plain.onnx"))
+    assert unspread_biases(graph) == 2
+    assert sum(node.op_type == "Expand" for node in graph.graph) == 1  # the class token
+    assert_answers(graph, model, tmp_path / "run.onnx")

@@ -444,3 +444,33 @@ def test_files_that_do_not_fit_are_refused(plain, tmp_path):
     refuses("its weights cannot be read", without)
     normed = make_vit(mlp_layer=SwiGLU, scale_mlp_norm=True).float()
     refuses("no FFN among its 16 products", export_plainly(normed, tmp_path / "normed.onnx"))
+
+
+BEYOND = {
+    "qk": ({"blocks.0.attn.qk": "qk"}, {}, r"part qk: blocks.0.attn.qk: dimensions of queries and keys"),
+    "vo": ({"blocks.0.attn.vo": "vo"}, {}, r"part vo: blocks.0.attn.vo: dimensions of values"),
+    "heads": ({"blocks.0.attn.heads": "heads"}, {}, r"part heads: blocks.0.attn.heads: only neurons .* no heads"),
+    "layers": ({"blocks.1.attn.layers": "layers"}, {}, r"part layers: blocks.1.attn.layers: .* no whole layers"),
+    "merging": ({}, {"merge": (3, 0, 6)}, r"merging: tokens of an ONNX graph cannot be made to merge"),
+    "image size": ({}, {"image_size": (24, 24)}, r"image size: .* cannot be made to take images of 24 x 24"),
+}
+
+
+@pytest.mark.parametrize("part", BEYOND)
+def test_what_is_no_neuron_is_refused_with_what_to_do_instead(part, plain, tmp_path):
+    kinds, facts, message = BEYOND[part]
+    model, path = plain
+    neurons = half_plan(model)
+    gone = {name: torch.zeros(1, dtype=torch.bool) for name in kinds}
+    plan = vitprune.Plan({**neurons.keep, **gone}, Facts(**facts), kinds)
+    with pytest.raises(vitprune.VitpruneError, match=f"^{message}.*; export the pruned model's folder instead$"):
+        vitprune.prune_onnx(path, plan, tmp_path / "pruned.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_that_lose_nothing_are_not_in_the_way(plain, tmp_path):
+    model, path = plain
+    neurons = half_plan(model)
+    kept = {"blocks.0.attn.qk": torch.ones(8, dtype=torch.bool)}
+    plan = vitprune.Plan({**neurons.keep, **kept}, Facts(merge=(0, 0, 0)), {"blocks.0.attn.qk": "qk"})
+    assert vitprune.prune_onnx(path, plan, tmp_path / "pruned.onnx").pruning_ratio == 0.5

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from vitprune.export.fuse_merging import find_cosines, read_wider_keys
 from vitprune.export.graph import (
     add_constant,
     attribute,
@@ -36,8 +37,9 @@ _BINARY = frozenset({"Add", "Sub", "Mul", "Div", "Pow"})
 def fuse_attention(model: ir.Model) -> int:
     """Replace softmax attention over heads by one ``com.microsoft.MultiHeadAttention`` each.
 
-    Queries, keys and values may come from one packed projection (timm) or from three; attention with a mask, a bias, a
-    norm or a rotation of queries and keys is left as it is.
+    Queries, keys and values may come from one packed projection (timm) or from three. What is added to the logits of a
+    key whatever the query, as merged tokens have it, rides as one more dimension of queries and keys. Attention with
+    another mask or bias, a norm or a rotation of queries and keys is left as it is.
 
     Args:
         model: with shapes; changed in place.
@@ -48,12 +50,25 @@ def fuse_attention(model: ir.Model) -> int:
     graph = model.graph
     found = [match for node in graph if node.op_type == "Softmax" and (match := _match_attention(node))]
     thirds: dict[ir.Value, tuple[ir.Value, ...]] = {}
-    for query, key, value, num_heads, scale, result in found:
+    riders: dict[tuple[ir.Value, int, int, float], ir.Value] = {}
+    for query, key, value, mask, num_heads, scale, result in found:
         inputs = []
         for linear, part in (query, key, value):
             if part is not None and linear not in thirds:
                 thirds[linear] = _part_projection(graph, linear) or _split(graph, linear)
             inputs.append(linear if part is None else thirds[linear][part])
+        if mask is not None:
+            width = size(inputs[0], 2) // num_heads
+            rider = mask, num_heads, width, scale
+            if rider not in riders:
+                riders[rider] = _spread_over_keys(graph, *rider)
+            inputs[0] = _widen(graph, inputs[0], num_heads, 1.0)
+            compared = find_cosines(inputs[1])
+            # The keys' bias adds the same to all logits of a query, which the softmax does not see.
+            inputs[1] = _widen(graph, inputs[1], num_heads, 0.0 if compared else None)
+            for heads in compared:
+                read_wider_keys(heads, inputs[1])
+            inputs[1] = _add(graph, inputs[1], riders[rider])
         fused = ir.node(
             "MultiHeadAttention", inputs, {"num_heads": num_heads, "scale": scale}, domain=MICROSOFT, num_outputs=1
         )
@@ -67,9 +82,10 @@ def fuse_attention(model: ir.Model) -> int:
 
 
 def _match_attention(softmax: ir.Node):
-    """Return (query, key, value, heads, scale, the value that the fused node gives), or None.
+    """Return (query, key, value, mask, heads, scale, the value that the fused node gives), or None.
 
-    Each of the first three is (value [B, N, D], None) or (packed value [B, N, 3 D], which third).
+    Each of the first three is (value [B, N, D], None) or (packed value [B, N, 3 D], which third). The mask is None, or
+    what is added to the logits of all queries [B, 1, 1, N].
     """
     read = only_user(softmax.outputs[0], "MatMul")
     turned = None if read is None else only_user(read.outputs[0], "Transpose")
@@ -82,9 +98,10 @@ def _match_attention(softmax: ir.Node):
         or attribute(softmax, "axis", -1) not in (-1, 3)
     ):
         return None
-    scores, scale = _unscaled(softmax.inputs[0])
+    logits, mask = _unmasked(softmax.inputs[0])
+    scores, scale = _unscaled(logits)
     product = producer(scores, "MatMul")
-    if product is None or only_user(product.outputs[0], "Softmax", "Mul", "Div") is None:
+    if product is None or only_user(product.outputs[0], "Softmax", "Mul", "Div", "Add") is None:
         return None
     query, of_query = _unscaled(product.inputs[0])
     key, of_key = _unscaled(product.inputs[1])
@@ -99,7 +116,19 @@ def _match_attention(softmax: ir.Node):
     num_heads, width = size(query, 1), size(flat.outputs[0], 2)
     if None in sources or num_heads is None or width is None or len(flat.outputs[0].shape) != 3:
         return None
-    return *sources, num_heads, scale * of_query * of_key, flat.outputs[0]
+    # One more dimension of queries and keys needs them in projections of their own.
+    if mask is not None and not all(part is None and _projection(linear) for linear, part in sources[:2]):
+        return None
+    return *sources, mask, num_heads, scale * of_query * of_key, flat.outputs[0]
+
+
+def _unmasked(logits: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+    """Part logits from what is added for each key, the same for all heads and queries."""
+    add = producer(logits, "Add")
+    for value, mask in (add.inputs, reversed(add.inputs)) if add is not None else ():
+        if mask.shape is not None and len(mask.shape) == 4 and size(mask, 1) == size(mask, 2) == 1:
+            return value, mask
+    return logits, None
 
 
 def _unscaled(value: ir.Value) -> tuple[ir.Value, float]:
@@ -139,12 +168,92 @@ def _without_heads(value: ir.Value):
     return shaped.inputs[0], part % 3
 
 
+def _projection(linear: ir.Value) -> tuple[ir.Value, np.ndarray, np.ndarray] | None:
+    """Return what a linear layer reads, its weights and its bias; None where it is no product with constant weights."""
+    add = producer(linear, "Add")
+    product, bias_value = (producer(linear, "MatMul"), None) if add is None else product_and_bias(add)
+    weight = None if product is None else constant(product.inputs[1])
+    if weight is None or weight.ndim != 2:
+        return None
+    bias = np.zeros(weight.shape[1], weight.dtype) if add is None else constant(bias_value)
+    return None if bias is None or bias.shape != weight.shape[1:] else (product.inputs[0], weight, bias)
+
+
+def _widen(graph: ir.Graph, linear: ir.Value, num_heads: int, number: float | None) -> ir.Value:
+    """Compute a projection whose heads have one dimension more, which is a number for all tokens; None: 0, no bias."""
+    read, weight, bias = _projection(linear)
+    wide = np.pad(weight.reshape(len(weight), num_heads, -1), ((0, 0), (0, 0), (0, 1))).reshape(len(weight), -1)
+    product = ir.node("MatMul", [read, add_constant(graph, wide, f"{linear.name}_wide_weight")], num_outputs=1)
+    _describe(product.outputs[0], linear, wide.shape[1])
+    graph.append(product)
+    if number is None:
+        return product.outputs[0]
+    wide_bias = np.pad(bias.reshape(num_heads, -1), ((0, 0), (0, 1)), constant_values=number).reshape(-1)
+    return _add(graph, product.outputs[0], add_constant(graph, wide_bias, f"{linear.name}_wide_bias"))
+
+
+def _spread_over_keys(graph: ir.Graph, mask: ir.Value, num_heads: int, width: int, scale: float) -> ir.Value:
+    """Return what to add to keys with one dimension more: queries of 1 there then add a mask to the logits."""
+    dimension = np.zeros((num_heads, width + 1), np.float32)
+    dimension[:, width] = 1 / scale
+    spread = add_constant(graph, dimension.reshape(-1), "last_dimension")
+    nodes = []
+    column = permutation(_unsqueezed(mask), 0, 2, 1)
+    if column is None:
+        nodes.append(ir.node("Reshape", [mask, add_constant(graph, np.array([0, -1, 1]), "by_token")], num_outputs=1))
+        column = nodes[0].outputs[0]
+    nodes.append(ir.node("Mul", [column, spread], num_outputs=1))
+    for node, last in zip(reversed(nodes), (dimension.size, 1), strict=False):
+        node.outputs[0].type = mask.type
+        node.outputs[0].shape = ir.Shape([mask.shape[0], mask.shape[3], last])
+    graph.extend(nodes)
+    return nodes[-1].outputs[0]
+
+
+def _unsqueezed(mask: ir.Value) -> ir.Value | None:
+    """Return the values [B, 1, N] that a mask [B, 1, 1, N] was made of."""
+    node = producer(mask, "Unsqueeze")
+    whole = node is not None and node.inputs[0].shape is not None and len(node.inputs[0].shape) == 3
+    return node.inputs[0] if whole and size(node.inputs[0], 1) == 1 else None
+
+
+def _add(graph: ir.Graph, value: ir.Value, other: ir.Value) -> ir.Value:
+    node = ir.node("Add", [value, other], num_outputs=1)
+    _describe(node.outputs[0], value, size(value, 2))
+    graph.append(node)
+    return node.outputs[0]
+
+
 def _from_heads(headed: ir.Value | None):
     shaped = producer(headed, "Reshape")
     if shaped is None or shaped.inputs[0].shape is None or len(shaped.inputs[0].shape) != 3 or len(headed.shape) != 4:
         return None
     whole, heads, width = size(shaped.inputs[0], 2), size(headed, 2), size(headed, 3)
     return (shaped.inputs[0], None) if None not in (whole, heads, width) and whole == heads * width else None
+
+
+def unspread_biases(model: ir.Model) -> int:
+    """Add a bias to tokens as it is, where a graph gives it to every token first.
+
+    Args:
+        model: with shapes; changed in place.
+
+    Returns:
+        How many.
+    """
+    count = 0
+    for node in model.graph:
+        for at, value in enumerate(node.inputs if node.op_type == "Add" else ()):
+            spread, other = producer(value, "Expand"), node.inputs[1 - at]
+            bias = None if spread is None else constant(spread.inputs[0])
+            known = other.shape is not None and node.outputs[0].shape is not None
+            if bias is not None and bias.ndim == 1 and known and list(other.shape) == list(node.outputs[0].shape):
+                node.replace_input_with(at, spread.inputs[0])
+                count += 1
+                break
+    if count:
+        _tidy(model)
+    return count
 
 
 def skip_unread_tokens(model: ir.Model) -> int:
@@ -251,19 +360,17 @@ def _part_projection(graph: ir.Graph, packed: ir.Value) -> tuple[ir.Value, ...] 
 
     None where they are no product with constant weights.
     """
-    add = producer(packed, "Add")
-    product, bias_value = (producer(packed, "MatMul"), None) if add is None else product_and_bias(add)
-    weight = None if product is None else constant(product.inputs[1])
-    bias = constant(bias_value)
-    if weight is None or weight.ndim != 2 or (add is not None and (bias is None or bias.shape != weight.shape[1:])):
+    found = _projection(packed)
+    if found is None:
         return None
+    read, weight, bias = found
     width = weight.shape[1] // 3
     parts = []
     for number, name in enumerate(("queries", "keys", "values")):
         columns = slice(number * width, (number + 1) * width)
         part = add_constant(graph, weight[:, columns], f"{packed.name}_{name}_weight")
-        nodes = [ir.node("MatMul", [product.inputs[0], part], num_outputs=1)]
-        if bias is not None:
+        nodes = [ir.node("MatMul", [read, part], num_outputs=1)]
+        if producer(packed, "Add") is not None:
             part = add_constant(graph, bias[columns], f"{packed.name}_{name}_bias")
             nodes.append(ir.node("Add", [nodes[0].outputs[0], part], num_outputs=1))
         for node in nodes:

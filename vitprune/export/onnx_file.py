@@ -23,15 +23,18 @@ from torch import Tensor, nn
 
 from vitprune.data import Batches, class_names
 from vitprune.errors import VitpruneError
-from vitprune.export.fuse import fuse_attention, skip_unread_tokens
+from vitprune.export.fuse import fuse_attention, skip_unread_tokens, unspread_biases
+from vitprune.export.fuse_merging import fuse_merging
 from vitprune.export.graph import forget_shapes
 from vitprune.export.profile import make_session_runner
 from vitprune.export.quantize import quantize
 from vitprune.export.runtime import METADATA_KEY, OnnxModel, open_onnx, open_session
 from vitprune.files import FORMAT_VERSION, atomic_siblings
 from vitprune.models.identity import architecture
+from vitprune.models.left_out import describe_left_out
+from vitprune.models.merging import describe_merging, drop_unread_merge
 from vitprune.models.trunk import plain_attention
-from vitprune.models.units import find_feed_forwards
+from vitprune.models.units import find_left
 from vitprune.options import OPERATORS, PRECISIONS_ONNX, check_choice
 from vitprune.pruning.plan import Plan
 from vitprune.seen_images import seen_by
@@ -138,15 +141,18 @@ def export_onnx(
     # Some families export only without fused attention, and the others are fused here.
     with plain_attention(model), atomic_siblings(path) as folder:
         written = folder / path.name
-        _write(_trace(model, batch_size, operators), written, _facts(model, plan, "float32"))
+        # Facts first: they tell of every merge, one that nothing reads among them.
+        facts = _facts(model, plan, "float32")
+        drop_unread_merge(model)
+        _write(_trace(model, batch_size, operators), written, facts)
         parity = _measure_parity(model, open_onnx(written), batches, exact=True)
         if precision == "int8":
             float32 = parity
             with tempfile.TemporaryDirectory(dir=folder) as unquantized:
                 for file in [file for file in folder.iterdir() if file.is_file()]:
                     file.rename(Path(unquantized) / file.name)
-                facts = json.dumps(_facts(model, plan, "int8"), sort_keys=True)
-                quantize(Path(unquantized) / path.name, written, {METADATA_KEY: facts})
+                told = json.dumps({**facts, "precision": "int8"}, sort_keys=True)
+                quantize(Path(unquantized) / path.name, written, {METADATA_KEY: told})
                 speedup = _compare_speed(Path(unquantized) / path.name, written)
             parity = _measure_parity(model, open_onnx(written), batches, exact=False)
         size_bytes = sum(file.stat().st_size for file in folder.iterdir())
@@ -177,6 +183,8 @@ def _trace(model: nn.Module, batch_size: int | None, operators: str) -> ir.Model
             verbose=False,
         )
     graph_model = program.model
+    unspread_biases(graph_model)
+    fuse_merging(graph_model)
     if operators == "onnxruntime":
         fuse_attention(graph_model)
     skip_unread_tokens(graph_model)
@@ -202,7 +210,10 @@ def _facts(model: nn.Module, plan: Plan | None, precision: str) -> dict[str, Any
         "label_names": list(getattr(model, "label_names", None) or ()),
         "class_names": list(class_names(model)),
         "data_config": data_config(model),
-        "widths": {ffn.name: ffn.num_neurons for ffn in find_feed_forwards(model)},
+        "image_size": list(data_config(model)["input_size"][1:]),
+        "widths": {ffn.name: ffn.num_neurons for ffn in find_left(model)},
+        "left_out": describe_left_out(model),
+        "merge": describe_merging(model),
         "calibration_sha256": sorted(seen_by(model) | (frozenset() if plan is None else plan.calibration)),
         "plan": None if plan is None else describe_plan(plan),
     }
@@ -218,7 +229,8 @@ def describe_plan(plan: Plan) -> Mapping[str, Any]:
     """Return what a file says of the plan that it was pruned by."""
     facts = {key: value for key, value in plan.facts.as_json().items() if key != "calibration"}
     keep = {name: base64.b64encode(np.packbits(mask.numpy())).decode() for name, mask in plan.keep.items()}
-    return {**facts, "num_neurons_dense": {name: len(mask) for name, mask in plan.keep.items()}, "keep": keep}
+    num_units = {name: len(mask) for name, mask in plan.keep.items()}
+    return {**facts, "kinds": dict(plan.kinds), "num_neurons_dense": num_units, "keep": keep}
 
 
 def _write(graph_model: ir.Model, path: Path, facts: Mapping[str, Any]) -> None:

@@ -35,7 +35,9 @@ from vitprune.export.graph_statistics import measure_graph_statistics, open_runn
 from vitprune.export.onnx_file import PARITY_ATOL, PARITY_RTOL, describe_plan, save_graph
 from vitprune.export.runtime import METADATA_KEY
 from vitprune.files import atomic_siblings
-from vitprune.models.units import Group, find_feed_forwards
+from vitprune.models.attention import HEADS, QK, VO
+from vitprune.models.merging import describe_merging
+from vitprune.models.units import FFN, LAYERS, Group, find_feed_forwards
 from vitprune.options import COMPENSATIONS, DEFAULT_RIDGE, check_choice
 from vitprune.progress import Track, untracked
 from vitprune.pruning.compensate import check_ridge
@@ -81,6 +83,15 @@ class OnnxPruneReport:
     donor_max_abs_diff: float | None = None
 
 
+# Why a graph cannot lose units of a kind: what is left of them in the pruned model are other weights.
+_BEYOND: Mapping[str, str] = {
+    QK: "dimensions of queries and keys are cut in a basis that the file's weights are not in",
+    VO: "dimensions of values are cut in a basis that the file's weights are not in",
+    HEADS: "only neurons of FFNs can be taken out of an ONNX graph, no heads",
+    LAYERS: "only neurons of FFNs can be taken out of an ONNX graph, no whole layers",
+}
+_INSTEAD = "export the pruned model's folder instead"
+
 # Position in ``find_linears`` -> weight [I, O] and bias [O] (None: as it is) of a dense linear, compensated.
 _Weights = Mapping[int, tuple[np.ndarray, np.ndarray | None]]
 
@@ -115,8 +126,9 @@ def prune_onnx(
         track: wraps (FFNs, description), for progress.
 
     Raises:
-        VitpruneError: if the plan is not for this file, an argument is out of range, images are missing, the donor was
-            made from other weights, or the outputs of removal and masking differ by more than rtol 1e-3, atol 1e-4.
+        VitpruneError: if the plan is not for this file or takes more than neurons of FFNs, an argument is out of
+            range, images are missing, the donor was made from other weights, or the outputs of removal and masking
+            differ by more than rtol 1e-3, atol 1e-4.
 
     >>> import tempfile, timm
     >>> from vitprune import export_onnx
@@ -130,6 +142,7 @@ def prune_onnx(
     """
     source, output = Path(source), Path(output)
     _check_arguments(compensation, batches, ridge, donor)
+    plan = _only_neurons(plan, donor)
     model = read_graph(source)
     ffns = fit_graph(model, plan, source)
     shape = _input_shape(model, donor, source)
@@ -195,6 +208,19 @@ def _check_arguments(compensation: str, batches: Batches | None, ridge: float, d
     if donor is not None and row.reads_images:
         raise VitpruneError(f"the donor brings its own compensation; leave out {compensation}, or the donor")
     check_compensation(compensation, has_images=batches is not None)
+
+
+def _only_neurons(plan: Plan, donor: nn.Module | None) -> Plan:
+    """Return what a plan says of FFNs, after refusing one that takes anything else."""
+    for name in plan.keep:
+        if plan.kind(name) != FFN and len(plan.removed(name)):
+            raise VitpruneError(f"part {plan.kind(name)}: {name}: {_BEYOND[plan.kind(name)]}; {_INSTEAD}")
+    if any(plan.facts.merge or ()) or (donor is not None and describe_merging(donor)):
+        raise VitpruneError(f"merging: tokens of an ONNX graph cannot be made to merge; {_INSTEAD}")
+    if plan.facts.image_size is not None:
+        size = " x ".join(map(str, plan.facts.image_size))
+        raise VitpruneError(f"image size: an ONNX graph cannot be made to take images of {size}; {_INSTEAD}")
+    return plan.only(FFN)
 
 
 def fit_graph(model: ir.Model, plan: Plan, source: Path) -> dict[str, GraphFfn]:

@@ -21,6 +21,9 @@ from vitprune.errors import VitpruneError
 from vitprune.models.attention import QK, VO, SplitAttention, split_attention, why_not
 from vitprune.views import num_patches, num_prefix_tokens, num_tokens_read
 
+# Keys that are shorter than this are like no other.
+LEAST = 1e-12
+
 
 @dataclass(frozen=True)
 class Matching:
@@ -57,7 +60,9 @@ def match_tokens(keys_BhNd: Tensor, r: int, num_prefix: int) -> Matching:
     """
     num_tokens = keys_BhNd.shape[2]
     check_r(r, num_tokens - num_prefix)
-    keys_BNF = nn.functional.normalize(keys_BhNd.detach(), dim=-1).transpose(1, 2).flatten(2)
+    keys_BNhd = keys_BhNd.detach().transpose(1, 2)
+    # Not ``normalize``, whose graph spreads the lengths out over all dimensions first.
+    keys_BNF = (keys_BNhd / keys_BNhd.norm(dim=-1, keepdim=True).clamp_min(LEAST)).flatten(2)
     first, second = keys_BNF[:, num_prefix::2], keys_BNF[:, num_prefix + 1 :: 2]
     similarity, partner = (first @ second.transpose(1, 2)).max(dim=-1)
     gone_Br = similarity.topk(r, dim=-1, sorted=False).indices
@@ -264,6 +269,20 @@ def unmerged(model: nn.Module) -> nn.Module:
     """
     merge = describe_merging(model)
     return model if merge is None else set_merging(model, [0] * len(merge))
+
+
+def drop_unread_merge(model: nn.Module) -> None:
+    """Take from a model, in place, the merge of its last block where the head reads none of the tokens that merge.
+
+    >>> import timm
+    >>> model = set_merging(timm.create_model("vit_tiny_patch16_224", depth=2), (60, 20))
+    >>> drop_unread_merge(model)
+    >>> describe_merging(model)
+    [60, 0]
+    """
+    blocks = getattr(model, "blocks", None)
+    if isinstance(blocks, MergingBlocks) and not blocks.unmerges and isinstance(blocks[-1], MergingBlock):
+        blocks[-1].merge = None
 
 
 def describe_merging(model: nn.Module) -> list[int] | None:

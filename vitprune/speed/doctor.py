@@ -19,6 +19,7 @@ from onnx_ir.passes.common import NameFixPass, RemoveInitializersFromInputsPass
 
 from vitprune.errors import VitpruneError
 from vitprune.export.fuse import fuse_attention, skip_unread_tokens
+from vitprune.export.fuse_merging import fuse_merging
 from vitprune.export.graph import read_graph
 from vitprune.export.graph_ffns import find_graph_ffns, find_linears
 from vitprune.export.onnx_file import save_graph, write_graph
@@ -189,14 +190,20 @@ def _free_weights(graph: ir.Model) -> int:
     return count
 
 
-# Each is made on top of those before it: attention has to be one operator before the last block's queries, keys and
-# values can be told apart.
+# Each is made on top of those before it: keys have to be compared in few steps before attention can share them with the
+# comparison, and attention has to be one operator before the last block's queries, keys and values can be told apart.
 _CHANGES: Mapping[str, _Change] = {
     "weights as inputs": _Change(
         _free_weights,
         "{count} weights are inputs of the graph, which keeps ONNX Runtime from folding, fusing and packing them",
         "weights are constants",
         "export without keep_initializers_as_inputs",
+    ),
+    "merging": _Change(
+        fuse_merging,
+        "{count} steps of merging tokens take more operators than they need",
+        "no merging of tokens that could be simpler is left",
+        "export it with vitprune",
     ),
     "attention": _Change(
         fuse_attention,
@@ -354,7 +361,10 @@ def _about_precision(nodes: Sequence[NodeRun]) -> Finding:
     odd = [
         node
         for node in nodes
-        if node.op_type in ("Cast", "DequantizeLinear") or any(each in _HALF_AND_DOUBLE for each in node.dtypes)
+        if node.op_type == "DequantizeLinear"
+        or any(each in _HALF_AND_DOUBLE for each in node.dtypes)
+        # What makes zeros and ones of a comparison is no change of precision.
+        or (node.op_type == "Cast" and "bool" not in node.dtypes)
     ]
     cost = sum(node.milliseconds for node in odd)
     dtypes = sorted({each for node in nodes for each in node.dtypes if each in _HALF_AND_DOUBLE})
