@@ -127,27 +127,67 @@ def measure_stand_ins(
     >>> [(each.layer, each.kind) for each in measure_stand_ins(model, fitted, batches)][:2]
     [('blocks.0.attn', 'bias'), ('blocks.0.attn', 'map')]
     """
+    losses = measure_replaced(model, fitted, batches, track=track)
+    return [
+        StandIn(name, kind, module, loss)
+        for name, modules in fitted.items()
+        for kind, module, loss in zip((BIAS, MAP), modules, losses[name], strict=True)
+    ]
+
+
+@torch.no_grad()
+def measure_replaced(
+    model: nn.Module,
+    replacements: Mapping[str, Sequence[nn.Module]],
+    batches: Batches,
+    *,
+    track: Track = untracked,
+) -> dict[str, list[float]]:
+    """Measure KL(dense ‖ with another module in a layer's place), one layer at a time.
+
+    Blocks before the layer are run once for all.
+
+    Args:
+        model: timm Vision Transformer in eval mode, with a classifier; stays as it is.
+        replacements: name of an attention or FFN -> what to try in its place.
+        batches: pairs of images [B, 3, height, width] (normalised by the model's own transform) and labels, which are
+            not used. Read once.
+        track: wraps (layers, description), for progress.
+
+    Returns:
+        Name -> a loss for each that was tried; nats per image.
+
+    Raises:
+        VitpruneError: if ``batches`` is empty.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5).eval()
+    >>> batches = [(torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64))]
+    >>> measure_replaced(model, {"blocks.0.attn": [model.blocks[0].attn]}, batches)
+    {'blocks.0.attn': [0.0]}
+    """
     work = copy.deepcopy(model)
     images = [images for images, _labels in on_device(model, batches)]
     if not images:
         raise VitpruneError("no calibration images")
-    starts: dict[str, list[tuple[Any, ...]]] = {name: [] for name in dict.fromkeys(map(block_of, fitted))}
+    starts: dict[str, list[tuple[Any, ...]]] = {name: [] for name in dict.fromkeys(map(block_of, replacements))}
     with ExitStack() as stack:
         for name, seen in starts.items():
             hook = lambda _module, args, seen=seen: seen.append(args)  # noqa: E731
             stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
         dense = [model(each).log_softmax(-1) for each in images]
     resumes = _resumes(model, starts, dense[0])
-    found = []
-    for name in track(list(fitted), "layers"):
+    found: dict[str, list[float]] = {}
+    for name in track(list(replacements), "layers"):
         layer, block = work.get_submodule(name), block_of(name)
-        for kind, module in zip((BIAS, MAP), fitted[name], strict=True):
+        found[name] = []
+        for module in replacements[name]:
             work.set_submodule(name, module)
             losses = [
                 measure_divergence(dense_BC, _resume(work, block, start) if resumes else work(each))
                 for dense_BC, each, start in zip(dense, images, starts[block], strict=True)
             ]
-            found.append(StandIn(name, kind, module, float(torch.cat(losses).mean())))
+            found[name].append(float(torch.cat(losses).mean()))
         work.set_submodule(name, layer)
     return found
 

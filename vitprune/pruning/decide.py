@@ -37,9 +37,8 @@ from vitprune.views import has_classifier
 NUM_IMAGES = 512
 # Every fourth batch of these is kept back, to try candidates on.
 KEPT_BACK = 4
-# By what estimates are multiplied beside those of neurons, to begin with: errors of values add up over the tokens of
-# an image, which the estimate takes to be independent.
-FIRST_FACTORS = {QK: 1.0, VO: 4.0, HEADS: 4.0, LAYERS: 1.0}
+# By what estimates are multiplied beside those of neurons, to begin with.
+FIRST_FACTORS = {QK: 1.0, VO: 1.0, HEADS: 4.0, LAYERS: 1.0}
 NUM_CANDIDATES = 12
 # Neurons that are weighed together against dimensions and layers.
 BUNCH = 8
@@ -266,6 +265,16 @@ class Decided:
     target: Target | None
 
     @property
+    def neurons(self) -> dict[str, int] | None:
+        """How many neurons each FFN that is left keeps; None where their own ranking decides."""
+        widths = {
+            name: width
+            for name, width in self.decision.widths.items()
+            if kind_of(name) == FFN and name not in self.decision.left_out
+        }
+        return widths or None
+
+    @property
     def plan(self) -> Plan:
         """What goes before neurons are ranked: dimensions, heads, layers."""
         keep, kinds, left_out = {}, {}, self.decision.left_out
@@ -344,7 +353,7 @@ def decide_parts(
     fitted = [batch for number, batch in enumerate(some) if number % KEPT_BACK != KEPT_BACK - 1]
     kept_back = some[KEPT_BACK - 1 :: KEPT_BACK] or some
     turned = turn_attention(model, fitted, parts, wanted, ridge=ridge, seed=seed)
-    worth = rank_parts(turned, fitted, parts, ridge=ridge, seed=seed, track=track)
+    worth = rank_parts(turned, fitted, parts, kept_back, ridge=ridge, seed=seed, track=track)
     if target is None:
         decision = _decide_by_ratio(worth, parts, pruning_ratio, options)
         remaining = target_neurons(cut(turned, Decided(turned, parts, decision, None).plan, "none"), pruning_ratio)

@@ -253,7 +253,8 @@ def prune(
             track=track,
         )
         target = decided.target
-    schedule = Schedule(criterion, allocation, row.bridge, round_to, floor)
+    widths = None if decided is None else decided.neurons
+    schedule = Schedule(criterion, allocation, row.bridge, round_to, floor, widths)
     narrowed = None if decided is None else decided.turned
     neurons = model if decided is None else cut(decided.turned, decided.plan, row.bridge, ridge=ridge)
     ranks_neurons = FFN in parts and bool(find_left(neurons)) and target.share > 0

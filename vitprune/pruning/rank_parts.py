@@ -9,21 +9,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitprune.calibration.attention_moments import measure_query_key_losses
-from vitprune.calibration.layer_losses import StandIn, measure_stand_ins
+from vitprune.calibration.layer_losses import StandIn, measure_replaced, measure_stand_ins
 from vitprune.calibration.second_order import obs
 from vitprune.data import Batches, take_evenly
 from vitprune.models.attention import HEADS, QK, VO, find_attention
 from vitprune.models.units import FFN, LAYERS, find_groups
 from vitprune.options import DEFAULT_RIDGE
 from vitprune.progress import Track, untracked
-from vitprune.pruning.turn import Turned
+from vitprune.pruning.apply import mask_neurons
+from vitprune.pruning.plan import Plan
+from vitprune.pruning.turn import Turned, stand_in_for
 from vitprune.views import has_classifier
 
 # Of the calibration images, how many tell what the last dimensions of queries and keys are worth, and whole layers.
 NUM_FISHER, NUM_MEASURED = 256, 48
+# How many try a share of a group.
+NUM_TRIED, SHARE_TRIED = 64, 0.3
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ def rank_parts(
     turned: Turned,
     batches: Batches,
     parts: Sequence[str],
+    kept_back: Batches | None = None,
     *,
     ridge: float = DEFAULT_RIDGE,
     seed: int = 0,
@@ -51,7 +56,8 @@ def rank_parts(
     """Estimate what neurons, dimensions and layers cost.
 
     Neurons by criterion ``obs``, values by their discarded singular values, queries and keys by the Fisher information
-    of their last dimensions together, layers by trying.
+    of their last dimensions together, layers by trying. Of each group a share is then tried by itself, on images that
+    nothing was fitted to, and its estimates are multiplied by what they were off by: those of late FFNs tenfold.
 
     Of a model without classifier nothing is known but the order of its queries' and keys' dimensions.
 
@@ -59,6 +65,7 @@ def rank_parts(
         turned: from ``turn_attention``, for the same parts.
         batches: calibration images and labels, readable more than once.
         parts: keys of ``PARTS``.
+        kept_back: images to try groups and layers on, other than ``batches``; None: the same.
         ridge: λ of what stands in.
         seed: of everything drawn at random.
         track: wraps (items, description) of long loops, for progress.
@@ -74,6 +81,7 @@ def rank_parts(
     if not has_classifier(turned.model):
         groups = find_groups(turned.model, [QK]) if QK in parts else []
         return Worth({group.name: torch.arange(group.num_units, 0, -1).double() for group in groups})
+    kept_back = batches if kept_back is None else kept_back
     losses: dict[str, Tensor] = {}
     if FFN in parts:
         losses.update(obs(turned.model, turned.statistics, ridge=ridge, track=track))
@@ -84,8 +92,39 @@ def rank_parts(
         losses.update({f"{name}.{QK}": _per_unit(tail_H) for name, tail_H in tails.items()})
     stand_ins: Sequence[StandIn] = ()
     if turned.stand_ins:
-        stand_ins = measure_stand_ins(turned.model, turned.stand_ins, take_evenly(batches, NUM_MEASURED), track=track)
-    return Worth(losses, stand_ins)
+        stand_ins = measure_stand_ins(turned.model, turned.stand_ins, take_evenly(kept_back, NUM_MEASURED), track=track)
+    factors = _measure_factors(turned, losses, take_evenly(kept_back, NUM_TRIED), ridge, track)
+    return Worth({name: loss_H * factors.get(name, 1.0) for name, loss_H in losses.items()}, stand_ins)
+
+
+def _measure_factors(
+    turned: Turned, losses: Mapping[str, Tensor], batches: Batches, ridge: float, track: Track
+) -> dict[str, float]:
+    """Return by how much the estimates of each group fall short where a share of its units goes.
+
+    They were made on the images that the others were refitted to, and take tokens to be independent.
+    """
+    estimates: dict[str, float] = {}
+    tried: dict[str, list[tuple[str, nn.Module]]] = {}
+    for name, loss_H in losses.items():
+        kind = kind_of(name)
+        if kind == HEADS:
+            continue
+        gone_H = loss_H.argsort(stable=True)[: max(1, round(SHARE_TRIED * len(loss_H)))]
+        keep = {group.name: torch.ones(group.num_units).bool() for group in find_groups(turned.model, [kind])}
+        keep[name][gone_H] = False
+        plan = Plan(keep, kinds=dict.fromkeys(keep, kind) if kind != FFN else {})
+        refitted = mask_neurons(stand_in_for(turned.model, plan, turned.statistics, "ridge", ridge=ridge), plan)
+        layer = name.removesuffix(f".{kind}")
+        tried.setdefault(layer, []).append((name, refitted.get_submodule(layer)))
+        estimates[name] = float(loss_H[gone_H].sum())
+    modules = {layer: [module for _name, module in of_layer] for layer, of_layer in tried.items()}
+    measured = measure_replaced(turned.model, modules, batches, track=track) if modules else {}
+    return {
+        name: max(loss, 1e-12) / max(estimates[name], 1e-12)
+        for layer, of_layer in tried.items()
+        for (name, _module), loss in zip(of_layer, measured[layer], strict=True)
+    }
 
 
 def _per_unit(tail_H: Tensor) -> Tensor:

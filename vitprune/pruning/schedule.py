@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -51,6 +52,7 @@ class Schedule:
         bridge: compensation between stops: ``none``, ``bias`` or ``ridge``.
         round_to: every width is a multiple of it.
         floor: share of its dense units that ``global`` leaves to each group at least.
+        widths: group name -> units that it keeps in the end, where that is decided already.
     """
 
     criterion: str
@@ -58,6 +60,7 @@ class Schedule:
     bridge: str
     round_to: int = 1
     floor: float = DEFAULT_FLOOR
+    widths: Mapping[str, int] | None = None
 
     def stops(self, target: Target, step: float) -> list[float]:
         """Return the shares of a target at which this criterion's scores are measured anew; see ``list_stops``."""
@@ -153,6 +156,8 @@ def finish(session: Session, stage: Stage, target: Target, schedule: Schedule) -
 
 
 def _decide(stage: Stage, target: Target, schedule: Schedule) -> Plan:
+    if schedule.widths is not None:
+        return plan_from_widths(stage.scores, _on_the_way(stage, target, schedule))
     widths = allocate(
         stage.scores,
         target,
@@ -162,3 +167,16 @@ def _decide(stage: Stage, target: Target, schedule: Schedule) -> Plan:
         floor=schedule.floor,
     )
     return plan_from_widths(stage.scores, widths)
+
+
+def _on_the_way(stage: Stage, target: Target, schedule: Schedule) -> dict[str, int]:
+    """Return the widths at which a target stands on the straight way to those that were decided."""
+    whole = target.dense - target.predict(schedule.widths)
+    share = min(1.0, (target.dense - target.limit) / whole) if whole > 0 else 0.0
+    result = {}
+    for name, width in schedule.widths.items():
+        dense, left = len(target.costs[name]) - 1, len(stage.scores[name])
+        # Of equal shares, 768 * (1 - 0.9) is 76.79999999999998 in floating point.
+        asked = math.floor((dense - share * (dense - width)) / schedule.round_to + 1e-9) * schedule.round_to
+        result[name] = left if share == 0 else min(left, max(asked, schedule.round_to))
+    return result
