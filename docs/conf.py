@@ -17,6 +17,8 @@ nitpick_ignore_regex = [("py:.*", r"(torch|collections|pathlib|typing|numpy|onnx
 nitpick_ignore = [
     ("py:class", "vitprune.models.block_calls.BlockCall"),
     ("py:class", "vitprune.pruning.schedule.Schedule"),
+    # Of an attribute that is a tuple or None, Sphinx looks up the beginning.
+    ("py:class", "tuple[int"),
 ]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3

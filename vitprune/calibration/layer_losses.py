@@ -163,8 +163,9 @@ def measure_replaced(
     >>> import timm
     >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5).eval()
     >>> batches = [(torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64))]
-    >>> measure_replaced(model, {"blocks.0.attn": [model.blocks[0].attn]}, batches)
-    {'blocks.0.attn': [0.0]}
+    >>> losses = measure_replaced(model, {"blocks.0.attn": [model.blocks[0].attn]}, batches)
+    >>> round(losses["blocks.0.attn"][0], 6)
+    0.0
     """
     work = copy.deepcopy(model)
     images = [images for images, _labels in on_device(model, batches)]

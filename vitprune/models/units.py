@@ -96,7 +96,7 @@ class Group:
 
     @property
     def silenced(self) -> Slice:
-        """What is zeroed to mask units: columns of their reader, or rows of the queries."""
+        """The part that is zeroed to mask units, which is columns of their reader or rows of the queries."""
         axis = 0 if self.kind == QK else 1
         found = (part for part in self.owned if part.linear == self.read_by and part.axis == axis)
         return next(found, Slice(self.read_by, axis=axis))

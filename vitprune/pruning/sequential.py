@@ -173,7 +173,7 @@ class _State:
         """Return the weight of each token of each image [B, M]: a merged one counts for all that it stands for."""
         if weights_N is None:
             return None
-        num_tokens = self.x_BMD.shape[1]
+        num_tokens = math.prod(self.x_BMD.shape[1:-1])  # some models have their tokens in a grid
         if len(weights_N) != num_tokens:
             # Weights of the tokens in front are one by one, those of all others alike.
             weights_N = torch.cat([weights_N, weights_N[-1:].expand(num_tokens)])[:num_tokens]
