@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from vitprune.calibration.statistics import at_least_float32, draw_directions
 from vitprune.data import Batches, on_device
 from vitprune.errors import VitpruneError
-from vitprune.models.units import frozen
+from vitprune.models.attention import QK
+from vitprune.models.units import capture, find_groups
 
 
 @dataclass(frozen=True)
@@ -106,28 +106,20 @@ def measure_query_key_losses(
     >>> measure_query_key_losses(model, ["blocks.0.attn"], batches)["blocks.0.attn"].shape
     torch.Size([64])
     """
+    groups = [group for group in find_groups(model, [QK]) if group.module in names]
     sums: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
     num_images = 0
     for images, _labels in on_device(model, batches):
-        seen: dict[str, Tensor] = {}
-        with torch.enable_grad(), frozen(model), ExitStack() as stack:
-            for name in names:
-                linear = model.get_submodule(name).q
-                stack.callback(linear.register_forward_hook(partial(_keep, seen, name)).remove)
+        with capture(model, groups, outputs=True) as seen:
             logits = model(images)
         gradients = torch.autograd.grad(logits, list(seen.values()), grad_outputs=draw_directions(logits, generator))
-        for (name, query), gradient in zip(seen.items(), gradients, strict=True):
-            along = at_least_float32(query.detach()) * at_least_float32(gradient)
-            along_Bq = along.unflatten(-1, (model.get_submodule(name).num_heads, -1)).sum((1, 2))
+        for group, gradient in zip(groups, gradients, strict=True):
+            along = at_least_float32(seen[group.name].detach()) * at_least_float32(gradient)
+            along_Bq = along.unflatten(-1, (-1, group.num_units)).sum((1, 2))
             tails_Bq = along_Bq.double().flip(1).cumsum(1).flip(1)
-            sums[name] = sums.get(name, 0.0) + tails_Bq.square().sum(0)
+            sums[group.module] = sums.get(group.module, 0.0) + tails_Bq.square().sum(0)
         num_images += len(images)
     if num_images == 0:
         raise VitpruneError("no calibration images")
     return {name: total.cpu() / (2 * num_images) for name, total in sums.items()}
-
-
-def _keep(seen: dict[str, Tensor], name: str, _module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-    seen[name] = output if output.requires_grad else output.detach().requires_grad_()
-    return seen[name]

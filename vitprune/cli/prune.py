@@ -330,13 +330,11 @@ def _find_multiple(network, target, ratio: float | None, timing: dict[str, Any])
 
 def _tabulate_parts(made: Any) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the heads of a table of all parts, and a row for each block."""
-    from vitprune.pruning.rank_parts import kind_of
-
     parts = [part for part in made.parts if part != "layers"]
     stand_ins = made.facts.stand_ins or {}
     rows: dict[str, dict[str, str]] = {}
     for name, keep in made.keep.items():
-        kind = kind_of(name)
+        kind = made.kind(name)
         if kind == "layers":
             continue
         module = name.removesuffix(f".{kind}")

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from vitprune.calibration.statistics import Statistics
 from vitprune.errors import VitpruneError
+from vitprune.models.attention import HEADS, VO
+from vitprune.models.units import FFN
 from vitprune.options import COMPENSATIONS, DEFAULT_RIDGE, check_choice
 from vitprune.pruning.plan import Plan, fit_plan
 
@@ -124,8 +126,8 @@ def compensate(
 
     Args:
         model: the dense model.
-        plan: which units stay.
-        statistics: of the dense model's groups, with ``moments``.
+        plan: which units stay; nothing stands in for queries, keys and whole layers.
+        statistics: of the dense model's groups, with ``moments``; of heads, those of their values.
         compensation: ``none``, ``bias`` or ``ridge``.
         ridge: λ relative to the mean variance of the units; positive.
 
@@ -151,9 +153,13 @@ def compensate(
     result = copy.deepcopy(model)
     solve = STAND_INS.get(compensation)
     for group in groups if solve else ():
-        keep_H = plan.keep[group.name]
-        if bool(keep_H.all()):
+        removed = plan.removed(group.name)
+        if group.kind not in (FFN, VO, HEADS) or group.module in plan.left_out or len(removed) == 0:
             continue
         reader = result.get_submodule(group.read_by)
-        write_down_proj(reader, *solve(reader.weight.cpu(), statistics[group.name], keep_H, ridge=ridge))
+        keep_H = torch.ones(reader.in_features, dtype=torch.bool)
+        keep_H[group.columns(removed)] = False
+        # A head is made good by what the projection reads of the others, as a dimension of the values is.
+        measured = statistics[f"{group.module}.{VO}" if group.kind == HEADS else group.name]
+        write_down_proj(reader, *solve(reader.weight.cpu(), measured, keep_H, ridge=ridge))
     return result

@@ -125,21 +125,19 @@ def decide(
     state = _Whole({}, {name: len(loss_H) for name, loss_H in losses.items() if kind_of(name) == HEADS})
     best = _attempt(state, losses, target, costs, **options)
     while True:
-        trials = []
-        for whole in state.one_less(stand_ins):
-            trials.append((whole, _attempt(whole, losses, target, costs, **options)))
+        trials = [(whole, _attempt(whole, losses, target, costs, **options)) for whole in state.one_less(stand_ins)]
         met = [(whole, trial) for whole, trial in trials if trial is not None]
         if best is None and not met:
-            # Nothing less than several layers meets the target: the cheapest first.
-            price = {
-                whole: whole.loss(losses) / max(state.cost(target, costs) - whole.cost(target, costs), 1e-12)
-                for whole, _ in trials
-            }
-            if not price:
+            if not trials:
                 raise VitpruneError(
                     f"target of {target.limit:g} {TARGETS[target.kind]}: it cannot be met by what may go; ask for more"
                 )
-            state = min(price, key=price.get)
+            # Nothing less than several layers meets the target: first what costs least for what it saves.
+            before = state.cost(target, costs)
+            state = min(
+                (whole for whole, _ in trials),
+                key=lambda whole, before=before: whole.loss(losses) / max(before - whole.cost(target, costs), 1e-12),
+            )
             continue
         whole, better = min(met, key=lambda each: each[1].loss, default=(state, best))
         if best is not None and better.loss >= best.loss:
@@ -158,11 +156,6 @@ class _Whole:
 
     left_out: Mapping[str, StandIn]
     heads: Mapping[str, int]
-
-    def __hash__(self) -> int:
-        return hash(
-            (tuple(sorted((name, each.kind) for name, each in self.left_out.items())), tuple(self.heads.items()))
-        )
 
     def one_less(self, stand_ins: Sequence[StandIn]) -> Iterator[_Whole]:
         """Yield what has one layer or one head less."""
@@ -227,8 +220,7 @@ def _attempt(
 
 
 def _layer_of(group: str) -> str:
-    kind = group.rpartition(".")[2]
-    return group.removesuffix(f".{kind}") if kind in (QK, VO, HEADS) else group
+    return group.removesuffix(f".{kind_of(group)}")
 
 
 def fix(target: Target, widths: Mapping[str, int], extra: float = 0.0) -> Target:

@@ -20,8 +20,9 @@ from vitprune.models.units import FFN, LAYERS, find_groups
 from vitprune.options import DEFAULT_RIDGE
 from vitprune.progress import Track, untracked
 from vitprune.pruning.apply import mask_neurons
+from vitprune.pruning.compensate import compensate
 from vitprune.pruning.plan import Plan
-from vitprune.pruning.turn import Turned, stand_in_for
+from vitprune.pruning.turn import Turned
 from vitprune.views import has_classifier
 
 # Of the calibration images, how many tell what the last dimensions of queries and keys are worth, and whole layers.
@@ -57,7 +58,7 @@ def rank_parts(
 
     Neurons by criterion ``obs``, values by their discarded singular values, queries and keys by the Fisher information
     of their last dimensions together, layers by trying. Of each group a share is then tried by itself, on images that
-    nothing was fitted to, and its estimates are multiplied by what they were off by: those of late FFNs tenfold.
+    nothing was fitted to, and its estimates are multiplied by what they were off by.
 
     Of a model without classifier nothing is known but the order of its queries' and keys' dimensions.
 
@@ -114,7 +115,7 @@ def _measure_factors(
         keep = {group.name: torch.ones(group.num_units).bool() for group in find_groups(turned.model, [kind])}
         keep[name][gone_H] = False
         plan = Plan(keep, kinds=dict.fromkeys(keep, kind) if kind != FFN else {})
-        refitted = mask_neurons(stand_in_for(turned.model, plan, turned.statistics, "ridge", ridge=ridge), plan)
+        refitted = mask_neurons(compensate(turned.model, plan, turned.statistics, ridge=ridge), plan)
         layer = name.removesuffix(f".{kind}")
         tried.setdefault(layer, []).append((name, refitted.get_submodule(layer)))
         estimates[name] = float(loss_H[gone_H].sum())

@@ -9,7 +9,6 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from vitprune.calibration.attention_moments import QueryKeySums
@@ -18,11 +17,11 @@ from vitprune.calibration.statistics import GRADIENTS, MOMENTS, Statistics, meas
 from vitprune.data import Batches
 from vitprune.models.attention import HEADS, QK, VO, check_attention, find_attention, split_attention
 from vitprune.models.left_out import BIAS, Bias, TokenMap
-from vitprune.models.units import FFN, LAYERS, Group, find_groups, find_layers
+from vitprune.models.units import LAYERS, Group, find_groups, find_layers
 from vitprune.options import DEFAULT_RIDGE
 from vitprune.pruning.apply import remove_neurons
-from vitprune.pruning.compensate import STAND_INS, write_down_proj
-from vitprune.pruning.plan import Plan, fit_plan
+from vitprune.pruning.compensate import compensate
+from vitprune.pruning.plan import Plan
 from vitprune.pruning.rotate import rotate_queries_keys, rotate_values, sort_heads
 from vitprune.views import has_classifier
 
@@ -67,7 +66,7 @@ def turn_attention(
     Raises:
         VitpruneError: if the model lacks a part, or ``batches`` is empty.
 
-    >>> import timm
+    >>> import timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5).eval()
     >>> batches = [(torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64))]
     >>> sorted(turn_attention(model, batches, ["qk", "vo"]).statistics)
@@ -101,39 +100,12 @@ def turn_attention(
 def layers_that_can_go(model: nn.Module) -> list[Group]:
     """Find the layers that can go as a whole: not an attention by whose keys tokens merge.
 
-    >>> import timm
+    >>> import timm, torch
     >>> len(layers_that_can_go(timm.create_model("vit_tiny_patch16_224", depth=2)))
     4
     """
     merging = {name for name, module in model.named_modules() if getattr(module, "merge", None) is not None}
     return [group for group in find_layers(model) if group.module not in {f"{name}.attn" for name in merging}]
-
-
-@torch.no_grad()
-def stand_in_for(
-    model: nn.Module, plan: Plan, statistics: Mapping[str, Statistics], compensation: str, *, ridge: float
-) -> nn.Module:
-    """Return a copy in which projections read what is left of neurons and values in place of what a plan removes.
-
-    Args:
-        model: the model that the plan is for; shapes stay.
-        plan: of any kinds.
-        statistics: of what each group's reader reads, by group name, with ``moments``.
-        compensation: ``none``, ``bias`` or ``ridge``.
-        ridge: λ relative to the mean variance of the units.
-    """
-    result = copy.deepcopy(model)
-    solve = STAND_INS.get(compensation)
-    for group in fit_plan(model, plan) if solve else ():
-        removed = plan.removed(group.name)
-        if group.kind not in (FFN, VO, HEADS) or group.module in plan.left_out or len(removed) == 0:
-            continue
-        reader = result.get_submodule(group.read_by)
-        keep_X = torch.ones(reader.in_features, dtype=torch.bool)
-        keep_X[group.columns(removed)] = False
-        name = f"{group.module}.{VO}" if group.kind == HEADS else group.name
-        write_down_proj(reader, *solve(reader.weight.cpu(), statistics[name], keep_X, ridge=ridge))
-    return result
 
 
 def cut(turned: Turned, plan: Plan, compensation: str, *, ridge: float = DEFAULT_RIDGE) -> nn.Module:
@@ -145,14 +117,14 @@ def cut(turned: Turned, plan: Plan, compensation: str, *, ridge: float = DEFAULT
         compensation: ``none``, ``bias`` or ``ridge``; layers are stood in for by what was fitted to them.
         ridge: λ relative to the mean variance of the units.
 
-    >>> import timm
+    >>> import timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5).eval()
     >>> batches = [(torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64))]
     >>> plan = Plan({"blocks.0.attn.qk": torch.arange(64) < 32}, kinds={"blocks.0.attn.qk": "qk"})
     >>> cut(turn_attention(model, batches, ["qk"]), plan, "ridge").blocks[0].attn.qk_width
     32
     """
-    model = stand_in_for(turned.model, plan, turned.statistics, compensation, ridge=ridge)
+    model = compensate(turned.model, plan, turned.statistics, compensation=compensation, ridge=ridge)
     model = remove_neurons(model, plan)
     for layer, kind in (plan.facts.stand_ins or {}).items():
         constant, map_of_tokens = turned.stand_ins[layer]
