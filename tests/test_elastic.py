@@ -15,6 +15,11 @@ from safetensors.torch import save_file
 import vitprune
 from vitprune import VitpruneError
 from vitprune.models.identity import hash_weights
+from vitprune.models.merging import describe_merging
+from vitprune.pruning.compensate import compensate
+from vitprune.pruning.decide_parts import NUM_IMAGES, keep_back
+from vitprune.pruning.prune import prune_as_planned
+from vitprune.pruning.turn import turn_attention
 from vitprune.seen_images import SeenImages
 
 IMAGES = torch.randn(24, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
@@ -282,3 +287,97 @@ def test_a_write_that_is_killed_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         vitprune.save_elastic(model, elastic, tmp_path / "e.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+# More than one batch, so that what is tried is kept back from what is fitted.
+MANY = [
+    (torch.randn(32, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(n)), torch.arange(32) % 5)
+    for n in range(4)
+]
+PARTS = ["ffn", "qk", "vo", "heads", "layers"]
+
+
+def make_parts(parts, tmp_path, **options):
+    model = make_vit(depth=3)
+    model.model_args = {**TINY, "depth": 3}
+    options = {"ratios": (0.35, 0.5), "step": 0.35, "criterion": "variance", **options}
+    elastic = vitprune.make_elastic(model, MANY, parts=parts, **options)
+    vitprune.save_elastic(model, elastic, tmp_path / "e.safetensors")
+    return model, elastic, tmp_path / "e.safetensors"
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize(
+    ("parts", "compensation"),
+    [
+        (["qk"], "none"),
+        (["vo"], "bias"),
+        (["ffn", "vo"], "ridge"),
+        (["ffn", "heads"], "sequential"),
+        (["layers"], "sequential"),
+        (PARTS, "sequential"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, list) else value,
+)
+def test_a_stop_of_parts_is_bit_for_bit_what_its_plan_gives(parts, compensation, allocation, tmp_path):
+    model, _elastic, path = make_parts(parts, tmp_path, compensation=compensation, allocation=allocation)
+    for ratio in (0.35, 0.5):
+        plan = vitprune.read_elastic_plan(path, ratio)
+        assert plan.parts == tuple(parts)
+        for part in parts:
+            keep = torch.cat(list(plan.only(part).keep.values()))
+            assert keep.sum() <= len(keep) * (1 - ratio) or part == "layers"
+        pruned, _plan = prune_as_planned(model, plan, MANY, compensation=compensation)
+        loaded = vitprune.load(path, ratio=ratio)
+        assert same(loaded.state_dict(), pruned.state_dict())
+        with torch.no_grad():
+            assert torch.equal(loaded(IMAGES), pruned(IMAGES))
+        vitprune.save(loaded, tmp_path / f"{ratio}", plan=plan)
+        assert same(vitprune.load(tmp_path / f"{ratio}").state_dict(), loaded.state_dict())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compensation", ["none", "bias", "ridge"])
+def test_between_stops_parts_are_nested_and_what_is_gone_leaves_its_mean(compensation, tmp_path):
+    model, elastic, path = make_parts(PARTS, tmp_path, compensation=compensation)
+    before = elastic.ranking.keep(0)
+    dense = vitprune.load(path, ratio=0)
+    turned = turn_attention(model, keep_back(MANY, NUM_IMAGES)[0], PARTS)
+    torch.testing.assert_close(dense(IMAGES), model(IMAGES), rtol=1e-9, atol=1e-10)
+    for ratio in EVERY[:51:5]:
+        keep = elastic.ranking.keep(ratio)
+        assert all(bool((before[name] | ~keep[name]).all()) for name in keep)
+        before = keep
+        loaded, plan = vitprune.load(path, ratio=ratio), vitprune.read_elastic_plan(path, ratio)
+        widths = {
+            group.name: group.num_units for group in vitprune.find_groups(loaded, PARTS) if group.kind != "layers"
+        }
+        assert widths == {name: width for name, width in plan.widths.items() if width and plan.kind(name) != "layers"}
+        if compensation == "none" and not plan.left_out:
+            expected = vitprune.remove_neurons(elastic.turned, plan)
+            assert same(loaded.state_dict(), expected.state_dict())
+        elif compensation == "bias" and ratio < 0.35:
+            expected = vitprune.remove_neurons(
+                compensate(turned.model, plan, turned.statistics, compensation="bias"), plan
+            )
+            torch.testing.assert_close(loaded(IMAGES), expected(IMAGES), rtol=1e-9, atol=1e-9)
+
+
+def test_tokens_merge_at_any_ratio_when_a_file_is_loaded(tmp_path):
+    _model, _elastic, path = make_parts(["ffn", "vo"], tmp_path, compensation="ridge")
+    loaded = vitprune.load(path, ratio=0.4, merge="0,4,0")
+    assert describe_merging(loaded) == [0, 4, 0]
+    expected = vitprune.set_merging(vitprune.load(path, ratio=0.4), (0, 4, 0))
+    with torch.no_grad():
+        assert torch.equal(loaded(IMAGES), expected(IMAGES))
+    with pytest.raises(VitpruneError, match="there is no block 7"):
+        vitprune.load(path, merge="7:2")
+
+
+def test_elastic_refuses_what_it_cannot_rank(tmp_path):
+    with pytest.raises(VitpruneError, match="part tokens: which tokens merge is chosen when"):
+        vitprune.make_elastic(make_vit(), BATCHES, parts=["ffn", "tokens"])
+    with pytest.raises(VitpruneError, match=r"parts ffn, qk are ranked by images; pass `batches`"):
+        vitprune.make_elastic(make_vit(), parts=["ffn", "qk"], criterion="magnitude", compensation="none")
+    with pytest.raises(VitpruneError, match="leaves blocks.0.attn.heads"):
+        vitprune.make_elastic(make_vit(), BATCHES, parts=["heads"], ratios=[0.9])

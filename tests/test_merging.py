@@ -285,6 +285,20 @@ def test_it_compiles_whole(tiny_vit, tiny_images):
     assert torch.equal(compiled(tiny_images), model(tiny_images))
 
 
+def test_blocks_that_others_chain_are_refused(tiny_vit, tiny_images):
+    model = set_merging(tiny_vit, SCHEDULE)
+    for ask in (
+        lambda: model.forward_intermediates(tiny_images, indices=[1]),
+        lambda: model.forward_intermediates(tiny_images, indices=[0], stop_early=True),
+        lambda: model.get_intermediate_layers(tiny_images),
+    ):
+        with pytest.raises(VitpruneError, match="hand each other sizes"):
+            ask()
+    model.train().set_grad_checkpointing(True)
+    with pytest.raises(VitpruneError, match="gradient checkpointing"):
+        model(tiny_images)
+
+
 @torch.no_grad()
 def test_onnx_runtime_answers_alike_at_any_batch_size(tmp_path):
     model = set_merging(make_vit(global_pool="avg"), SCHEDULE).float()

@@ -334,6 +334,14 @@ def test_the_path_search_follows_narrow_attention_and_refuses_merged_tokens(tiny
         check_trunk(merged, vitprune.find_feed_forwards(merged), tiny_images)
 
 
+@torch.no_grad()
+def test_narrow_attention_compiles_whole(tiny_images):
+    model = split_attention(make_vit())
+    narrow = remove_neurons(model, random_plan(model, list(KINDS)))
+    compiled = torch.compile(narrow, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(tiny_images), narrow(tiny_images))
+
+
 def test_narrow_attention_trains():
     model = remove_neurons(split_attention(make_vit()), random_plan(split_attention(make_vit()), list(KINDS)))
     model.train()(make_batches()[0][0]).sum().backward()

@@ -52,6 +52,7 @@ PARTS: Mapping[str, str] = {
     "vo": "dimensions of values",
     "heads": "heads of attention",
     "layers": "whole attentions and FFNs",
+    "tokens": "patches that are alike become one token",
 }
 
 CRITERIA: Mapping[str, str] = {

@@ -224,3 +224,21 @@ def measure_divergence(dense_BC: Tensor, logits_BC: Tensor) -> Tensor:
     """
     dense_BC, other_BC = dense_BC.double(), logits_BC.double().log_softmax(-1)
     return (dense_BC.exp() * (dense_BC - other_BC)).sum(-1).clamp_min(0)
+
+
+@torch.no_grad()
+def mean_divergence(dense: nn.Module, other: nn.Module, images: Sequence[Tensor]) -> float:
+    """Return the mean over images of KL(dense ‖ other), nats.
+
+    Args:
+        dense: model whose answers are the reference.
+        other: model that answers the same classes.
+        images: batches [B, 3, height, width], on the device of both.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5).eval()
+    >>> mean_divergence(model, model, [torch.randn(2, 3, 32, 32)])
+    0.0
+    """
+    losses = [measure_divergence(dense(each).log_softmax(-1), other(each)) for each in images]
+    return float(torch.cat(losses).mean())

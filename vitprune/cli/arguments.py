@@ -36,4 +36,9 @@ def add_output(parser: ArgumentParser, what: str) -> None:
 
 
 def add_ratio(parser: ArgumentParser) -> None:
-    parser.add_argument("--ratio", type=float, help="of an elastic file: share of FFN neurons to be gone (0)")
+    parser.add_argument(
+        "--ratio", type=float, help="of an elastic file: share of the units of every part to be gone (0)"
+    )
+    parser.add_argument(
+        "--merge", type=str, help="tokens that merge by block, in a model of any kind: as for prune, but not auto"
+    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -51,13 +53,20 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=options.DEFAULT_COMPENSATION,
         help=listed(options.COMPENSATIONS),
     )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=["ffn"],
+        choices=tuple(part for part in options.PARTS if part != "tokens"),
+        help="what may go, the same share of each: as for prune; tokens merge where the file is loaded (--merge)",
+    )
     add_device(parser)
     add_output(parser, "elastic file to write (.safetensors)")
 
 
 def run(
     source, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, ratios,
-    criterion, allocation, compensate, device, output, overwrite,
+    criterion, allocation, compensate, parts, device, output, overwrite,
 ):  # fmt: skip
     import time
 
@@ -88,6 +97,7 @@ def run(
         criterion=criterion,
         allocation=allocation,
         compensation=compensate,
+        parts=parts,
         found=None if run is None else run.found,
         seed=seed,
         track=track,
@@ -99,22 +109,33 @@ def run(
         "output": output,
         "ratios": stops,
         "widths": {f"{stop.ratio:g}": stop.widths for stop in made.stops},
+        "left_out": {f"{stop.ratio:g}": stop.left_out for stop in made.stops},
         "size_bytes": Path(output).stat().st_size,
         "seconds": seconds,
         "skipped": skipped,
     }
 
     def show() -> None:
-        rows = [
-            (
-                f"{stop.ratio:g}",
-                str(sum(stop.widths.values())),
-                f"{min(stop.widths.values())} .. {max(stop.widths.values())}",
-            )
-            for stop in made.stops
-        ]
-        print_table("compensated at", ("removed", "neurons", "of each FFN"), rows)
+        print_table("compensated at", *_tabulate(made, parts))
         print(f"any ratio up to {stops[-1]:g}: 'vitprune export {output} model.onnx --ratio R', load(.., ratio=R)")
         print(f"wrote {output} ({answer['size_bytes'] / 1e6:.1f} MB) in {seconds:.0f} s")
 
     return answer, show
+
+
+def _tabulate(made: Any, parts: Sequence[str]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the heads of a table of the stops, and a row for each."""
+    from vitprune.models.units import KINDS, kind_of
+
+    sliced = [part for part in options.PARTS if part in parts and part != "layers"]
+    heads = [f"{KINDS[part]}s (of each layer)" for part in sliced]
+    rows = []
+    for stop in made.stops:
+        row = [f"{stop.ratio:g}"]
+        for part in sliced:
+            widths = [width for name, width in stop.widths.items() if kind_of(name) == part and width]
+            row.append(f"{sum(widths)} ({min(widths)} .. {max(widths)})" if widths else "none")
+        if "layers" in parts:
+            row.append(", ".join(stop.left_out) or "none")
+        rows.append(tuple(row))
+    return ("removed", *heads, *(["layers left out"] if "layers" in parts else [])), rows

@@ -34,8 +34,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(
-    model, checkpoint, ratio, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, against,
-    against_checkpoint, allow_overlap, device, output, overwrite,
+    model, checkpoint, ratio, merge, data, class_map, classes, images_per_class, strict, batch_size, workers, seed,
+    against, against_checkpoint, allow_overlap, device, output, overwrite,
 ):  # fmt: skip
     from vitprune.data import describe_class
     from vitprune.evaluation.evaluation_folder import EVALUATION_FILES, describe_evaluation, save_evaluation
@@ -49,7 +49,7 @@ def run(
     for each in (model, *([] if against is None else [against])):
         refuse_run(each)
     evaluation, images = judge(
-        Source(model, checkpoint, ratio),
+        Source(model, checkpoint, ratio, merge),
         choose(data, class_map, classes, images_per_class, seed),
         against=None if against is None else Source(against, against_checkpoint),
         device=pick_device(device),

@@ -31,8 +31,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(
-    model, output, checkpoint, ratio, data, class_map, classes, images_per_class, strict, batch_size, workers, seed,
-    num_images, int8, operators, fixed_batch, overwrite,
+    model, output, checkpoint, ratio, merge, data, class_map, classes, images_per_class, strict, batch_size, workers,
+    seed, num_images, int8, operators, fixed_batch, overwrite,
 ):  # fmt: skip
     from vitprune.export.onnx_file import export_onnx
     from vitprune.files import refuse_existing
@@ -41,7 +41,7 @@ def run(
     refuse_existing(output, overwrite=overwrite)
     if num_images < 1:
         raise VitpruneError(f"num_images must be at least 1, got {num_images}")
-    network = load_model(model, checkpoint, ratio=ratio)
+    network = load_model(model, checkpoint, ratio=ratio, merge=merge)
     plan = find_plan(model, ratio)
     refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
     if data is not None:

@@ -17,11 +17,13 @@ def pick_device(device: str | None, processes: Any = None) -> str:
     return f"cuda:{processes.local_rank}" if device == "cuda" and processes and processes.count > 1 else device
 
 
-def load_model(model: str, checkpoint: str | None, device: str = "cpu", ratio: float | None = None):
+def load_model(
+    model: str, checkpoint: str | None, device: str = "cpu", ratio: float | None = None, merge: str | None = None
+):
     from vitprune.models.load import load
 
     refuse_run(model)
-    return load(model, checkpoint=checkpoint, device=device, ratio=ratio)
+    return load(model, checkpoint=checkpoint, device=device, ratio=ratio, merge=merge)
 
 
 def open_source(source: str, checkpoint: str | None, device: str | None):

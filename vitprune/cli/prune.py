@@ -50,7 +50,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         choices=tuple(options.PARTS),
         help=f"what may go: {listed(options.PARTS)} (ffn; of --target-macs and --target-params whatever the model has "
-        "of ffn, qk, vo and layers)",
+        "of ffn, qk, vo, layers and, of --target-macs without --merge, tokens)",
     )
     parser.add_argument(
         "--merge",
@@ -112,7 +112,7 @@ def run(
 
     from vitprune.files import refuse_existing
     from vitprune.models.image_size import set_image_size
-    from vitprune.models.merging import set_merging
+    from vitprune.models.merging import describe_merging, set_merging
     from vitprune.models.saved_folder import FOLDER_FILES, save
     from vitprune.pruning.compensations import reads_images
     from vitprune.pruning.plan import read_plan
@@ -192,7 +192,8 @@ def run(
     if merge is not None:
         network = set_merging(network, _find_schedule(merge, network, tracked))
     if given_plan is None:
-        parts = _choose_parts(dense, parts, targets)
+        merges = describe_merging(network) is not None
+        parts = _choose_parts(dense, parts, targets, shaped=network is not dense or merges)
         target = _make_target(network, timing, parts, **targets)
         if shapes and not targets and parts == ["ffn"] and "parts" not in shapes:
             decisions.setdefault("pruning_ratio", 0.0)
@@ -379,8 +380,9 @@ def _find_schedule(merge: str, network, batches) -> tuple[int, ...]:
     return choose_schedule(network, take_evenly(batches, NUM_IMAGES_OF_SCHEDULES), share_of_macs, track=track)
 
 
-def _choose_parts(network, parts: Sequence[str] | None, targets: dict[str, float]) -> list[str]:
+def _choose_parts(network, parts: Sequence[str] | None, targets: dict[str, float], *, shaped: bool) -> list[str]:
     """Return the parts that were named, or those that a target is spread over."""
+    from vitprune.models.merging import check_merging
     from vitprune.pruning.decide import check_parts
 
     if parts is not None:
@@ -391,8 +393,14 @@ def _choose_parts(network, parts: Sequence[str] | None, targets: dict[str, float
     try:
         check_parts(network, chosen)
     except VitpruneError as error:
-        note(f"neurons alone go: {error}")
-        return ["ffn"]
+        note(f"of units, neurons alone go: {error}")
+        chosen = ["ffn"]
+    if "target_macs" in targets and not shaped:
+        try:
+            check_merging(network)
+            chosen.append("tokens")
+        except VitpruneError as error:
+            note(f"no tokens merge: {error}")
     return chosen
 
 

@@ -27,11 +27,13 @@ class Source:
         name: timm name, folder of a saved model, elastic file, or ONNX file.
         checkpoint: weights for a timm name.
         ratio: of an elastic file.
+        merge: which tokens merge, as ``parse_schedule`` reads it; None: as the model has it.
     """
 
     name: str
     checkpoint: str | None = None
     ratio: float | None = None
+    merge: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,11 @@ def open_model(source: Source, *, device: str | None = None) -> nn.Module | Onnx
     """
     name = source.name
     if Path(name).suffix != ".onnx":
-        return load(name, checkpoint=source.checkpoint, device=device or "cpu", ratio=source.ratio)
+        return load(name, checkpoint=source.checkpoint, device=device or "cpu", ratio=source.ratio, merge=source.merge)
     if source.ratio is not None:
         raise VitpruneError(f"{name} has one width only; leave `ratio` out")
+    if source.merge is not None:
+        raise VitpruneError(f"{name}: which tokens merge is fixed in an ONNX file; leave `merge` out")
     if source.checkpoint is not None:
         raise VitpruneError(f"{name} holds its own weights; leave `checkpoint` out")
     if device not in (None, "cpu"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from vitprune.export.runtime import OnnxModel, read_facts
 from vitprune.files import hash_file
 from vitprune.models.identity import architecture, hash_weights
 from vitprune.models.macs import Sizes, measure_sizes
+from vitprune.models.merging import describe_merging
 from vitprune.views import data_config
 
 
@@ -32,6 +33,7 @@ class ModelFacts:
         num_parameters: None for an ONNX file.
         macs: multiply-accumulates of one image, as this model computes them.
         size_bytes: of the weights as stored; of an ONNX file, of the file.
+        merge: how many tokens disappear in each block; None where none do, or where a file does not say.
     """
 
     name: str
@@ -44,6 +46,7 @@ class ModelFacts:
     num_parameters: int | None
     macs: int
     size_bytes: int
+    merge: Sequence[int] | None = None
 
 
 def describe_network(
@@ -72,6 +75,7 @@ def describe_network(
         weights_sha256=hash_weights(network),
         transform=data_config(network),
         num_classes=network.num_classes,
+        merge=describe_merging(network),
         **asdict(sizes),
     )
 

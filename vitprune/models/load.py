@@ -9,12 +9,19 @@ from torch import nn
 
 from vitprune.errors import VitpruneError
 from vitprune.models.elastic_file import load_elastic
+from vitprune.models.merge_schedule import parse_schedule
+from vitprune.models.merging import check_merging, set_merging
 from vitprune.models.saved_folder import load_folder
 from vitprune.models.sources import check_name, fetch, load_checkpoint
 
 
 def load(
-    model: str | Path, *, checkpoint: str | Path | None = None, device: str = "cpu", ratio: float | None = None
+    model: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    device: str = "cpu",
+    ratio: float | None = None,
+    merge: str | None = None,
 ) -> nn.Module:
     """Load a model in eval mode.
 
@@ -25,14 +32,17 @@ def load(
             running pickled code; timm's, DeiT's and MAE's layouts); or the .npz of google-research ViT. The number
             of classes and the pooling (MAE's ``fc_norm``) follow the checkpoint.
         device: where to put it.
-        ratio: of an elastic file, the share of all FFN neurons to be gone, at least; in [0, 1). None: the dense model.
+        ratio: of an elastic file, the share of the units of every part to be gone, at least; in [0, 1). None: the
+            dense model.
+        merge: which tokens merge, as ``parse_schedule`` reads it, instead of those that merge already.
 
     Returns:
         An ordinary ``nn.Module``.
 
     Raises:
-        VitpruneError: if there is no such model, its weights cannot be fetched, the checkpoint does not fit, or
-            ``ratio`` is out of range, beyond the largest of the file, or given with anything else.
+        VitpruneError: if there is no such model, its weights cannot be fetched, the checkpoint does not fit,
+            ``ratio`` is out of range, beyond the largest of the file, or given with anything else, or its tokens
+            cannot merge so.
 
     >>> import tempfile, timm
     >>> from vitprune import save
@@ -41,26 +51,33 @@ def load(
     ...     load(folder).num_classes
     5
     """
-    name = str(model)
     check_device(device)
+    loaded = _load(str(model), checkpoint, ratio)
+    if merge is not None:
+        check_merging(loaded)
+        loaded = set_merging(loaded, parse_schedule(merge, loaded))
+    return loaded.eval().to(device)
+
+
+def _load(name: str, checkpoint: str | Path | None, ratio: float | None) -> nn.Module:
     if Path(name).suffix == ".safetensors":
         if checkpoint is not None:
             raise VitpruneError(f"{name} is a file with its own weights; leave `checkpoint` out")
-        return load_elastic(Path(name), 0.0 if ratio is None else ratio).eval().to(device)
+        return load_elastic(Path(name), 0.0 if ratio is None else ratio)
     if ratio is not None:
         raise VitpruneError(f"{name} has one width only: ratio is for an elastic file (.safetensors); prune it instead")
     if Path(name).is_dir():
         if checkpoint is not None:
             raise VitpruneError(f"{name} is a folder with its own weights; leave `checkpoint` out")
-        return load_folder(Path(name)).eval().to(device)
+        return load_folder(Path(name))
     if name.startswith("hf-hub:"):
         if checkpoint is not None:
             raise VitpruneError(f"{name} brings its own weights; leave `checkpoint` out, or pass a timm name")
     else:
         check_name(name)
     if checkpoint is None:
-        return fetch(name).eval().to(device)
-    return load_checkpoint(name, Path(checkpoint)).eval().to(device)
+        return fetch(name)
+    return load_checkpoint(name, Path(checkpoint))
 
 
 def check_device(device: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -182,32 +182,98 @@ def choose_schedule(
     >>> count_macs(set_merging(model, schedule)) <= 0.8 * count_macs(model)
     True
     """
+    (found,) = choose_schedules(
+        model, batches, [macs_share], max_merges=max_merges, max_candidates=max_candidates, track=track
+    )
+    if found is None:
+        raise VitpruneError(
+            f"no {max_merges} merges leave at most {macs_share:g} of the multiply-accumulates; allow more of either"
+        )
+    return found
+
+
+@torch.no_grad()
+def choose_schedules(
+    model: nn.Module,
+    batches: Batches,
+    macs_shares: Sequence[float],
+    *,
+    max_merges: int = 3,
+    max_candidates: int = 40,
+    max_varied: int = 8,
+    track: Track = untracked,
+) -> list[tuple[int, ...] | None]:
+    """Choose a schedule for each of some shares, each from the one before.
+
+    Args:
+        model: as in ``choose_schedule``, as are ``batches``, ``max_merges`` and ``track``.
+        batches: calibration images.
+        macs_shares: what merging may leave; each in (0, 1).
+        max_merges: at most so many blocks merge.
+        max_candidates: so many schedules are measured for the first share, at most.
+        max_varied: so many for each other one.
+        track: shows progress.
+
+    Returns:
+        A schedule for each share; None where none meets it.
+
+    Raises:
+        VitpruneError: if the model cannot merge tokens, or there are no images.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=4, embed_dim=24, img_size=64).eval()
+    >>> batches = [(torch.randn(2, 3, 64, 64), torch.zeros(2))]
+    >>> found = choose_schedules(model, batches, [0.9, 0.01], max_merges=1, max_candidates=1)
+    >>> sum(found[0]) > 0, found[1]
+    (True, None)
+    """
     check_merging(model)
-    if not 0 < macs_share < 1:
-        raise VitpruneError(f"`macs_share` must be in (0, 1), got {macs_share}")
+    for share in macs_shares:
+        if not 0 < share < 1:
+            raise VitpruneError(f"`macs_share` must be in (0, 1), got {share}")
     dense = split_attention(model if describe_merging(model) is None else set_merging(model, [0] * len(model.blocks)))
     images = [images for images, _labels in on_device(dense, batches)]
     if not images:
         raise VitpruneError("no calibration images")
     answers = [dense(each).double().log_softmax(dim=-1) for each in images]
     costs = _measure_costs(dense)
+
+    def measure(schedule: Sequence[int]) -> float:
+        return _measure_loss(set_merging(dense, schedule), images, answers)
+
+    found: list[tuple[int, ...] | None] = []
+    guesses, limit = _first_guesses(len(dense.blocks), max_merges), max_candidates
+    for share in macs_shares:
+        shape, schedule = _search(share, guesses, costs, measure, len(dense.blocks), limit, track)
+        found.append(schedule)
+        if schedule is not None:
+            guesses, limit = [shape], max_varied
+    return found
+
+
+def _search(
+    macs_share: float,
+    guesses: Sequence[_Shape],
+    costs: _Costs,
+    measure: Callable[[Sequence[int]], float],
+    num_blocks: int,
+    max_candidates: int,
+    track: Track,
+) -> tuple[_Shape, tuple[int, ...] | None]:
+    """Return the shape and the schedule of least loss that meet a share, from guesses on; None where none does."""
     losses: dict[tuple[int, ...], float] = {}
     best: _Shape = {}
-    waiting, guessing = _first_guesses(len(dense.blocks), max_merges), True
+    waiting, guessing = list(guesses), True
     for _number in track(range(max_candidates), "schedules"):
         shape, schedule = _next_new(waiting, costs, macs_share, losses)
         if schedule is None:
             break
-        losses[schedule] = _measure_loss(set_merging(dense, schedule), images, answers)
+        losses[schedule] = measure(schedule)
         better = losses[schedule] <= min(losses.values())
         best = shape if better else best
         if not waiting or (better and not guessing):
-            waiting, guessing = _neighbours(best, len(dense.blocks)), False
-    if not losses:
-        raise VitpruneError(
-            f"no {max_merges} merges leave at most {macs_share:g} of the multiply-accumulates; allow more of either"
-        )
-    return min(losses, key=lambda schedule: losses[schedule])
+            waiting, guessing = _neighbours(best, num_blocks), False
+    return best, min(losses, key=lambda schedule: losses[schedule], default=None)
 
 
 def _measure_loss(merged: nn.Module, images: Sequence[Tensor], answers: Sequence[Tensor]) -> float:

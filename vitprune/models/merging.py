@@ -123,6 +123,12 @@ def pool(source_BN: Tensor, x_BND: Tensor, num_left: int) -> Tensor:
     return merge_with(Matching(source_BN, num_left), x_BND, torch.ones_like(x_BND[..., :1]))[0]
 
 
+_CHAINED = (
+    "blocks of a model whose tokens merge hand each other sizes as well: gradient checkpointing and intermediate "
+    "features are for the model before set_merging"
+)
+
+
 class Merge(nn.Module):
     """The merge of one block; has no weights.
 
@@ -169,7 +175,12 @@ class MergingBlock(nn.Module):
         Args:
             x_BND: tokens.
             size_BN1: how many patches each stands for; None where nothing has merged yet.
+
+        Raises:
+            VitpruneError: if blocks are chained by others than ``MergingBlocks``.
         """
+        if not isinstance(x_BND, Tensor):
+            raise VitpruneError(_CHAINED)
         # A token of size n counts as n equal ones would.
         mask = None if size_BN1 is None else size_BN1.log().transpose(1, 2).unsqueeze(1)
         z_BND, keys, matching = self.norm1(x_BND), None, None
@@ -196,6 +207,12 @@ class MergingBlocks(nn.Sequential):
     def __init__(self, blocks: Sequence[nn.Module], unmerges: bool) -> None:
         super().__init__(*blocks)
         self.unmerges = unmerges
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        """Return one block; some of them by themselves are refused."""
+        if isinstance(index, slice):
+            raise VitpruneError(_CHAINED)
+        return super().__getitem__(index)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """Return the last block's output: of the tokens that are left [B, M, D], or of all of them [B, N, D]."""

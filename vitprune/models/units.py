@@ -129,6 +129,25 @@ class Group:
 FeedForward = Group
 
 
+def kind_of(group: str) -> str:
+    """Return the kind of a group's units, by its name.
+
+    >>> kind_of("blocks.0.attn.qk"), kind_of("blocks.0.mlp")
+    ('qk', 'ffn')
+    """
+    kind = group.rpartition(".")[2]
+    return kind if kind in (QK, VO, HEADS, LAYERS) else FFN
+
+
+def module_of(group: str) -> str:
+    """Return the name of the FFN or attention that a group's units are in, by the group's name.
+
+    >>> module_of("blocks.0.attn.qk"), module_of("blocks.0.mlp")
+    ('blocks.0.attn', 'blocks.0.mlp')
+    """
+    return group.removesuffix(f".{kind_of(group)}")
+
+
 def find_groups(model: nn.Module, kinds: Sequence[str] = (FFN,)) -> list[Group]:
     """Find the groups of units of some kinds, in block order.
 

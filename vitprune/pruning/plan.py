@@ -16,7 +16,7 @@ from vitprune.models.elastic_file import read_ranking
 from vitprune.models.facts import Facts
 from vitprune.models.identity import architecture
 from vitprune.models.saved_folder import PLAN_FILE
-from vitprune.models.units import FFN, KINDS, LAYERS, Group, find_groups
+from vitprune.models.units import FFN, KINDS, LAYERS, Group, find_groups, kind_of
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def read_plan(path: str | Path) -> Plan:
 
 
 def read_elastic_plan(path: str | Path, ratio: float | None = None) -> Plan:
-    """Read from an elastic file which neurons of the dense model stay at a ratio; None is 0.
+    """Read from an elastic file which units of the dense model stay at a ratio; None is 0.
 
     Raises:
         VitpruneError: if the file is missing or no elastic file, or ``ratio`` is out of range or beyond the largest.
@@ -147,8 +147,9 @@ def read_elastic_plan(path: str | Path, ratio: float | None = None) -> Plan:
     0.25
     """
     ranking, facts = read_ranking(path)
-    keep = ranking.keep(ratio or 0.0)
-    return Plan(keep, replace(facts, pruning_ratio_asked=ratio or 0.0))
+    keep, left_out = ranking.keep(ratio or 0.0), ranking.left_out(ratio or 0.0)
+    kinds = {name: kind_of(name) for name in keep if kind_of(name) != FFN}
+    return Plan(keep, replace(facts, pruning_ratio_asked=ratio or 0.0, stand_ins=left_out or None), kinds)
 
 
 def find_plan(source: str | Path, ratio: float | None = None) -> Plan | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vitprune.calibration.criteria import REGISTRY as CRITERIA
 from vitprune.calibration.criteria import check_needs
 from vitprune.calibration.statistics import Statistics
-from vitprune.data import Batches, take_evenly
+from vitprune.data import Batches
 from vitprune.discovery.discover import Discovery
 from vitprune.errors import VitpruneError
 from vitprune.models.attention import split_attention
@@ -39,10 +39,12 @@ from vitprune.options import (
 from vitprune.progress import Track, untracked
 from vitprune.pruning.allocate import allocate
 from vitprune.pruning.apply import mask_neurons, remember, remove_neurons
+from vitprune.pruning.choose_merging import merge_first
 from vitprune.pruning.compensate import check_ridge
 from vitprune.pruning.compensations import REGISTRY as COMPENSATIONS
 from vitprune.pruning.compensations import check_compensation, needed_statistics
-from vitprune.pruning.decide import NUM_IMAGES, check_parts, decide_parts
+from vitprune.pruning.decide import TOKENS, check_parts
+from vitprune.pruning.decide_parts import NUM_IMAGES, decide_parts, keep_back
 from vitprune.pruning.plan import Plan, fit_plan, plan_from_widths
 from vitprune.pruning.schedule import Schedule, finish, list_stops, needs_steps, walk
 from vitprune.pruning.sequential import weigh_tokens
@@ -179,7 +181,8 @@ def prune(
         batches: calibration images and labels, readable more than once (scores and compensation each read them).
         pruning_ratio: share of the units of every part to remove, in [0, 1); half of them if neither this nor
             ``target`` is given.
-        target: what the model may cost instead; built for the same parts.
+        target: what the model may cost instead; built for the same parts. With part ``tokens``, of
+            multiply-accumulates.
         criterion: key of ``CRITERIA``; ranks neurons. What other parts cost is always estimated in nats.
         allocation: ``uniform`` or ``global``.
         compensation: key of ``COMPENSATIONS``.
@@ -219,6 +222,13 @@ def prune(
         pruning_ratio = DEFAULT_RATIO
     parts = check_parts(model, parts, mode=mode)
     check_compensation(compensation, has_images=batches is not None)
+    batches = watch(batches)
+    if TOKENS in parts:
+        if target is None or batches is None:
+            raise VitpruneError("part tokens needs a target and images; for a share, name a schedule (set_merging)")
+        dense = model if dense is None else dense
+        widths = {"allocation": allocation, "round_to": round_to, "floor": floor}
+        model, target, parts = merge_first(model, batches, target, parts, ridge=ridge, seed=seed, track=track, **widths)
     facts = Facts(
         criterion=criterion,
         allocation=allocation,
@@ -235,7 +245,6 @@ def prune(
         level = {group.name: torch.zeros(group.num_units) for group in find_groups(model)}
         allocate(level, target, allocation=allocation, across_ffns=True, round_to=round_to, floor=floor)
     list_stops(0.0 if target is None else target.share, step)
-    batches = watch(batches)
     decided = None
     if parts != (FFN,):
         decided = decide_parts(
@@ -264,7 +273,7 @@ def prune(
         compensations=[compensation],
         bridged=ranks_neurons and len(schedule.stops(target, step)) > 1,
     )
-    session = _session(
+    session = open_session(
         model, neurons, narrowed, batches, found=found, wanted=wanted, ridge=ridge, seed=seed, track=track
     )
     if row.by_block:
@@ -289,7 +298,9 @@ def prune(
     return _carry_out(session, whole, mode=mode, compensation=compensation, dense=dense)
 
 
-def _session(model: nn.Module, neurons: nn.Module, turned: Turned | None, batches: Batches | None, **needs) -> Session:
+def open_session(
+    model: nn.Module, neurons: nn.Module, turned: Turned | None, batches: Batches | None, **needs: Any
+) -> Session:
     """Return the session of what is left of a model before its neurons go, which aims at the model unmerged."""
     weights = None
     if turned is not None and has_classifier(model):
@@ -326,11 +337,39 @@ def prune_as_planned(
     if parts != (FFN,):
         if batches is None:
             raise VitpruneError(f"a plan of {', '.join(plan.parts)} turns attention by images; pass `batches`")
-        turned = turn_attention(model, take_evenly(batches, NUM_IMAGES), plan.parts, ridge=ridge, seed=seed)
+        fitted, _kept_back = keep_back(batches, NUM_IMAGES)
+        turned = turn_attention(model, fitted, plan.parts, ridge=ridge, seed=seed)
         neurons = cut(turned, _before_neurons(plan), COMPENSATIONS[compensation].bridge, ridge=ridge)
-    session = _session(model, neurons, turned, batches, wanted=wanted, ridge=ridge, seed=seed, track=track)
+    session = open_session(model, neurons, turned, batches, wanted=wanted, ridge=ridge, seed=seed, track=track)
     plan = plan.with_facts(weights_sha256=hash_weights(dense), ridge=ridge)
     return _carry_out(session, plan, mode=mode, compensation=compensation, dense=dense)
+
+
+def prune_turned(
+    model: nn.Module, turned: Turned, plan: Plan, batches: Batches | None, *, compensation: str, **needs: Any
+) -> nn.Module:
+    """Return what a plan leaves of a model whose attention stands in order.
+
+    Args:
+        model: that is aimed at, whose tokens do not merge.
+        turned: from ``turn_attention``, of it.
+        plan: of all that goes.
+        batches: calibration images and labels, readable more than once.
+        compensation: key of ``COMPENSATIONS``.
+        needs: of the session, as ``open_session`` takes them.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5).eval()
+    >>> batches = [(torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64))]
+    >>> plan = Plan({"blocks.0.attn.qk": torch.arange(64) < 32}, kinds={"blocks.0.attn.qk": "qk"})
+    >>> turned = turn_attention(model, batches, ["qk"])
+    >>> prune_turned(model, turned, plan, batches, compensation="none").blocks[0].attn.qk_width
+    32
+    """
+    bridge, ridge = COMPENSATIONS[compensation].bridge, needs.get("ridge", DEFAULT_RIDGE)
+    neurons = cut(turned, _before_neurons(plan), bridge, ridge=ridge)
+    session = open_session(model, neurons, turned, batches, **needs)
+    return apply_in(session, _of_neurons(neurons, plan), compensation=compensation)
 
 
 def shape_as_planned(model: nn.Module, plan: Plan) -> nn.Module:
@@ -359,6 +398,12 @@ def _before_neurons(plan: Plan) -> Plan:
     return replace(plan, keep={**plan.keep, **whole})
 
 
+def _of_neurons(model: nn.Module, plan: Plan) -> Plan:
+    """Return which neurons stay of the FFNs that a model has left: all, where a plan does not speak of them."""
+    every = {group.name: torch.ones(group.num_units, dtype=torch.bool) for group in find_left(model)}
+    return Plan({name: plan.keep.get(name, keep) for name, keep in every.items()}, plan.facts)
+
+
 def _carry_out(
     session: Session, plan: Plan, *, mode: str, compensation: str, dense: nn.Module | None = None
 ) -> tuple[nn.Module, Plan]:
@@ -371,10 +416,7 @@ def _carry_out(
         compensation: key of ``COMPENSATIONS``.
         dense: the model that sizes are compared with; None: that which is aimed at.
     """
-    of_neurons = plan
-    if plan.parts != (FFN,):
-        keep = {group.name: plan.keep[group.name] for group in find_left(session.model)}
-        of_neurons = Plan(keep, plan.facts)
+    of_neurons = plan if plan.parts == (FFN,) else _of_neurons(session.model, plan)
     pruned = apply_in(session, of_neurons, mode=mode, compensation=compensation)
     dense = session.dense if dense is None else dense
     merge, image_size = describe_merging(session.model), tuple(data_config(session.model)["input_size"][1:])

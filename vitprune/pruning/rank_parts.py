@@ -15,8 +15,8 @@ from vitprune.calibration.attention_moments import measure_query_key_losses
 from vitprune.calibration.layer_losses import StandIn, measure_replaced, measure_stand_ins
 from vitprune.calibration.second_order import obs
 from vitprune.data import Batches, take_evenly
-from vitprune.models.attention import HEADS, QK, VO, find_attention
-from vitprune.models.units import FFN, LAYERS, find_groups
+from vitprune.models.attention import HEADS, QK, find_attention
+from vitprune.models.units import FFN, find_groups, kind_of
 from vitprune.options import DEFAULT_RIDGE
 from vitprune.progress import Track, untracked
 from vitprune.pruning.apply import mask_neurons
@@ -133,13 +133,3 @@ def _per_unit(tail_H: Tensor) -> Tensor:
     added_H = tail_H - torch.cat([tail_H[1:], tail_H.new_zeros(1)])
     tiny = torch.finfo(torch.float64).tiny
     return added_H.flip(0).clamp_min(tiny).cummax(0).values.flip(0)
-
-
-def kind_of(group: str) -> str:
-    """Return the kind of a group's units, by its name.
-
-    >>> kind_of("blocks.0.attn.qk"), kind_of("blocks.0.mlp")
-    ('qk', 'ffn')
-    """
-    kind = group.rpartition(".")[2]
-    return kind if kind in (QK, VO, HEADS, LAYERS) else FFN
