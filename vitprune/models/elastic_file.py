@@ -233,9 +233,9 @@ def read_state(path: str | Path, ratio: float) -> tuple[dict[str, Any], dict[str
     with open_tensors(path, kind=ELASTIC) as (stream, header):
         ranking, stops = _read_ranking(stream, header), header["stops"]
         widths = ranking.widths(ratio)
-        number = _stop_before(stops, widths)
-        whole, groups = _read_groups(header), groups_left(_read_groups(header), widths)
         left_out = ranking.left_out(ratio)
+        number = _stop_before(stops, widths, left_out)
+        whole, groups = _read_groups(header), groups_left(_read_groups(header), widths)
         means = {name: stream.get_tensor(key) for name, key in _keys(stream, "means/").items()}
         dense = {
             name: key
@@ -312,25 +312,22 @@ def _keys(stream: Any, prefix: str) -> dict[str, str]:
     return {key.removeprefix(prefix): key for key in keys}
 
 
-def _stop_before(stops: Sequence[Mapping[str, Any]], widths: Mapping[str, int]) -> int:
-    """Return the number of the last stop that still has all neurons of these widths."""
-    fitting = (
+def _stop_before(stops: Sequence[Mapping[str, Any]], widths: Mapping[str, int], left_out: Mapping[str, str]) -> int:
+    """Return the number of the last stop that still has all units and layers of a model."""
+    return max(
         number
         for number, stop in enumerate(stops)
         if all(stop["widths"][name] >= width for name, width in widths.items())
+        and stop.get("left_out", {}).keys() <= left_out.keys()
     )
-    return max(fitting)
 
 
 def _share_of_way(stops: Sequence[Mapping[str, Any]], number: int, widths: Mapping[str, int]) -> float:
     """Return which share of the units that go until the next stop are gone, in [0, 1); 0 where heads or layers go."""
-    if number + 1 == len(stops):
+    if number + 1 == len(stops) or stops[number].get("left_out") != stops[number + 1].get("left_out"):
         return 0.0
     here, there = (stops[n]["widths"] for n in (number, number + 1))
-    if any(
-        (here[name] == 0) != (there[name] == 0) or (kind_of(name) == HEADS and here[name] != there[name])
-        for name in here
-    ):
+    if any(kind_of(name) == HEADS and here[name] != there[name] for name in here):
         return 0.0
     gone = sum(here.values()) - sum(widths.values())
     return gone / (sum(here.values()) - sum(there.values())) if gone else 0.0
