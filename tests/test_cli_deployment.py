@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from families import half_plan
 from test_cli import other_images, pruned_folder, run, run_folder  # noqa: F401 (fixtures)
@@ -118,6 +120,27 @@ def test_an_elastic_file_is_evaluated_and_exported_at_any_ratio(saved_vit, image
         "elastic", saved_vit, "--data", image_folder, "-o", tmp_path / "x", code=2, capsys=capsys
     )
     assert "has one width only" in run("evaluate", saved_vit, "--ratio", 0.5, "--data", images, code=2, capsys=capsys)
+
+
+def test_an_elastic_file_of_parts_merges_its_tokens_when_it_is_opened(saved_vit, image_folder, tmp_path, capsys):
+    images, path = other_images(image_folder, tmp_path / "other"), tmp_path / "parts.safetensors"
+    made = run(
+        "elastic", saved_vit, "--data", image_folder, "--ratios", 0.5, "--parts", "ffn", "qk", "layers",
+        "--criterion", "variance", "--compensate", "ridge", "-o", path, "--json", capsys=capsys,
+    )  # fmt: skip
+    assert {name.rpartition(".")[2] for name in made["widths"]["0.5"]} == {"mlp", "qk"}
+    assert len(made["left_out"]["0.5"]) == len(vitprune.load(saved_vit).blocks)
+    merged = ["--ratio", 0.5, "--merge", "0:3"]
+    evaluated = run("evaluate", path, *merged, "--data", images, "-o", tmp_path / "e", "--json", capsys=capsys)
+    assert json.loads((tmp_path / "e" / "evaluation.json").read_text())["models"]["model"]["merge"][0] == 3
+    run("export", path, tmp_path / "m.onnx", *merged, "--json", capsys=capsys)
+    assert run("evaluate", tmp_path / "m.onnx", "--data", images, "--json", capsys=capsys) == {
+        **evaluated,
+        "output": None,
+    }
+    assert "fixed in an ONNX file" in run(
+        "evaluate", tmp_path / "m.onnx", "--merge", "0:3", "--data", images, code=2, capsys=capsys
+    )
 
 
 def test_what_a_latency_target_made_is_timed_beside_the_dense_model(tiny_vit):
