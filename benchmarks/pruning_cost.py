@@ -1,6 +1,8 @@
 """Time and peak memory of pruning by the defaults, on random weights of any timm model; writes a dated JSON file.
 
     python benchmarks/pruning_cost.py --model vit_base_patch16_224 --data imagenet-train-1000 --num_images 256
+    python benchmarks/pruning_cost.py --model vit_base_patch16_224 --data imagenet-train-1000 --num_images 256 \
+        --macs_share 0.5 --parts '["ffn", "qk", "vo", "layers", "tokens"]'
 
 Weights decide nothing of the cost but which FFNs are left wide. Images are read from disk at every pass, as the command
 line does.
@@ -18,6 +20,7 @@ from common import RESULTS, describe_machine, log, track
 from jsonargparse import auto_cli
 
 import vitprune
+from vitprune import split_attention, target_macs
 from vitprune.models.macs import count_macs, count_parameters
 from vitprune.options import DEFAULT_COMPENSATION, DEFAULT_RATIO, DEFAULT_STEP
 from vitprune.processes import peak_memory_bytes
@@ -30,6 +33,8 @@ def main(
     pruning_ratio: float = DEFAULT_RATIO,
     compensation: str = DEFAULT_COMPENSATION,
     step: float = DEFAULT_STEP,
+    macs_share: float | None = None,
+    parts: list[str] = ["ffn"],  # noqa: B006 (read only)
     batch_size: int = 32,
 ):
     """Measure one pruning.
@@ -41,6 +46,8 @@ def main(
         pruning_ratio: share of FFN neurons to remove.
         compensation: as in ``vitprune prune``.
         step: as in ``vitprune prune``.
+        macs_share: share of the multiply-accumulates to keep, instead of ``pruning_ratio``.
+        parts: what may go.
         batch_size: images at once; the default is that of ``vitprune prune``.
     """
     torch.manual_seed(0)
@@ -49,8 +56,12 @@ def main(
     batches = vitprune.ImageBatches(images, network, batch_size=batch_size)
     before = peak_memory_bytes()
     started = time.perf_counter()
+    asked = {"pruning_ratio": pruning_ratio}
+    if macs_share is not None:
+        limit = macs_share * count_macs(network)
+        asked = {"target": target_macs(split_attention(network), limit, kinds=["ffn", "qk", "vo"])}
     pruned, plan = vitprune.prune(
-        network, batches, pruning_ratio=pruning_ratio, compensation=compensation, step=step, track=track
+        network, batches, **asked, parts=parts, compensation=compensation, step=step, track=track
     )
     seconds = time.perf_counter() - started
     peak = peak_memory_bytes()
@@ -58,7 +69,10 @@ def main(
         **describe_machine(),
         "threads": torch.get_num_threads(),
         "num_images": len(images),
-        "pruning_ratio": pruning_ratio,
+        "pruning_ratio": pruning_ratio if macs_share is None else None,
+        "macs_share": macs_share,
+        "parts": parts,
+        "merge": plan.facts.merge,
         "compensation": compensation,
         "step": step,
         "batch_size": batch_size,
@@ -70,7 +84,8 @@ def main(
         "widths": plan.widths,
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{date.today()}-pruning-cost-{model}.json").write_text(json.dumps(result, indent=1) + "\n")
+    label = "" if macs_share is None else f"-macs-{macs_share:g}"
+    (RESULTS / f"{date.today()}-pruning-cost{label}-{model}.json").write_text(json.dumps(result, indent=1) + "\n")
     log(f"{model}: {seconds:.0f} s, {result['peak_gib']} GiB at most")
 
 
