@@ -82,6 +82,13 @@ COMPENSATIONS: Mapping[str, str] = {
     "distill": "sequential, then gradient descent towards the dense model's blocks and answers (no labels; minutes)",
 }
 
+LOSSES: Mapping[str, str] = {
+    "answers": "KL divergence from the teacher's answers, at a temperature (no labels)",
+    "features": "relative squared error of what the classifier reads (no labels)",
+    "blocks": "the same of every block's output (no labels)",
+    "labels": "cross-entropy with the labels",
+}
+
 TARGETS: Mapping[str, str] = {
     "neurons": "FFN neurons",
     "parameters": "parameters",

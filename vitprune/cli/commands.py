@@ -28,6 +28,7 @@ from vitprune.cli import (
     evaluate,
     export,
     prune,
+    recover,
     report,
     run,
 )
@@ -43,6 +44,7 @@ COMMANDS = {
     "demo": demo,
     "discover": discover,
     "prune": prune,
+    "recover": recover,
     "elastic": elastic,
     "curve": curve,
     "evaluate": evaluate,
@@ -99,8 +101,10 @@ def _parse(parser: ArgumentParser, commands: dict[str, ArgumentParser], argv: Se
 def _run_command(command: str, given: dict[str, Any]) -> None:
     """Run one command, or the commands of a recipe, and print the answer on stdout."""
     as_json = given.pop("json", False)
-    if command != "discover" and count_processes() > 1:
-        raise VitpruneError(f"'{command}' runs on one process; only 'discover' shares its images with others")
+    if command not in ("discover", "recover") and count_processes() > 1:
+        raise VitpruneError(
+            f"'{command}' runs on one process; only 'discover' and 'recover' share their images with others"
+        )
     if command == "run":
         _parser, commands = build_parser()
         del commands["run"]

@@ -6,7 +6,7 @@ Both give the same logits: that is the law of the package.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -73,11 +73,29 @@ def mask_neurons(model: nn.Module, plan: Plan) -> nn.Module:
     """
     groups = fit_plan(model, plan)
     result = copy.deepcopy(model)
-    with torch.no_grad():
-        for group in groups:
-            for tensor, axis, index in _silenced(result, group, plan):
-                tensor.index_fill_(axis, index, 0)
+    silence(result, groups, plan)
     return remember(result, plan.calibration)
+
+
+@torch.no_grad()
+def silence(model: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
+    """Zero in place what makes removed units matter: their columns of the layers that read them, or rows of queries.
+
+    Args:
+        model: that the groups are of.
+        groups: from ``fit_plan``.
+        plan: which units stay.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    >>> plan = Plan({"blocks.0.mlp": torch.arange(768) < 700})
+    >>> silence(model, fit_plan(model, plan), plan)
+    >>> bool((model.blocks[0].mlp.fc2.weight[:, 700:] == 0).all())
+    True
+    """
+    for group in groups:
+        for tensor, axis, index in _silenced(model, group, plan):
+            tensor.index_fill_(axis, index, 0)
 
 
 def remove_neurons(model: nn.Module, plan: Plan) -> nn.Module:

@@ -1,0 +1,1 @@
+"""Training: give back to a pruned model what pruning took."""

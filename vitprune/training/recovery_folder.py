@@ -1,0 +1,66 @@
+"""The folder of a recovered model: a pruned model's, with how it was trained and a picture of it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vitprune.figures.recovery_figure import draw_recovery
+from vitprune.figures.style import save_figure
+from vitprune.files import FORMAT_VERSION, atomic_folder, write_json
+from vitprune.models.saved_folder import FOLDER_FILES, save
+from vitprune.training.loop import STEPS_FILE
+from vitprune.training.recover import Recovered
+from vitprune.training.settings import Training
+
+RECOVERY_FILE, PICTURE_FILE = "recovery.json", "recovery.png"
+RECOVERED_FILES = FOLDER_FILES | {RECOVERY_FILE, PICTURE_FILE, STEPS_FILE}
+
+
+def describe_recovery(recovered: Recovered, training: Training) -> dict[str, Any]:
+    """Return how a model was trained, and how that went; JSON values.
+
+    >>> from torch import nn
+    >>> describe_recovery(Recovered(nn.Identity(), None, (), 0, (None, None), frozenset()), Training())["best"]
+    0
+    """
+    return {
+        "training": asdict(training),
+        "before": {"held_back": recovered.before[0], "accuracy": recovered.before[1]},
+        "best": recovered.best,
+        "num_images": len(recovered.sha256),
+        "epochs": [asdict(row) for row in recovered.rows],
+    }
+
+
+def save_recovery(
+    recovered: Recovered, training: Training, output: str | Path, *, steps: str | Path | None = None
+) -> None:
+    """Write the folder of a recovered model; whole or not at all.
+
+    Args:
+        recovered: from ``recover``.
+        training: how.
+        output: the folder; replaced if it exists.
+        steps: JSON lines of the steps, to be kept beside.
+
+    Raises:
+        VitpruneError: if it would not load again, or cannot be written.
+
+    >>> import tempfile, timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=5)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_recovery(Recovered(model, None, (), 0, (None, None), frozenset()), Training(), Path(folder) / "out")
+    ...     sorted(path.name for path in (Path(folder) / "out").iterdir())
+    ['config.json', 'model.safetensors', 'recovery.json']
+    """
+    with atomic_folder(output) as temporary:
+        save(recovered.model, temporary, plan=recovered.plan)
+        described = describe_recovery(recovered, training)
+        write_json(temporary / RECOVERY_FILE, {"kind": "recovery", "version": FORMAT_VERSION, **described})
+        if recovered.rows:
+            save_figure(draw_recovery(recovered.rows, before=recovered.before), temporary / PICTURE_FILE)
+        if steps is not None:
+            shutil.copyfile(steps, temporary / STEPS_FILE)
