@@ -53,7 +53,11 @@ def train_plainly(student, teacher, images, training):
     """What a user would write: timm's optimiser, the rate by hand, the loss by its formula."""
     student, teacher = copy.deepcopy(student).train(), teacher.eval()
     batches = AugmentedImages(images, data_config(student), training)
-    groups = timm.optim.param_groups_weight_decay(student, training.weight_decay, student.no_weight_decay())
+    decayed = [
+        each for name, each in student.named_parameters() if each.ndim > 1 and name not in ("pos_embed", "cls_token")
+    ]
+    others = [each for each in student.parameters() if all(each is not other for other in decayed)]
+    groups = [{"params": decayed, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=training.lr)
     steps = training.epochs * batches.num_batches
     warmup = round(training.warmup_epochs * batches.num_batches)

@@ -25,6 +25,9 @@ _FLAGS = {
     "batches": "--data",
     "folder": "--output",
     "others": "--data",
+    "ema_decay": "--model-ema-decay",
+    "auto_augment": "--aa",
+    "re_prob": "--reprob",
 }
 
 
