@@ -377,3 +377,63 @@ def test_two_processes_are_one_with_twice_the_batch(saved_vit, image_folder, tmp
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-5, atol=1e-5)
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_stock_model_learns_the_names_of_folders(saved_vit, image_folder, tmp_path, capsys):
+    from vitprune.cli import main
+
+    for split, names in (("train", ["class4", "class0", "class2"]), ("val", ["class0", "class2"])):
+        for name in names:
+            (tmp_path / split).mkdir(exist_ok=True)
+            (tmp_path / split / name).symlink_to(image_folder / name)
+    asked = [
+        "finetune", saved_vit, "--data", tmp_path / "train", "--epochs", 12, "--batch-size", 4, "--lr", 0.003,
+        "--held-back", 0.25, "-o", tmp_path / "mine", "--json",
+    ]  # fmt: skip
+    assert main([str(each) for each in asked]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["classes"] == ["class0", "class2", "class4"]
+    assert answer["epochs"][-1]["loss"] < answer["epochs"][0]["loss"]
+    mine = vitprune.load(tmp_path / "mine")
+    assert mine.label_names == ("class0", "class2", "class4")
+    assert mine.num_classes == 3
+    refused = ["evaluate", str(tmp_path / "mine"), "--data", str(tmp_path / "val")]
+    assert main(refused) == 2
+    assert "8 of 8 evaluation images" in capsys.readouterr().err
+    assert main([*refused, "--allow-overlap", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_images"] == 8
+
+
+def test_a_new_classifier_is_the_same_for_the_same_seed():
+    model = make_vit()
+    first, again, other = (vitprune.new_classifier(model, ["a", "b"], seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first.head.weight, again.head.weight)
+    assert not torch.equal(first.head.weight, other.head.weight)
+    assert model.num_classes == 5
+    with pytest.raises(VitpruneError, match="at least two different classes"):
+        vitprune.new_classifier(model, ["a", "a"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{elastic}"], "only a folder can be trained"),
+        (["{vit}"], "pass --teacher"),
+        (["{vit}", "--teacher", "{vit}", "--losses", "answers=x"], "expected NAME or NAME=WEIGHT"),
+        (["{vit}", "--teacher", "{vit}", "--lr", "0"], "--lr must be positive"),
+        (["{vit}", "--teacher", "{vit}", "--model-ema-decay", "2"], "--model-ema-decay must be in (0, 1)"),
+        (["{vit}", "--teacher", "{narrow}"], "--teacher answers 4 classes, the model 5"),
+    ],
+)
+def test_the_command_line_refuses_in_one_line(arguments, message, saved_vit, image_folder, tmp_path, capsys):
+    from vitprune.cli import main
+
+    narrow = make_vit(num_classes=4).float()
+    narrow.model_args = {**TINY, "num_classes": 4}
+    vitprune.save(narrow, tmp_path / "narrow")
+    known = {"vit": saved_vit, "elastic": tmp_path / "e.safetensors", "narrow": tmp_path / "narrow"}
+    asked = ["recover", *(each.format(**known) for each in arguments), "--data", image_folder, "-o", tmp_path / "out"]
+    assert main([str(each) for each in asked]) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert message in told[-1]
+    assert not (tmp_path / "out").exists()

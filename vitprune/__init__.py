@@ -22,6 +22,7 @@ _HOME_OF = {
     "save": "vitprune.models.saved_folder",
     "save_elastic": "vitprune.models.elastic_file",
     "keep_classes": "vitprune.models.classifier",
+    "new_classifier": "vitprune.models.classifier",
     "ImageSet": "vitprune.data",
     "ImageChoice": "vitprune.data",
     "ImageBatches": "vitprune.data",

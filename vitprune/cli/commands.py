@@ -27,6 +27,7 @@ from vitprune.cli import (
     elastic,
     evaluate,
     export,
+    finetune,
     prune,
     recover,
     report,
@@ -43,6 +44,7 @@ EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
 COMMANDS = {
     "demo": demo,
     "discover": discover,
+    "finetune": finetune,
     "prune": prune,
     "recover": recover,
     "elastic": elastic,
@@ -101,9 +103,9 @@ def _parse(parser: ArgumentParser, commands: dict[str, ArgumentParser], argv: Se
 def _run_command(command: str, given: dict[str, Any]) -> None:
     """Run one command, or the commands of a recipe, and print the answer on stdout."""
     as_json = given.pop("json", False)
-    if command not in ("discover", "recover") and count_processes() > 1:
+    if command not in ("discover", "finetune", "recover") and count_processes() > 1:
         raise VitpruneError(
-            f"'{command}' runs on one process; only 'discover' and 'recover' share their images with others"
+            f"'{command}' runs on one process; only 'discover', 'finetune' and 'recover' share their images with others"
         )
     if command == "run":
         _parser, commands = build_parser()

@@ -42,8 +42,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=float,
         help=f"share of the units of every part to remove ({options.DEFAULT_RATIO}; 0 beside --merge or --image-size)",
     )
-    parser.add_argument("--target-params", type=float, help="parameters of the whole model instead, such as 4.5e6")
-    parser.add_argument("--target-macs", type=float, help="multiply-accumulates of one image instead, such as 0.9e9")
+    parser.add_argument(
+        "--target-params", type=float, help="parameters of the whole model instead, such as 4.5e6, or 0.8 of them"
+    )
+    parser.add_argument(
+        "--target-macs", type=float, help="multiply-accumulates of one image instead, such as 0.9e9, or 0.5 of them"
+    )
     parser.add_argument("--target-latency", type=float, help="ms per run on --backend instead, measured here")
     parser.add_argument(
         "--parts",
@@ -194,7 +198,7 @@ def run(
     if given_plan is None:
         merges = describe_merging(network) is not None
         parts = _choose_parts(dense, parts, targets, shaped=network is not dense or merges)
-        target = _make_target(network, timing, parts, **targets)
+        target = _make_target(network, timing, parts, **_in_units(dense, **targets))
         if shapes and not targets and parts == ["ffn"] and "parts" not in shapes:
             decisions.setdefault("pruning_ratio", 0.0)
         if round_to == "auto":
@@ -402,6 +406,17 @@ def _choose_parts(network, parts: Sequence[str] | None, targets: dict[str, float
         except VitpruneError as error:
             note(f"no tokens merge: {error}")
     return chosen
+
+
+def _in_units(dense, **targets: float) -> dict[str, float]:
+    """Return targets that were told as shares of what the dense model has in its units."""
+    from vitprune.models.macs import count_macs, count_parameters
+
+    whole = {"target_macs": count_macs, "target_params": count_parameters}
+    return {
+        name: limit * whole[name](dense) if name in whole and 0 < limit <= 1 else limit
+        for name, limit in targets.items()
+    }
 
 
 def _make_target(network, timing: dict[str, Any], parts: Sequence[str], **targets: float):

@@ -51,6 +51,37 @@ def keep_classes(model: nn.Module, classes: Sequence[int], *, label_names: Seque
     return result
 
 
+def new_classifier(model: nn.Module, label_names: Sequence[str], *, seed: int = 0) -> nn.Module:
+    """Return a copy with a fresh classifier for other classes, to be trained.
+
+    Args:
+        model: timm model; stays as it is.
+        label_names: what the classes are called, in order; recorded as ``label_names``.
+        seed: of its weights.
+
+    Raises:
+        VitpruneError: if there are fewer than two classes, or the model cannot have another classifier.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    >>> new_classifier(model, ["cat", "dog"]).head.out_features
+    2
+    """
+    if len(set(label_names)) < max(2, len(label_names)):
+        raise VitpruneError(f"a classifier needs at least two different classes, each once; got {list(label_names)}")
+    if not hasattr(model, "reset_classifier"):
+        raise VitpruneError(f"{type(model).__name__} has no classifier that can be replaced")
+    result = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        result.reset_classifier(len(label_names))
+    parameter = next(model.parameters())
+    result.to(device=parameter.device, dtype=parameter.dtype).train(model.training)
+    result.model_args = {**(getattr(model, "model_args", None) or {}), "num_classes": len(label_names)}
+    result.label_names = tuple(label_names)
+    return result
+
+
 def _keep_rows(linear: nn.Linear, rows: list[int]) -> nn.Linear:
     weight, bias = linear.weight, linear.bias
     kept = nn.Linear(linear.in_features, len(rows), bias=bias is not None, device=weight.device, dtype=weight.dtype)

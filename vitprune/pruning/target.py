@@ -83,7 +83,7 @@ def target_parameters(model: nn.Module, limit: float, *, kinds: Sequence[str] = 
 
     Args:
         model: timm Vision Transformer.
-        limit: of the whole model.
+        limit: of the whole model; up to 1, a share of what it has.
         kinds: of units that may go; keys of ``KINDS`` but ``layers``.
 
     Raises:
@@ -107,7 +107,7 @@ def target_macs(model: nn.Module, limit: float, *, total: int | None = None, kin
 
     Args:
         model: timm Vision Transformer in eval mode.
-        limit: of the whole model.
+        limit: of the whole model; up to 1, a share of what it has.
         total: of the whole dense model, where ``count_macs`` has counted them already.
         kinds: of units that may go; keys of ``KINDS`` but ``layers``.
 
@@ -216,6 +216,7 @@ def _linear(per_unit: Mapping[Group, float]) -> dict[str, Tensor]:
 
 def _checked(kind: str, limit: float, total: float, per_unit: Mapping[Group, float]) -> Target:
     costs = _linear(per_unit)
+    limit = limit * total if 0 < limit <= 1 else limit
     return _check(Target(kind, limit, total - sum(float(cost_H[-1]) for cost_H in costs.values()), costs))
 
 

@@ -1,0 +1,67 @@
+"""``vitprune finetune``: give a model a classifier for one's own classes, and train it on one's own images."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from vitprune.cli.arguments import add_checkpoint, add_device, add_output
+from vitprune.cli.inputs import load_model, pick_device
+from vitprune.cli.terminal import note, track
+from vitprune.cli.training_options import UNFINISHED, add_training, describe_epoch, make_training, show_training
+
+SUMMARY = "train a model with a new classifier on one's own classes"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("model", type=str, help="timm name, or folder of a saved model")
+    add_checkpoint(parser)
+    parser.add_argument("--data", type=str, required=True, help="folder of class folders: training images")
+    add_training(parser, epochs=10, lr=2e-4)
+    add_device(parser)
+    add_output(parser, "folder of the model to write; a killed run goes on")
+
+
+def run(model, checkpoint, data, device, output, overwrite, **options):
+    from vitprune.data import find_images
+    from vitprune.files import refuse_existing
+    from vitprune.models.classifier import new_classifier
+    from vitprune.processes import join_processes
+    from vitprune.pruning.plan import find_plan
+    from vitprune.training.loop import STEPS_FILE
+    from vitprune.training.recover import recover
+    from vitprune.training.recovery_folder import RECOVERED_FILES, describe_recovery, save_recovery
+
+    training = make_training({"labels": 1.0}, options)
+    refuse_existing(output, overwrite=overwrite, owned=RECOVERED_FILES)
+    unfinished = Path(f"{output}{UNFINISHED}")
+    with join_processes(for_training=True) as processes:
+        images = find_images(data, None)
+        names = [images.class_names[index] for index in sorted(images.class_names)]
+        network = load_model(model, checkpoint, pick_device(device, processes))
+        network = new_classifier(network, names, seed=training.seed)
+        first = processes.rank == 0
+        trained = recover(
+            network,
+            images,
+            training=training,
+            plan=find_plan(model),
+            folder=unfinished,
+            overwrite=overwrite,
+            processes=processes,
+            log_epoch=lambda row: note(describe_epoch(row)),
+            track=track if first else lambda items, _description: items,
+        )
+        if not first:
+            return None
+        save_recovery(trained, training, output, steps=unfinished / STEPS_FILE)
+    shutil.rmtree(unfinished)
+    answer = {"output": output, "classes": names, **describe_recovery(trained, training)}
+
+    def show() -> None:
+        show_training(trained)
+        print(f"wrote {output}, which answers {len(names)} classes")
+
+    return answer, show
