@@ -22,7 +22,7 @@ BENCH = ["backends=[onnxruntime-cpu]", "batch_sizes=[1]", "seconds=0.05"]
 GIVEN = {
     "curve_deit_tiny": ["ratios=[0.25]", "criteria=[magnitude]", "compensations=[none, bias]", "step=1.0"],
     "deit_tiny_half": [*CHEAP, *BENCH],
-    "finetune_and_prune": [*CHEAP, "epochs=1", "recover_epochs=1", "batch_size=4", "target_macs=0.8"],
+    "finetune_and_prune": [*CHEAP, "epochs=1", "recover_epochs=1", "batch_size=4", "target_macs=0.8", "parts=[ffn]"],
     "paper_jas_scores": ["images_per_class=1"],
     "paper_manipulation": ["images_per_class=2", "quadrature=riemann:2"],
     "paper_similarity": ["images_per_class=2", "pairs=2"],

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from vitprune.calibration.layer_losses import mean_divergence
-from vitprune.data import Batches, on_device
+from vitprune.data import Batches, on_device, take_evenly
 from vitprune.errors import VitpruneError
 from vitprune.models.attention import QK, VO, split_attention
 from vitprune.models.macs import count_macs
@@ -31,6 +31,8 @@ from vitprune.pruning.turn import turn_attention
 
 # How many of the calibration images it is decided on; what goes is decided anew on more of them.
 NUM_IMAGES = 256
+# Of these, how many schedules are compared on.
+NUM_SCHEDULE_IMAGES = 96
 # Shares of the way, on a logarithmic scale, that merging goes; units go the rest.
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -93,7 +95,9 @@ def choose_merging(
     share = target.limit / dense_macs
     fitted, kept_back = keep_back(batches, NUM_IMAGES)
     shares = [share**way for way in (SHARES if parts else (1.0,))]
-    found = choose_schedules(model, fitted, [each for each in shares if each < 1], track=track)
+    found = choose_schedules(
+        model, take_evenly(fitted, NUM_SCHEDULE_IMAGES), [each for each in shares if each < 1], track=track
+    )
     schedules = [None] * (len(shares) - len(found)) + list(found)
     mixtures = [pair for pair in zip(shares, schedules, strict=True) if pair[0] == 1 or pair[1] is not None]
     images = [each for each, _labels in on_device(model, kept_back)]
