@@ -24,8 +24,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", type=str, help="that the paths were found on: timm name or folder of a saved model")
     add_checkpoint(parser)
     parser.add_argument("--data", type=str, help="folder of class folders: the images of the paths")
-    parser.add_argument("--class-map", type=str, help="folder name per line, or JSON {folder: class index}")
+    parser.add_argument("--class-map", type=str, help="class name per line, CSV of names and indices, or JSON")
     parser.add_argument("--classes", type=str, nargs="+", help="only these: folder names, class indices, English names")
+    parser.add_argument("--images-per-class", type=int, help="as for 'discover', whose sample this is (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of that sample")
     methods = options.AUTHORS_METHODS
     parser.add_argument("--method", choices=tuple(methods), help=f"whose paths to read; {listed(methods)} (jas)")
     parser.add_argument(
@@ -40,8 +42,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(
-    sources, model, checkpoint, data, class_map, classes, method, least_agreement, batch_size, workers, device, output,
-    overwrite,
+    sources, model, checkpoint, data, class_map, classes, images_per_class, seed, method, least_agreement, batch_size,
+    workers, device, output, overwrite,
 ):  # fmt: skip
     from vitprune.discovery.run import is_run
 
@@ -55,6 +57,7 @@ def run(
             "data": data,
             "class_map": class_map,
             "classes": classes,
+            "images_per_class": images_per_class,
             "method": method,
             "least_agreement": least_agreement,
             "device": device,
@@ -63,15 +66,15 @@ def run(
         if given:
             raise VitpruneError(f"{', '.join(given)}: not for writing runs, which bring theirs; leave out")
         return _write(sources, output, overwrite)
+    choice = None if data is None else choose(data, class_map, classes, images_per_class, seed)
     return _read(
-        sources[0], model, checkpoint, data, class_map, classes, method or "jas", least_agreement, batch_size, workers,
-        device, output, overwrite,
+        sources[0], model, checkpoint, choice, method or "jas", least_agreement, batch_size, workers, device, output,
+        overwrite,
     )  # fmt: skip
 
 
 def _read(
-    source, model, checkpoint, data, class_map, classes, method, least_agreement, batch_size, workers, device, output,
-    overwrite,
+    source, model, checkpoint, choice, method, least_agreement, batch_size, workers, device, output, overwrite,
 ):  # fmt: skip
     from vitprune.discovery.run import RUN_FILES, save_run
     from vitprune.files import refuse_existing
@@ -81,12 +84,12 @@ def _read(
 
     refuse_existing(output, overwrite=overwrite, owned=RUN_FILES)
     paths = read_authors(source, method=method)
-    _require(paths.args, model, data)
+    _require(paths.args, model, choice)
     network = load_model(model, checkpoint, pick_device(device))
     converted = read_as_run(
         paths,
         network,
-        find_images(choose(data, class_map, classes), network),
+        find_images(choice, network),
         name=model,
         checkpoint=checkpoint,
         least_agreement=LEAST_AGREEMENT if least_agreement is None else least_agreement,
@@ -135,7 +138,7 @@ def _read(
     return answer, show
 
 
-def _require(args, model: str | None, data: str | None) -> None:
+def _require(args, model: str | None, choice) -> None:
     """Ask for what the files lack, with what they say of it."""
     from vitprune.interop.convert import name_model
 
@@ -144,7 +147,7 @@ def _require(args, model: str | None, data: str | None) -> None:
         hint = f", such as {name}" if name else ""
         weights_hint = f" with --checkpoint {weights}" if weights else ""
         raise VitpruneError(f"say which model the paths were found on with --model{hint}{weights_hint}")
-    if data is None:
+    if choice is None:
         raise VitpruneError(f"name the images of the paths with --data (theirs were at {args.get('dataset_path')})")
 
 

@@ -14,6 +14,7 @@ from vitprune.cli.inputs import (
     calibration_images,
     make_batches,
     open_source,
+    reads_labels,
     refuse_without_data,
     report_skipped,
     warn_of_few_classes,
@@ -169,7 +170,10 @@ def run(
         raise VitpruneError(f"--step: the scores of criterion {criterion} do not change on the way; leave it out")
     run, network = open_source(source, checkpoint, device)
     refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
-    images = calibration_images(source, run, network, data, class_map, classes, images_per_class, seed)
+    labels_matter = keep_classes is not None or reads_labels([criterion or options.DEFAULT_CRITERION])
+    images = calibration_images(
+        source, run, network, data, class_map, classes, images_per_class, seed, labels_matter=labels_matter
+    )
     found = None if run is None else run.found
     if keep_classes is not None:
         wanted = _classes_to_keep(keep_classes, images, data_given=data is not None)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from vitprune.calibration.criteria import REGISTRY as CRITERIA
 from vitprune.calibration.criteria import check_needs
 from vitprune.calibration.statistics import Statistics
-from vitprune.data import Batches
+from vitprune.data import Batches, remember_names
 from vitprune.discovery.discover import Discovery
 from vitprune.errors import VitpruneError
+from vitprune.images.coverage import warn_of_few_classes
 from vitprune.models.attention import split_attention
 from vitprune.models.block_calls import BlockCall
 from vitprune.models.facts import Asked, Facts
@@ -51,7 +52,7 @@ from vitprune.pruning.sequential import weigh_tokens
 from vitprune.pruning.session import Session
 from vitprune.pruning.target import Target, target_neurons
 from vitprune.pruning.turn import Turned, cut, turn_attention
-from vitprune.seen_images import SeenImages, watch
+from vitprune.seen_images import SeenImages, files_of, names_in, watch
 from vitprune.views import data_config, has_classifier
 
 _TAKE_OUT: Mapping[str, Callable[[nn.Module, Plan], nn.Module]] = {"remove": remove_neurons, "mask": mask_neurons}
@@ -222,6 +223,8 @@ def prune(
         pruning_ratio = DEFAULT_RATIO
     parts = check_parts(model, parts, mode=mode)
     check_compensation(compensation, has_images=batches is not None)
+    if row.reads_images:
+        warn_of_few_classes(model, files_of(batches))
     batches = watch(batches)
     if TOKENS in parts:
         if target is None or batches is None:
@@ -430,6 +433,7 @@ def _carry_out(
         merge=None if merge is None else tuple(merge),
         image_size=None if image_size == tuple(data_config(dense)["input_size"][1:]) else image_size,
     )
+    remember_names(pruned, names_in(session.batches))
     return remember(pruned, plan.calibration), plan
 
 
