@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vitprune.cli.terminal import note
+from vitprune.cli.terminal import note, note_at_work
+from vitprune.cli.wording import in_flags
 from vitprune.errors import VitpruneError
 
 
@@ -56,15 +57,15 @@ def find_images(choice, model, *, labels_matter: bool = True):
 def say_found(images, num_classes: int) -> None:
     """Say how the classes of images are numbered, and what is left out."""
     if images.numbering:
-        note(images.numbering)
+        note_at_work(in_flags(images.numbering))
     if images.left_out:
-        note(
+        note_at_work(
             f"left out {len(images.left_out)} folders of {images.root} that are none of the model's {num_classes} "
             f"classes (first: {images.left_out[0]})"
         )
     if images.passed_over:
         count = len(images.passed_over)
-        note(
+        note_at_work(
             f"left out {count} file{'' if count == 1 else 's'} of {images.root} that cannot be decoded or belong to no "
             f"class (first: {images.passed_over[0]})"
         )
@@ -101,7 +102,6 @@ def report_skipped(batches) -> list[str]:
 
 def warn_of_few_classes(network: Any, images: Any, what: str) -> None:
     """Say what the library warns of, which the command line keeps quiet."""
-    from vitprune.cli.wording import in_flags
     from vitprune.images.coverage import describe_coverage
 
     told = describe_coverage(network, images, what)

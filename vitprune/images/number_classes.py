@@ -69,7 +69,7 @@ def number_classes(
     """
     if label_names is not None and len(label_names) != num_classes:
         raise VitpruneError(f"there are names for {len(label_names)} classes, but the model has {num_classes} outputs")
-    count = f"{len(names)} class{'' if len(names) == 1 else 'es'}"
+    count = _count(names)
     if class_map is not None:
         return _by_class_map(root, names, num_classes, Path(class_map), label_names or (), count)
     if label_names:
@@ -155,18 +155,18 @@ def _by_label_names(root: Path, names: Sequence[str], label_names: Sequence[str]
                     f"model; {_REMEDY}"
                 )
             (index_of[name],) = found
-    count = len(label_names)
     if not index_of:
         if all(map(_INTEGER.fullmatch, names)) and not any(map(_INTEGER.fullmatch, label_names)):
-            indices = _as_indices(root, names, count, what)
-            described = f"{len(names)} classes: {_called(what)} are indices"
+            indices = _as_indices(root, names, len(label_names), what)
+            described = f"{_count(names)}: {_called(what)} are indices"
             return Numbering(indices, described, label_names=tuple(label_names))
         raise VitpruneError(
-            f"{root} has none of the model's {count} classes ({_few(label_names)}); its {what} are {_few(names)}"
+            f"{root} has none of the model's {len(label_names)} classes ({_few(label_names)}); its {what} are "
+            f"{_few(names)}"
         )
     return Numbering(
         {name: index_of[name] for name in names if name in index_of},
-        f"{len(index_of)} classes by the model's names",
+        f"{_count(index_of)} by the model's names",
         tuple(name for name in names if name not in index_of),
         tuple(label_names),
     )
@@ -212,6 +212,10 @@ def _in_order(root: Path, names: Sequence[str], num_classes: int, count: str, wh
         raise VitpruneError(f"{root}: two {what} have one name, spelt differently in Unicode; {_REMEDY}")
     described = f"{count} in sorted order: {_few(known)}"
     return Numbering({name: index for index, name in enumerate(plain)}, described, label_names=known)
+
+
+def _count(names: Sequence[str] | Mapping[str, int]) -> str:
+    return f"{len(names)} class{'' if len(names) == 1 else 'es'}"
 
 
 def _called(what: str) -> str:
