@@ -26,8 +26,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--data", type=str, help="folder of class folders: the images of the paths")
     parser.add_argument("--class-map", type=str, help="class name per line, CSV of names and indices, or JSON")
     parser.add_argument("--classes", type=str, nargs="+", help="only these: folder names, class indices, English names")
-    parser.add_argument("--images-per-class", type=int, help="as for 'discover', whose sample this is (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of that sample")
     methods = options.AUTHORS_METHODS
     parser.add_argument("--method", choices=tuple(methods), help=f"whose paths to read; {listed(methods)} (jas)")
     parser.add_argument(
@@ -42,8 +40,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(
-    sources, model, checkpoint, data, class_map, classes, images_per_class, seed, method, least_agreement, batch_size,
-    workers, device, output, overwrite,
+    sources, model, checkpoint, data, class_map, classes, method, least_agreement, batch_size, workers, device, output,
+    overwrite,
 ):  # fmt: skip
     from vitprune.discovery.run import is_run
 
@@ -57,7 +55,6 @@ def run(
             "data": data,
             "class_map": class_map,
             "classes": classes,
-            "images_per_class": images_per_class,
             "method": method,
             "least_agreement": least_agreement,
             "device": device,
@@ -66,7 +63,7 @@ def run(
         if given:
             raise VitpruneError(f"{', '.join(given)}: not for writing runs, which bring theirs; leave out")
         return _write(sources, output, overwrite)
-    choice = None if data is None else choose(data, class_map, classes, images_per_class, seed)
+    choice = None if data is None else choose(data, class_map, classes)
     return _read(
         sources[0], model, checkpoint, choice, method or "jas", least_agreement, batch_size, workers, device, output,
         overwrite,
@@ -169,7 +166,7 @@ def _write(sources, output, overwrite):
 
     def show() -> None:
         print(f"{answer['num_images']} images of {answer['num_classes']} classes: {', '.join(answer['methods'])}")
-        print("left out, as their files have no place for it: class scores, predictions, names of the images")
+        print("left out, as their files have no place for it: class scores, predictions")
         print(f"wrote {files[0]} and {len(files) - 1} files beside it")
 
     return answer, show

@@ -112,9 +112,9 @@ def _by_class_map(
     numbered = read_class_map(path)
     index_of = {name: numbered[as_name(name)] for name in names if as_name(name) in numbered}
     _check_known(root, names, index_of, f"{path}, which names {_few(list(numbered))}")
-    beyond = [name for name in names if not 0 <= index_of[name] < num_classes]
+    beyond = [name for name, index in numbered.items() if index >= num_classes]
     if beyond:
-        raise VitpruneError(f"{path}: class {index_of[beyond[0]]} of '{beyond[0]}' is beyond the {num_classes} outputs")
+        raise VitpruneError(f"{path}: class {numbered[beyond[0]]} of '{beyond[0]}' is beyond the {num_classes} outputs")
     place_of = {as_name(name): index for index, name in enumerate(label_names)}
     for name, index in numbered.items():
         if place_of.get(name, index) != index:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vitprune.calibration.criteria import REGISTRY as CRITERIA
 from vitprune.calibration.criteria import check_needs
 from vitprune.calibration.statistics import Statistics
-from vitprune.data import Batches, remember_names
+from vitprune.data import Batches, label_names_of, remember_names
 from vitprune.discovery.discover import Discovery
 from vitprune.errors import VitpruneError
 from vitprune.images.coverage import warn_of_few_classes
@@ -421,11 +421,13 @@ def _carry_out(
     """
     of_neurons = plan if plan.parts == (FFN,) else _of_neurons(session.model, plan)
     pruned = apply_in(session, of_neurons, mode=mode, compensation=compensation)
+    remember_names(pruned, names_in(session.batches) or plan.facts.label_names or ())
     dense = session.dense if dense is None else dense
     merge, image_size = describe_merging(session.model), tuple(data_config(session.model)["input_size"][1:])
     plan = plan.with_facts(
         compensation=compensation,
         mode=mode,
+        label_names=label_names_of(pruned) or None,
         calibration=list_seen(session, plan.facts.criterion, plan.calibration),
         sizes=measure_sizes(pruned),
         sizes_dense=measure_sizes(dense),
@@ -433,7 +435,6 @@ def _carry_out(
         merge=None if merge is None else tuple(merge),
         image_size=None if image_size == tuple(data_config(dense)["input_size"][1:]) else image_size,
     )
-    remember_names(pruned, names_in(session.batches))
     return remember(pruned, plan.calibration), plan
 
 
