@@ -91,7 +91,7 @@ def _list_folder(root: Path) -> Listing:
     files, passed_over = [], []
     for name in walk_files(root):
         kind = find_kind(name, partial(open_file, root / name))
-        if kind == "image" and (root / name).is_file():
+        if kind == "image":
             files.append(name)
         elif kind != "other":
             passed_over.append(name)

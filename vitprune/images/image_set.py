@@ -30,9 +30,10 @@ class ImageSet:
     labels: tuple[int, ...]
     class_names: Mapping[int, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
-    passed_over: tuple[str, ...] = ()
-    numbering: str = ""
-    label_names: tuple[str, ...] = ()
+    # How they were found; two sets of the same images may differ in it.
+    passed_over: tuple[str, ...] = field(default=(), compare=False)
+    numbering: str = field(default="", compare=False)
+    label_names: tuple[str, ...] = field(default=(), compare=False)
 
     def __len__(self) -> int:
         return len(self.files)
