@@ -57,7 +57,7 @@ def find_images(choice, model, *, labels_matter: bool = True):
 def say_found(images, num_classes: int) -> None:
     """Say how the classes of images are numbered, and what is left out."""
     if images.numbering:
-        note_at_work(in_flags(images.numbering))
+        note_at_work(f"images of {images.root}: {in_flags(images.numbering)}")
     if images.left_out:
         note_at_work(
             f"left out {len(images.left_out)} folders of {images.root} that are none of the model's {num_classes} "

@@ -197,7 +197,7 @@ def _without_labels(listing: Listing, reason: str, images_per_class: int | None 
         tuple(files),
         (NO_LABEL,) * len(files),
         passed_over=listing.passed_over,
-        numbering=f"images without labels: {reason}",
+        numbering=f"without labels: {reason}",
     )
 
 
