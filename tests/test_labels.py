@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import TINY, make_vit
 from PIL import Image
+from timm.data import ImageNetInfo
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 import vitprune
@@ -323,3 +324,23 @@ def test_evaluation_images_of_few_classes_are_not_learned_from(dense, tmp_path, 
     assert "the evaluation images show 1 of the 4 classes" in told
     assert "nothing is measured of the others" in told
     assert "learned" not in told
+
+
+def test_english_names_of_imagenet_are_not_sorted(tmp_path):
+    images = find_images(photos(tmp_path / "some", ["tench", "Goldfish", "great_white_shark", "toilet tissue"]), 1000)
+    assert by_folder(images) == {"tench": 0, "Goldfish": 1, "great_white_shark": 2, "toilet tissue": 999}
+    info = ImageNetInfo("imagenet-1k")
+    indices = range(0, 1000, 7)
+    spoken = {text: index for index, text in enumerate(info.label_descriptions()) if index in indices}
+    assert by_folder(find_images(photos(tmp_path / "many", spoken), 1000)) == spoken
+    with pytest.raises(VitpruneError, match="'crane' is not the name of just one"):
+        find_images(photos(tmp_path / "two", ["tench", "crane"]), 1000)
+    with pytest.raises(VitpruneError, match="2 of 3 names are English names .* 'teapot dog'"):
+        find_images(photos(tmp_path / "three", ["tench", "goldfish", "teapot dog"]), 1000)
+
+
+def test_a_model_whose_names_are_not_one_for_each_class_is_refused(tmp_path):
+    model = make_vit(num_classes=4)
+    model.label_names = NAMES[:3]
+    with pytest.raises(VitpruneError, match="names for 3 classes, but the model has 4 outputs"):
+        vitprune.ImageChoice(photos(tmp_path, NAMES)).find(model)

@@ -69,7 +69,7 @@ def class_names(model: Any) -> tuple[str, ...]:
 def label_names_of(model: Any) -> tuple[str, ...]:
     """Return the names that a model has for its classes, in order: its own, or those it was published with.
 
-    Empty where it has none, or not as many as classes.
+    Empty where it has none. Names that it was published with count only where they are as many as its classes.
 
     Args:
         model: a timm model, or an opened ONNX file.
@@ -82,10 +82,9 @@ def label_names_of(model: Any) -> tuple[str, ...]:
     """
     config = getattr(model, "pretrained_cfg", None) or {}
     published = config.get("label_names") if isinstance(config, Mapping) else getattr(config, "label_names", None)
-    for names in (getattr(model, "label_names", None), published):
-        if names and len(names) == getattr(model, "num_classes", 0):
-            return tuple(map(str, names))
-    return ()
+    if getattr(model, "label_names", None):
+        return tuple(map(str, model.label_names))
+    return tuple(map(str, published)) if published and len(published) == getattr(model, "num_classes", 0) else ()
 
 
 def remember_names(model: nn.Module, names: Sequence[str]) -> None:

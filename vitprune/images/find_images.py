@@ -13,6 +13,7 @@ from vitprune.images.class_names import find_class, label_names_of
 from vitprune.images.image_list import Listing, list_images
 from vitprune.images.image_set import NO_LABEL, ImageSet
 from vitprune.images.number_classes import Numbering, number_classes
+from vitprune.images.text_rows import as_name
 
 _SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
 
@@ -138,7 +139,11 @@ def _check_classes(root: Path, listing: Listing) -> None:
     elif listing.files:
         raise VitpruneError(
             f"{root}: nothing tells the classes of its {len(listing.files)} images, and labels are needed here; "
-            + (f"expected {root}/CLASS/IMAGE" if root.is_dir() else "add a label to each")
+            + (
+                f"expected {root}/CLASS/IMAGE, or a list of images with labels"
+                if root.is_dir()
+                else "add a label to each"
+            )
         )
     else:
         raise VitpruneError(f"{root}: holds no class folders; expected {root}/CLASS/IMAGE")
@@ -182,7 +187,7 @@ def _with_labels(
         listing.root,
         tuple(files),
         tuple(labels),
-        {index_of[name]: name for name in chosen if index_of[name] in present},
+        {index_of[name]: as_name(name) for name in chosen if index_of[name] in present},
         numbering.left_out,
         (*listing.passed_over, *listing.strays),
         numbering.described,

@@ -11,6 +11,8 @@ from typing import BinaryIO
 
 from PIL import Image
 
+from vitprune.errors import VitpruneError
+
 # What Pillow opens without being able to decode it by itself.
 _STUBS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"})
 # Formats that say by their first bytes what they are, and in which photos come.
@@ -97,10 +99,18 @@ def _is_image(open_stream: Callable[[], BinaryIO]) -> bool:
         return False
 
 
+def _refuse(error: OSError) -> None:
+    raise VitpruneError(f"{error.filename}: this folder cannot be read ({error.strerror})") from error
+
+
 def walk_files(root: Path) -> Iterator[str]:
-    """Yield the files below a folder relative to it, those behind links too, hidden things and junk left out."""
+    """Yield the files below a folder relative to it, those behind links too, hidden things and junk left out.
+
+    Raises:
+        VitpruneError: if a folder cannot be read.
+    """
     entered: set[tuple[int, int]] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_refuse):
         here = os.stat(folder)
         if (here.st_dev, here.st_ino) in entered:  # a link that leads back
             folders.clear()

@@ -49,7 +49,7 @@ def keep_classes(model: nn.Module, classes: Sequence[int], *, label_names: Seque
             module.num_classes = len(classes)
     result.model_args = {**(getattr(model, "model_args", None) or {}), "num_classes": len(classes)}
     known = label_names_of(model)
-    if label_names is None and known:
+    if label_names is None and len(known) == num_classes:
         label_names = [known[index] for index in classes]
     if label_names is not None:
         result.label_names = tuple(label_names)
