@@ -12,6 +12,7 @@ from vitprune.images.find_images import ImageChoice, find_images
 from vitprune.images.image_batches import ImageBatches, ReadBatch
 from vitprune.images.image_hashes import digest_images, hash_images
 from vitprune.images.image_set import ImageSet
+from vitprune.views import data_config
 
 __all__ = [
     "Batches",
@@ -20,6 +21,7 @@ __all__ = [
     "ImageSet",
     "ReadBatch",
     "class_names",
+    "data_config",
     "describe_class",
     "digest_images",
     "find_class",
