@@ -19,6 +19,7 @@ nitpick_ignore = [
     ("py:class", "vitprune.pruning.schedule.Schedule"),
     # Of an attribute that is a tuple or None, Sphinx looks up the beginning.
     ("py:class", "tuple[int"),
+    ("py:class", "tuple[str"),
 ]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3

@@ -42,6 +42,7 @@ def open_model(path: str, num_threads: int = 0) -> tuple[onnxruntime.InferenceSe
 def preprocess(image: Image.Image, config: Mapping[str, Any]) -> np.ndarray:
     """Return an image as timm's evaluation transform does: float32 [channels, height, width], normalised."""
     channels, height, width = config["input_size"]
+    image = _as_8_bit(image)
     image = image.convert("L" if channels == 1 else "RGB")
     to_height, to_width = (math.floor(size / config["crop_pct"]) for size in (height, width))
     if config["crop_mode"] == "center" and to_height == to_width:  # torchvision rounds the longer side down
@@ -63,6 +64,18 @@ def classify(session: onnxruntime.InferenceSession, facts: Mapping[str, Any], fi
     (logits_BC,) = session.run(None, {session.get_inputs()[0].name: images})
     exp_BC = np.exp(logits_BC.astype(np.float64) - logits_BC.max(axis=1, keepdims=True))
     return exp_BC / exp_BC.sum(axis=1, keepdims=True)
+
+
+def _as_8_bit(image: Image.Image) -> Image.Image:
+    """Scale 16-bit and float images, which Pillow would clip: by 257; floats that reach at most 1 by 255."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image).astype(np.float64)
+    low, high, floats = values.min(), values.max(), image.mode == "F"
+    if not 0 <= low <= high <= (255 if floats else 65535):
+        raise ValueError(f"an image of values from {low:g} to {high:g}, of which nothing tells what is white")
+    scale = (255 if high <= 1 else 1) if floats else (1 / 257 if image.mode != "I" or high > 255 else 1)
+    return Image.fromarray(np.floor(values * scale + 0.5).astype(np.uint8))
 
 
 def _crop_start(size: int, target: int) -> int:

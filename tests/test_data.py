@@ -55,7 +55,7 @@ def test_classes_by_name_or_index_and_a_sample_of_each(tmp_path):
 
 def test_a_folder_called_by_a_number_is_meant_before_an_index(tmp_path):
     make_folder(tmp_path, [str(index) for index in range(12)])
-    assert find_images(tmp_path, 12, classes=["10"]).class_names == {2: "10"}
+    assert find_images(tmp_path, 12, classes=["10"]).class_names == {10: "10"}
 
 
 def test_classes_by_english_name(tmp_path):

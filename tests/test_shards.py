@@ -196,9 +196,11 @@ def test_an_image_that_is_a_broken_link_is_skipped(saved_vit, image_folder, tmp_
 def test_a_target_is_named_like_a_class(saved_vit, image_folder, tmp_path):
     for number in range(5):
         shutil.copytree(image_folder / f"class{number}", tmp_path / "images" / str((number + 1) % 5 + 1))
+    (tmp_path / "classes.txt").write_text("1\n2\n3\n4\n5\n")
+    numbered = ("--class-map", str(tmp_path / "classes.txt"))
     targets = {}
     for asked in ("3", "0", "predicted"):  # folders 1 .. 5 are classes 0 .. 4
-        assert main(command(saved_vit, tmp_path / "images", tmp_path / asked, "--target", asked)) == 0
+        assert main(command(saved_vit, tmp_path / "images", tmp_path / asked, "--target", asked, *numbered)) == 0
         targets[asked] = vitprune.load_run(tmp_path / asked).found.target
     assert targets == {"3": 2, "0": 0, "predicted": "predicted"}
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vitprune.data import Batches, ImageSet, hash_images
 from vitprune.errors import VitpruneError
+from vitprune.images.number_classes import check_numbering
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,27 @@ def files_of(batches: Any) -> ImageSet | None:
     return images if isinstance(images, ImageSet) else None
 
 
+def check_labels(model: Any, batches: Any) -> None:
+    """Refuse batches read from files whose labels are unknown, or numbered in another way than the model's classes.
+
+    Args:
+        model: a timm model, or an opened ONNX file.
+        batches: whose labels are about to be read.
+
+    Raises:
+        VitpruneError: as ``check_numbering`` does.
+    """
+    images = files_of(batches)
+    if images is not None:
+        check_numbering(model, images)
+
+
+def names_in(batches: Any) -> tuple[str, ...]:
+    """Return what a model's classes are called by the files that batches are read from; empty where not sure."""
+    images = files_of(batches)
+    return () if images is None else images.label_names
+
+
 class WatchedBatches:
     """Batches that remember which images they gave, as of the first complete pass over them.
 
@@ -87,6 +109,11 @@ class WatchedBatches:
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    @property
+    def images(self) -> ImageSet | None:
+        """The files that they are read from; None where they are not read from files."""
+        return files_of(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.seen:

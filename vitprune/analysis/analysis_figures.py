@@ -26,6 +26,7 @@ from vitprune.figures.top_images_figure import draw_top_images
 from vitprune.figures.topk_mask_figure import draw_topk_mask
 from vitprune.figures.utilisation_figure import draw_utilisation
 from vitprune.figures.violins_figure import draw_violins
+from vitprune.images.decode import read_image
 from vitprune.intervals import Interval
 from vitprune.options import ORACLE
 from vitprune.progress import Track, untracked
@@ -226,7 +227,6 @@ def _open_images(
     """Return the images that excite a neuron most, what they show, and how much they excite it."""
     pictures = []
     for position, activation in zip(neuron["images"], neuron["activations"], strict=True):
-        with Image.open(images.root / images.files[position]) as opened:
-            picture = opened.convert("RGB")
+        picture = read_image(images.root / images.files[position])
         pictures.append((picture, names[images.labels[position]], activation))
     return pictures

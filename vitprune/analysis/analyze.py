@@ -215,7 +215,7 @@ def _check_images(
 ) -> None:
     """Refuse images of a run that are gone, and other images that had a say in the runs."""
     name, first = next(iter(runs.items()))
-    if not first.images.root.is_dir():
+    if not first.images.root.exists():
         raise VitpruneError(
             f"the images of {sources[name]} are no longer at {first.images.root}; put them back, or discover again"
         )

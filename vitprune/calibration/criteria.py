@@ -28,6 +28,7 @@ from vitprune.errors import VitpruneError
 from vitprune.models.units import Group, find_groups, hook_hidden
 from vitprune.options import CRITERIA, DEFAULT_RIDGE, check_choice
 from vitprune.progress import Track, untracked
+from vitprune.seen_images import check_labels
 from vitprune.views import has_classifier
 
 Scores = dict[str, Tensor]
@@ -274,6 +275,7 @@ class Criterion:
         statistics: what ``statistics`` must hold, in the words of ``measure_statistics``.
         across_ffns: True where scores of different FFNs share a unit, so that one ranking needs no normalisation.
         needs_classifier: True where the score comes from the loss.
+        needs_labels: True where that is the loss of the labels given.
     """
 
     score: Callable[..., Scores]
@@ -281,6 +283,7 @@ class Criterion:
     statistics: frozenset[str] = frozenset()
     across_ffns: bool = False
     needs_classifier: bool = False
+    needs_labels: bool = False
 
 
 REGISTRY: Mapping[str, Criterion] = {
@@ -289,10 +292,12 @@ REGISTRY: Mapping[str, Criterion] = {
     "activation": Criterion(activation, statistics=frozenset({ABSOLUTE})),
     "variance": Criterion(variance, statistics=frozenset({MOMENTS})),
     "wanda": Criterion(wanda, statistics=frozenset({MOMENTS})),
-    "taylor": Criterion(taylor, statistics=frozenset({TAYLOR}), across_ffns=True, needs_classifier=True),
+    "taylor": Criterion(
+        taylor, statistics=frozenset({TAYLOR}), across_ffns=True, needs_classifier=True, needs_labels=True
+    ),
     "fisher": Criterion(fisher, statistics=frozenset({FISHER}), across_ffns=True, needs_classifier=True),
     "integrated-gradients": Criterion(
-        integrated_gradients, needs=("batches",), across_ffns=True, needs_classifier=True
+        integrated_gradients, needs=("batches",), across_ffns=True, needs_classifier=True, needs_labels=True
     ),
     "jas": Criterion(lambda _model, found: jas(found), needs=("found",)),
     "obs": Criterion(
@@ -323,6 +328,8 @@ def check_needs(
         raise VitpruneError(f"criterion {criterion} needs calibration images; pass `batches`")
     if row.needs_classifier and not has_classifier(model):
         raise VitpruneError(f"criterion {criterion} needs a classifier, but the model has none (num_classes=0)")
+    if row.needs_labels:
+        check_labels(model, batches)
 
 
 def score_neurons(

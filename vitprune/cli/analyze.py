@@ -74,6 +74,7 @@ def run(
     from vitprune.analysis.analysis_folder import describe_analysis, save_analysis
     from vitprune.analysis.analysis_tables import analysis_tables
     from vitprune.analysis.analyze import analyze, load_runs
+    from vitprune.data import remember_names
     from vitprune.discovery.run import is_run
 
     refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
@@ -83,6 +84,7 @@ def run(
     opened = load_runs(runs)
     first = next(iter(opened.values()))
     network = load_model(first.model, first.checkpoint, pick_device(device))
+    remember_names(network, first.images.label_names)
     others = None
     if data is not None:
         others = find_images(choose(data, class_map, classes, images_per_class, seed), network)

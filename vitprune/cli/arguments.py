@@ -20,8 +20,10 @@ def add_device(parser: ArgumentParser) -> None:
 
 
 def add_images(parser: ArgumentParser, *, required: bool, batch_size: int, what: str) -> None:
-    parser.add_argument("--data", type=str, required=required, help=f"folder of class folders: {what}")
-    parser.add_argument("--class-map", type=str, help="folder name per line, or JSON {folder: class index}")
+    parser.add_argument(
+        "--data", type=str, required=required, help=f"folder of class folders, list of images, or .tar: {what}"
+    )
+    parser.add_argument("--class-map", type=str, help="class name per line, CSV of names and indices, or JSON")
     parser.add_argument("--classes", type=str, nargs="+", help="only these: folder names, class indices, English names")
     parser.add_argument("--images-per-class", type=int, help="random sample of each class (default: all)")
     parser.add_argument("--strict", action="store_true", help="refuse undecodable images instead of skipping them")

@@ -33,6 +33,7 @@ from vitprune.cli import (
     report,
     run,
 )
+from vitprune.cli.terminal import forget_held, say_held
 from vitprune.cli.wording import in_flags
 from vitprune.errors import VitpruneError
 from vitprune.processes import count_processes
@@ -137,7 +138,9 @@ def execute(command: str, given: dict[str, Any]) -> tuple[dict[str, Any], Callab
     output = Path(given["output"]).absolute() if given.get("output") else None
     try:
         with contextlib.redirect_stdout(sys.stderr):
+            forget_held()
             outcome = COMMANDS[command].run(**given)
+            say_held()
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, named so that torch need not be imported here
             raise

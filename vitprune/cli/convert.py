@@ -24,7 +24,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", type=str, help="that the paths were found on: timm name or folder of a saved model")
     add_checkpoint(parser)
     parser.add_argument("--data", type=str, help="folder of class folders: the images of the paths")
-    parser.add_argument("--class-map", type=str, help="folder name per line, or JSON {folder: class index}")
+    parser.add_argument("--class-map", type=str, help="class name per line, CSV of names and indices, or JSON")
     parser.add_argument("--classes", type=str, nargs="+", help="only these: folder names, class indices, English names")
     methods = options.AUTHORS_METHODS
     parser.add_argument("--method", choices=tuple(methods), help=f"whose paths to read; {listed(methods)} (jas)")
@@ -63,15 +63,15 @@ def run(
         if given:
             raise VitpruneError(f"{', '.join(given)}: not for writing runs, which bring theirs; leave out")
         return _write(sources, output, overwrite)
+    choice = None if data is None else choose(data, class_map, classes)
     return _read(
-        sources[0], model, checkpoint, data, class_map, classes, method or "jas", least_agreement, batch_size, workers,
-        device, output, overwrite,
+        sources[0], model, checkpoint, choice, method or "jas", least_agreement, batch_size, workers, device, output,
+        overwrite,
     )  # fmt: skip
 
 
 def _read(
-    source, model, checkpoint, data, class_map, classes, method, least_agreement, batch_size, workers, device, output,
-    overwrite,
+    source, model, checkpoint, choice, method, least_agreement, batch_size, workers, device, output, overwrite,
 ):  # fmt: skip
     from vitprune.discovery.run import RUN_FILES, save_run
     from vitprune.files import refuse_existing
@@ -81,12 +81,12 @@ def _read(
 
     refuse_existing(output, overwrite=overwrite, owned=RUN_FILES)
     paths = read_authors(source, method=method)
-    _require(paths.args, model, data)
+    _require(paths.args, model, choice)
     network = load_model(model, checkpoint, pick_device(device))
     converted = read_as_run(
         paths,
         network,
-        find_images(choose(data, class_map, classes), network),
+        find_images(choice, network),
         name=model,
         checkpoint=checkpoint,
         least_agreement=LEAST_AGREEMENT if least_agreement is None else least_agreement,
@@ -135,7 +135,7 @@ def _read(
     return answer, show
 
 
-def _require(args, model: str | None, data: str | None) -> None:
+def _require(args, model: str | None, choice) -> None:
     """Ask for what the files lack, with what they say of it."""
     from vitprune.interop.convert import name_model
 
@@ -144,7 +144,7 @@ def _require(args, model: str | None, data: str | None) -> None:
         hint = f", such as {name}" if name else ""
         weights_hint = f" with --checkpoint {weights}" if weights else ""
         raise VitpruneError(f"say which model the paths were found on with --model{hint}{weights_hint}")
-    if data is None:
+    if choice is None:
         raise VitpruneError(f"name the images of the paths with --data (theirs were at {args.get('dataset_path')})")
 
 
@@ -166,7 +166,7 @@ def _write(sources, output, overwrite):
 
     def show() -> None:
         print(f"{answer['num_images']} images of {answer['num_classes']} classes: {', '.join(answer['methods'])}")
-        print("left out, as their files have no place for it: class scores, predictions, names of the images")
+        print("left out, as their files have no place for it: class scores, predictions")
         print(f"wrote {files[0]} and {len(files) - 1} files beside it")
 
     return answer, show

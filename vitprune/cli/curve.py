@@ -12,6 +12,7 @@ from vitprune.cli.inputs import (
     find_images,
     make_batches,
     open_source,
+    reads_labels,
     refuse_without_data,
     report_skipped,
     warn_of_few_classes,
@@ -75,7 +76,9 @@ def run(
     shares = parse_ratios(["0.1:0.8:0.1"] if ratios is None else ratios)
     run, network = open_source(source, checkpoint, device)
     refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
-    images = calibration_images(source, run, network, data, class_map, classes, images_per_class, seed)
+    images = calibration_images(
+        source, run, network, data, class_map, classes, images_per_class, seed, labels_matter=reads_labels(criteria)
+    )
     if images is None:
         raise VitpruneError("curve needs calibration images; pass --data DIR")
     others = find_images(choose(eval_data, class_map, None, eval_images_per_class, seed), network)

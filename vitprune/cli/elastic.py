@@ -14,6 +14,7 @@ from vitprune.cli.inputs import (
     calibration_images,
     make_batches,
     open_source,
+    reads_labels,
     refuse_without_data,
     report_skipped,
     warn_of_few_classes,
@@ -82,7 +83,9 @@ def run(
     stops = [ratio for ratio in parse_ratios(ratios) if ratio > 0]
     run, network = open_source(source, checkpoint, device)
     refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
-    images = calibration_images(source, run, network, data, class_map, classes, images_per_class, seed)
+    images = calibration_images(
+        source, run, network, data, class_map, classes, images_per_class, seed, labels_matter=reads_labels([criterion])
+    )
     batches = tracked = None
     if images is not None:
         batches = make_batches(images, network, batch_size=batch_size, workers=workers, strict=strict)

@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from vitprune.cli.arguments import add_checkpoint, add_device, add_images, add_ratio
-from vitprune.cli.inputs import choose, pick_device, refuse_run
+from vitprune.cli.inputs import choose, pick_device, refuse_run, say_found
 from vitprune.cli.terminal import Tracked, note, print_table
 from vitprune.errors import VitpruneError
 
@@ -58,9 +58,7 @@ def run(
         allow_overlap=allow_overlap,
     )
     reference = evaluation.against
-    if images.left_out:
-        known = evaluation.judged.model.num_classes
-        note(f"left out {len(images.left_out)} folders of {images.root} that are none of the model's {known} classes")
+    say_found(images, evaluation.judged.model.num_classes)
     if evaluation.skipped:
         note(f"skipped {len(evaluation.skipped)} images that cannot be decoded (first: {evaluation.skipped[0]})")
     if evaluation.judged.answers.num_overlap:

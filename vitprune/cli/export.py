@@ -43,7 +43,9 @@ def run(
         raise VitpruneError(f"num_images must be at least 1, got {num_images}")
     network = load_model(model, checkpoint, ratio=ratio, merge=merge)
     plan = find_plan(model, ratio)
-    refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
+    refuse_without_data(data, classes=classes, images_per_class=images_per_class)
+    if class_map is not None:
+        _name_classes(network, class_map)
     if data is not None:
         images = find_images(choose(data, class_map, classes, images_per_class, seed), network, labels_matter=False)
     else:
@@ -77,7 +79,7 @@ def run(
                 print(
                     f"{precision}: largest logit difference to torch {parity.max_abs_diff:.2e}, same first answer on "
                     f"{parity.top1_agreement:.2%} of {parity.num_images} images"
-                    + (f", top-1 {parity.top1:.4f}" if network.num_classes else "")
+                    + (f", top-1 {parity.top1:.4f}" if network.num_classes and parity.top1 is not None else "")
                 )
         print(f"wrote {output} ({report.size_bytes / 1e6:.1f} MB)")
         if report.speedup is not None:
@@ -87,10 +89,29 @@ def run(
     return answer, show
 
 
+def _name_classes(network, class_map: str) -> None:
+    """Tell a model what a class map calls its classes, where it does not know."""
+    from vitprune.data import label_names_of
+    from vitprune.images.class_map import names_in_order, read_class_map
+
+    numbered, known = read_class_map(class_map), label_names_of(network)
+    names = names_in_order(numbered, network.num_classes)
+    if not names:
+        raise VitpruneError(
+            f"{class_map} has {len(numbered)} names, not one for each of the {network.num_classes} classes"
+        )
+    if known and list(known) != list(names):
+        place = next(place for place, pair in enumerate(zip(known, names, strict=True)) if pair[0] != pair[1])
+        raise VitpruneError(
+            f"{class_map} calls class {place} '{names[place]}', the model '{known[place]}'; leave --class-map out"
+        )
+    network.label_names = names
+
+
 def _calibration_images(model: str, plan):
     from vitprune.data import ImageSet
 
     seen = None if plan is None else plan.facts.calibration
-    if seen is None or seen.data is None or not Path(seen.data).is_dir():
+    if seen is None or seen.data is None or not Path(seen.data).exists():
         raise VitpruneError(f"parity needs real images and {model} names none that are there; pass --data DIR")
     return ImageSet(Path(seen.data), seen.files, seen.labels)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vitprune.cli.terminal import note
+from vitprune.cli.terminal import note, note_at_work
+from vitprune.cli.wording import in_flags
 from vitprune.errors import VitpruneError
 
 
@@ -44,26 +45,42 @@ def choose(data: str, class_map=None, classes: Sequence[str] | None = None, imag
 
 
 def find_images(choice, model, *, labels_matter: bool = True):
-    """Find the images of a choice, and say which folders are left out."""
+    """Find the images of a choice, say how their classes are numbered, and tell the model what they are called."""
+    from vitprune.data import remember_names
+
     images = choice.find(model, labels_matter=labels_matter)
-    say_left_out(images, model)
+    say_found(images, model.num_classes)
+    remember_names(model, images.label_names)
     return images
 
 
-def say_left_out(images, model) -> None:
+def say_found(images, num_classes: int) -> None:
+    """Say how the classes of images are numbered, and what is left out."""
+    if images.numbering:
+        note_at_work(f"images of {images.root}: {in_flags(images.numbering)}")
     if images.left_out:
-        known = len(model.label_names)
-        note(f"left out {len(images.left_out)} folders of {images.root} that are none of the model's {known} classes")
+        note_at_work(
+            f"left out {len(images.left_out)} folders of {images.root} that are none of the model's {num_classes} "
+            f"classes (first: {images.left_out[0]})"
+        )
+    if images.passed_over:
+        count = len(images.passed_over)
+        note_at_work(
+            f"left out {count} file{'' if count == 1 else 's'} of {images.root} that cannot be decoded or belong to no "
+            f"class (first: {images.passed_over[0]})"
+        )
 
 
-def calibration_images(source: str, run, model, data, class_map, classes, images_per_class, seed: int):
+def calibration_images(
+    source: str, run, model, data, class_map, classes, images_per_class, seed: int, *, labels_matter: bool = False
+):
     """Find the calibration images: those of --data, else those of the run, else None."""
     if data is not None:
         choice = choose(data, class_map, classes, images_per_class, seed)
-        return find_images(choice, model, labels_matter=False)
+        return find_images(choice, model, labels_matter=labels_matter)
     if run is None:
         return None
-    if not run.images.root.is_dir():
+    if not run.images.root.exists():
         raise VitpruneError(f"the images of {source} are no longer at {run.images.root}; pass --data DIR")
     return run.images
 
@@ -84,12 +101,19 @@ def report_skipped(batches) -> list[str]:
 
 
 def warn_of_few_classes(network: Any, images: Any, what: str) -> None:
-    seen = len(set(images.labels))
-    if seen < network.num_classes / 2:
-        note(
-            f"warning: the {what} images show {seen} of the {network.num_classes} classes that the model chooses "
-            "among; nothing is learned of the others (prune --keep-classes drops them)"
-        )
+    """Say what the library warns of, which the command line keeps quiet."""
+    from vitprune.images.coverage import describe_coverage
+
+    told = describe_coverage(network, images, what)
+    if told is not None:
+        note(f"warning: {in_flags(told)}")
+
+
+def reads_labels(criteria: Sequence[str]) -> bool:
+    """Tell whether a criterion among these reads the labels of the calibration images."""
+    from vitprune.calibration.criteria import REGISTRY
+
+    return any(criterion in REGISTRY and REGISTRY[criterion].needs_labels for criterion in criteria)
 
 
 def refuse_run(model: str) -> None:

@@ -14,6 +14,7 @@ from vitprune.cli.inputs import (
     calibration_images,
     make_batches,
     open_source,
+    reads_labels,
     refuse_without_data,
     report_skipped,
     warn_of_few_classes,
@@ -114,6 +115,7 @@ def run(
 ):  # fmt: skip
     import time
 
+    from vitprune.data import remember_names
     from vitprune.files import refuse_existing
     from vitprune.models.image_size import set_image_size
     from vitprune.models.merging import describe_merging, set_merging
@@ -172,8 +174,13 @@ def run(
     if step not in (None, 1) and not needs_steps(criterion or options.DEFAULT_CRITERION):
         raise VitpruneError(f"--step: the scores of criterion {criterion} do not change on the way; leave it out")
     run, network = open_source(source, checkpoint, device)
+    if given_plan is not None:
+        remember_names(network, given_plan.facts.label_names or ())
     refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
-    images = calibration_images(source, run, network, data, class_map, classes, images_per_class, seed)
+    labels_matter = keep_classes is not None or reads_labels([criterion or options.DEFAULT_CRITERION])
+    images = calibration_images(
+        source, run, network, data, class_map, classes, images_per_class, seed, labels_matter=labels_matter
+    )
     found = None if run is None else run.found
     if keep_classes is not None:
         wanted = _classes_to_keep(keep_classes, images, data_given=data is not None)

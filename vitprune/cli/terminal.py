@@ -25,6 +25,7 @@ class Tracked:
         return getattr(self.batches, name)
 
     def __iter__(self) -> Iterator[Any]:
+        say_held()
         batches = iter(self.batches)
         for first in batches:
             yield first
@@ -37,6 +38,7 @@ class Tracked:
 
 def track(items: Iterable[Any], description: str, *, total: int | None = None, done: int = 0) -> Iterable[Any]:
     """Show progress and time left while items are taken: a bar on a terminal, a line now and then in a log."""
+    say_held()
     total = len(items) if total is None else total
     show = _draw_bar if sys.stderr.isatty() else _log_lines
     return show(items, description, total, done)
@@ -110,7 +112,26 @@ def print_table(
 
 
 def note(text: str) -> None:
+    say_held()
     print(text, file=sys.stderr)
+
+
+# Notes on what a command starts from; said when it gets to work, so that a mistake is one line.
+_HELD: list[str] = []
+
+
+def note_at_work(text: str) -> None:
+    _HELD.append(text)
+
+
+def say_held() -> None:
+    for text in forget_held():
+        print(text, file=sys.stderr)
+
+
+def forget_held() -> list[str]:
+    held, _HELD[:] = list(_HELD), []
+    return held
 
 
 def show_table(table: Table) -> None:

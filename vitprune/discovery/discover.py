@@ -17,7 +17,7 @@ from vitprune.discovery.search import Search
 from vitprune.errors import VitpruneError
 from vitprune.models.trunk import check_trunk, scope_slice
 from vitprune.models.units import frozen
-from vitprune.seen_images import SeenImages, watch
+from vitprune.seen_images import SeenImages, check_labels, watch
 
 # On a CPU, more rows (images x nodes) than these in the prefix and in the suffix only leave its caches.
 CPU_PREFIX_ROWS, CPU_SUFFIX_ROWS = 64, 32
@@ -139,6 +139,7 @@ def discover(
     >>> found.neurons.shape, found.classes
     (torch.Size([4, 2, 2]), (0, 1, 4))
     """
+    check_labels(model, batches)
     search = plan_search(
         model,
         method=method,

@@ -21,6 +21,7 @@ from vitprune.discovery.search import Search
 from vitprune.discovery.shards import Shards, find_shards, read_shards, share
 from vitprune.errors import VitpruneError
 from vitprune.files import held, open_resumable, refuse_existing
+from vitprune.images.number_classes import check_numbering
 from vitprune.models.identity import architecture, hash_weights
 from vitprune.options import TARGET_CLASSES
 from vitprune.processes import Processes
@@ -113,6 +114,7 @@ def discover_run(
     if sum(map(len, images.files)) > MOST_NAME_BYTES:
         raise VitpruneError(f"{len(images)} images are too many to name in one run; take some `classes` at a time")
     processes = Processes() if processes is None else processes
+    check_numbering(model, images)
     asked["target"] = _target_class(images, asked.get("target", "label"))
     search = plan_search(model, **asked)
     budget_bytes(memory_gib, next(model.parameters()).device)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitprune.data import ImageSet, hash_images
+from vitprune.data import ImageSet, hash_images, remember_names
 from vitprune.discovery.discover import Discovery
 from vitprune.errors import VitpruneError
 from vitprune.files import FORMAT_VERSION, atomic_folder, read_json, read_tensors, write_json, write_tensors
@@ -106,6 +106,7 @@ def save_run(run: Run, folder: str | Path) -> None:
                 "num_images": len(images),
                 "top_k": found.neurons.shape[-1],
                 "class_names": {str(index): name for index, name in images.class_names.items()},
+                **({"label_names": list(images.label_names)} if images.label_names else {}),
                 **({} if run.transform is None else {"transform": dict(run.transform)}),
                 **({} if run.images_sha256 is None else {"images_sha256": run.images_sha256}),
                 **({} if run.model_transform is None else {"model_transform": dict(run.model_transform)}),
@@ -159,6 +160,7 @@ def load_run(folder: str | Path) -> Run:
         tuple(path_facts["images"]),
         tuple(tensors["labels"].tolist()),
         {int(index): name for index, name in facts["class_names"].items()},
+        label_names=tuple(facts.get("label_names", ())),
     )
     return Run(
         found,
@@ -173,7 +175,7 @@ def load_run(folder: str | Path) -> Run:
 
 
 def open_run(folder: str | Path, *, device: str = "cpu") -> tuple[Run, nn.Module]:
-    """Read a run folder, and load the model that it is of.
+    """Read a run folder, and load the model that it is of; the model is told the names of its classes.
 
     Args:
         folder: of a run.
@@ -191,6 +193,7 @@ def open_run(folder: str | Path, *, device: str = "cpu") -> tuple[Run, nn.Module
     if not run.found.seen:  # earlier versions did not say which images they were
         seen = run.found.seen.with_hashes(hash_images(run.images))
         run = replace(run, found=replace(run.found, seen=seen))
+    remember_names(model, run.images.label_names)
     return run, model
 
 

@@ -23,6 +23,7 @@ from vitprune.data import ImageBatches, ImageSet, ReadBatch, hash_images
 from vitprune.discovery.discover import Discovery, Part, Search, combine, find_part, set_pace
 from vitprune.errors import VitpruneError
 from vitprune.files import REQUEST_FILE, read_tensors, write_tensors
+from vitprune.images.image_tar import find_archive
 from vitprune.processes import Processes
 from vitprune.progress import Track, untracked
 from vitprune.seen_images import SeenImages, hash_pixels
@@ -75,7 +76,8 @@ class Shards:
 
         def look_at(name: str) -> tuple[int, int] | None:
             try:
-                found = (self.images.root / name).stat()
+                path = self.images.root / name
+                found = (find_archive(path) or path).stat()
             except OSError:  # such an image is skipped, or refused, when it is decoded
                 return None
             return found.st_size, found.st_mtime_ns

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitprune.data import Batches, on_device
 from vitprune.errors import VitpruneError
 from vitprune.intervals import CONFIDENCE
-from vitprune.seen_images import UnseenBatches, seen_by
+from vitprune.seen_images import UnseenBatches, check_labels, seen_by
 from vitprune.views import has_classifier
 
 
@@ -87,7 +87,8 @@ def evaluate(model: Callable[[Tensor], Tensor], batches: Batches, *, allow_overl
         allow_overlap: measure on images that had a say in the model (its ``calibration``) as well, and count them.
 
     Raises:
-        VitpruneError: if there are no images, the model has no classifier, or an image had a say in it.
+        VitpruneError: if there are no images, the model has no classifier, an image had a say in it, or the labels of
+            files are unknown or not numbered as the model's classes are.
 
     >>> batches = [(torch.eye(3).view(3, 1, 1, 3), torch.tensor([0, 1, 0]))]
     >>> evaluate(lambda images: images.flatten(1), batches).top1
@@ -106,10 +107,12 @@ def collect_answers(model: Callable[[Tensor], Tensor], batches: Batches, *, allo
         allow_overlap: as for ``evaluate``.
 
     Raises:
-        VitpruneError: if there are no images, the model has no classifier, or an image had a say in it.
+        VitpruneError: if there are no images, the model has no classifier, an image had a say in it, or the labels of
+            files are unknown or not numbered as the model's classes are.
     """
     if isinstance(model, nn.Module) and not has_classifier(model):
         raise VitpruneError("the model has no classifier (num_classes=0), so it has no accuracy")
+    check_labels(model, batches)
     unseen = UnseenBatches(batches, seen_by(model), allow_overlap=allow_overlap)
     parts = []
     for images, labels in on_device(model, unseen) if isinstance(model, nn.Module) else unseen:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from vitprune.data import Batches, ImageBatches, ImageChoice, ImageSet, digest_images, hash_images
+from vitprune.data import (
+    Batches,
+    ImageBatches,
+    ImageChoice,
+    ImageSet,
+    digest_images,
+    hash_images,
+    label_names_of,
+    remember_names,
+)
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.accuracy import collect_answers
 from vitprune.evaluation.evaluation_folder import Evaluation, Judged, name_classes
@@ -120,6 +129,7 @@ def judge(
     reading = Reading() if reading is None else reading
     asked = [source, *([] if against is None else [against])]
     opened = [open_model(each, device=onnx_device if _is_onnx(each) else device) for each in asked]
+    _share_names(opened)
     images = choice.find(opened[0])
     chosen = [images]
     if against is not None:
@@ -160,6 +170,13 @@ def judge_network(
         allow_overlap: as in ``evaluate``.
     """
     return _ask(Source(name), model, images, reading or Reading(), allow_overlap)[0]
+
+
+def _share_names(models: Sequence[Any]) -> None:
+    """Tell a model what another one calls its classes, where it does not know and has as many: one of the other."""
+    for model in models:
+        for other in models:
+            remember_names(model, label_names_of(other))
 
 
 def _is_onnx(source: Source) -> bool:

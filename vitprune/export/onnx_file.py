@@ -21,7 +21,7 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
-from vitprune.data import Batches, class_names
+from vitprune.data import Batches, class_names, remember_names
 from vitprune.errors import VitpruneError
 from vitprune.export.fuse import fuse_attention, skip_unread_tokens, unspread_biases
 from vitprune.export.fuse_merging import fuse_merging
@@ -37,7 +37,7 @@ from vitprune.models.trunk import plain_attention
 from vitprune.models.units import find_left
 from vitprune.options import OPERATORS, PRECISIONS_ONNX, check_choice
 from vitprune.pruning.plan import Plan
-from vitprune.seen_images import seen_by
+from vitprune.seen_images import names_in, seen_by
 from vitprune.timing import Speedup, measure_latency, paired_speedup
 from vitprune.views import data_config
 
@@ -58,13 +58,14 @@ class Parity:
     Attributes:
         max_abs_diff: largest absolute difference of a logit over all images.
         top1_agreement: share of images with the same first answer, in [0, 1].
-        top1: share of images that the file answers as their label says, in [0, 1].
+        top1: share of images that the file answers as their label says, in [0, 1]; None
+            where they have no labels.
         num_images: images compared.
     """
 
     max_abs_diff: float
     top1_agreement: float
-    top1: float
+    top1: float | None
     num_images: int
 
 
@@ -76,7 +77,8 @@ class ExportReport:
         path: the ONNX file.
         max_abs_diff: largest absolute difference of a logit over all parity images.
         top1_agreement: share of parity images with the same first answer, in [0, 1].
-        top1: share of parity images that the file answers as their label says, in [0, 1].
+        top1: share of parity images that the file answers as their label says, in [0, 1]; None
+            where they have no labels.
         num_images: parity images.
         size_bytes: of the file, and of the one beside it that holds the weights of a model above 2 GB.
         precision: of the matrix products with weights.
@@ -87,7 +89,7 @@ class ExportReport:
     path: Path
     max_abs_diff: float
     top1_agreement: float
-    top1: float
+    top1: float | None
     num_images: int
     size_bytes: int
     precision: str = "float32"
@@ -137,6 +139,7 @@ def export_onnx(
     if batch_size is not None and not 1 <= batch_size <= MAX_BATCH_SIZE:
         raise VitpruneError(f"batch_size must be in [1, {MAX_BATCH_SIZE}], got {batch_size}")
     model = copy.deepcopy(model).cpu().float().eval()
+    remember_names(model, names_in(batches))
     float32 = speedup = None
     # Some families export only without fused attention, and the others are fused here.
     with plain_attention(model), atomic_siblings(path) as folder:
@@ -275,7 +278,7 @@ def _one_image_first(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
 
 @torch.inference_mode()
 def _measure_parity(model: nn.Module, exported: OnnxModel, batches: Batches, *, exact: bool) -> Parity:
-    largest, agreed, right, count = 0.0, 0, 0, 0
+    largest, agreed, right, unlabelled, count = 0.0, 0, 0, 0, 0
     for images, labels in _one_image_first(batches):
         expected, got = model(images), exported(images)
         difference = (expected - got).abs()
@@ -288,7 +291,8 @@ def _measure_parity(model: nn.Module, exported: OnnxModel, batches: Batches, *, 
         largest = max(largest, float(difference.max()))
         agreed += int((expected.argmax(1) == got.argmax(1)).sum())
         right += int((got.argmax(1) == labels.cpu()).sum())
+        unlabelled += int((labels < 0).sum())
         count += len(images)
     if count == 0:
         raise VitpruneError("no images to compare ONNX Runtime with torch on")
-    return Parity(largest, agreed / count, right / count, count)
+    return Parity(largest, agreed / count, None if unlabelled else right / count, count)

@@ -410,6 +410,7 @@ def _describe(by_method: Mapping[str, Run], prefix: str) -> dict[str, Any]:
         **({"method": _SCORED_PATTERN} if "influence-pattern" in by_method and found.tokens == "cls" else {}),
         "vitprune": {
             "version": FORMAT_VERSION,
+            "images": list(run.images.files),
             "tokens": found.tokens,
             "transform": run.transform,
             "quadrature": {method: each.found.quadrature for method, each in by_method.items()},

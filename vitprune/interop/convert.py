@@ -79,7 +79,8 @@ def read_as_run(
 ) -> Converted:
     """Make a run of paths that the authors' program found.
 
-    Images are prepared as their program does. One pass over them gives what their files lack, as in ``adopt``.
+    Images are prepared as their program does; where the files say which images they are of, only those are taken. One
+    pass over them gives what their files lack, as in ``adopt``.
 
     Args:
         paths: as ``read_authors`` returns them.
@@ -105,6 +106,9 @@ def read_as_run(
     _check_reading(batch_size, num_workers)
     search = describe_search(paths, model)
     transform = authors_transform(paths.args, model)
+    searched = paths.args.get("vitprune", {}).get("images")
+    if searched is not None:  # a sample of the folder perhaps
+        images = images.only(searched)
     assigned = assign_images(paths, images)
     if assigned.joint_scores is None:
         note("the files have no joint scores of whole paths; they are computed")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from vitprune.data import label_names_of
 from vitprune.errors import VitpruneError
 
 
@@ -17,7 +18,8 @@ def keep_classes(model: nn.Module, classes: Sequence[int], *, label_names: Seque
     Args:
         model: timm model with a classifier; stays as it is.
         classes: class indices to keep, each once; output i of the result is class ``classes[i]``.
-        label_names: what the kept classes are called (folder names of their images), recorded as ``label_names``.
+        label_names: what the kept classes are called (folder names of their images), recorded as ``label_names``;
+            None: what the model calls them.
 
     Raises:
         VitpruneError: if the classifier is not linear, or a class is unknown, doubled or the only one.
@@ -46,6 +48,9 @@ def keep_classes(model: nn.Module, classes: Sequence[int], *, label_names: Seque
         if getattr(module, "num_classes", None) == num_classes:
             module.num_classes = len(classes)
     result.model_args = {**(getattr(model, "model_args", None) or {}), "num_classes": len(classes)}
+    known = label_names_of(model)
+    if label_names is None and len(known) == num_classes:
+        label_names = [known[index] for index in classes]
     if label_names is not None:
         result.label_names = tuple(label_names)
     return result

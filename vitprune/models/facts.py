@@ -52,6 +52,7 @@ class Facts:
         stand_ins: attention or FFN that goes as a whole -> what stands there, ``bias`` or ``map``.
         merge: how many tokens disappear in each block.
         image_size: height and width that the model is fed, where the dense model was made for another size.
+        label_names: what the classes of the model are called, in order.
     """
 
     architecture: str | None = None
@@ -74,6 +75,7 @@ class Facts:
     stand_ins: Mapping[str, str] | None = None
     merge: tuple[int, ...] | None = None
     image_size: tuple[int, int] | None = None
+    label_names: tuple[str, ...] | None = None
 
     @property
     def speedup_ceiling(self) -> float | None:
@@ -98,7 +100,7 @@ class Facts:
         for name, kind in (("target", Asked), ("sizes", Sizes), ("sizes_dense", Sizes)):
             if name in read:
                 read[name] = kind(**read[name])
-        for name in ("merge", "image_size"):
+        for name in ("merge", "image_size", "label_names"):
             if name in read:
                 read[name] = tuple(read[name])
         if "calibration" in read:

@@ -17,6 +17,7 @@ from vitprune.calibration.criteria import check_needs
 from vitprune.data import Batches
 from vitprune.discovery.discover import Discovery
 from vitprune.errors import VitpruneError
+from vitprune.images.coverage import warn_of_few_classes
 from vitprune.models.attention import HEADS, QK, VO
 from vitprune.models.elastic_file import Elastic, Ranking, Stop, groups_left
 from vitprune.models.facts import Facts
@@ -46,7 +47,7 @@ from vitprune.pruning.schedule import Schedule, Stage, finish, list_stops, needs
 from vitprune.pruning.session import Session
 from vitprune.pruning.target import Target, target_neurons
 from vitprune.pruning.turn import Turned, turn_attention
-from vitprune.seen_images import watch
+from vitprune.seen_images import files_of, watch
 
 DEFAULT_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
@@ -121,6 +122,8 @@ def make_elastic(
     # Means move into the biases between the ratios.
     wanted = needed_statistics(model, criteria=[criterion], compensations=[compensation], bridged=row.reads_images)
     needs = {"found": found, "wanted": wanted, "ridge": ridge, "seed": seed, "track": track}
+    if row.reads_images:
+        warn_of_few_classes(model, files_of(batches))
     batches = watch(batches)
     turned, worth = None, Worth({})
     if parts != (FFN,):

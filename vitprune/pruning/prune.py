@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from vitprune.calibration.criteria import REGISTRY as CRITERIA
 from vitprune.calibration.criteria import check_needs
 from vitprune.calibration.statistics import Statistics
-from vitprune.data import Batches
+from vitprune.data import Batches, label_names_of, remember_names
 from vitprune.discovery.discover import Discovery
 from vitprune.errors import VitpruneError
+from vitprune.images.coverage import warn_of_few_classes
 from vitprune.models.attention import split_attention
 from vitprune.models.block_calls import BlockCall
 from vitprune.models.facts import Asked, Facts
@@ -51,7 +52,7 @@ from vitprune.pruning.sequential import weigh_tokens
 from vitprune.pruning.session import Session
 from vitprune.pruning.target import Target, target_neurons
 from vitprune.pruning.turn import Turned, cut, turn_attention
-from vitprune.seen_images import SeenImages, watch
+from vitprune.seen_images import SeenImages, files_of, names_in, watch
 from vitprune.views import data_config, has_classifier
 
 _TAKE_OUT: Mapping[str, Callable[[nn.Module, Plan], nn.Module]] = {"remove": remove_neurons, "mask": mask_neurons}
@@ -222,6 +223,8 @@ def prune(
         pruning_ratio = DEFAULT_RATIO
     parts = check_parts(model, parts, mode=mode)
     check_compensation(compensation, has_images=batches is not None)
+    if row.reads_images:
+        warn_of_few_classes(model, files_of(batches))
     batches = watch(batches)
     if TOKENS in parts:
         if target is None or batches is None:
@@ -418,11 +421,13 @@ def _carry_out(
     """
     of_neurons = plan if plan.parts == (FFN,) else _of_neurons(session.model, plan)
     pruned = apply_in(session, of_neurons, mode=mode, compensation=compensation)
+    remember_names(pruned, names_in(session.batches) or plan.facts.label_names or ())
     dense = session.dense if dense is None else dense
     merge, image_size = describe_merging(session.model), tuple(data_config(session.model)["input_size"][1:])
     plan = plan.with_facts(
         compensation=compensation,
         mode=mode,
+        label_names=label_names_of(pruned) or None,
         calibration=list_seen(session, plan.facts.criterion, plan.calibration),
         sizes=measure_sizes(pruned),
         sizes_dense=measure_sizes(dense),

@@ -25,7 +25,7 @@ class PrunedModel:
         dense: what was pruned, of the same architecture and classes; its ``weights_sha256`` is that of the weights
             which the plan was applied to.
         dense_widths: FFN name -> its neurons in ``dense``.
-        label_names: folder names of its classes, where it was reduced to some; else empty.
+        label_names: folder names of its classes, where it knows them; else empty.
     """
 
     plan: Plan

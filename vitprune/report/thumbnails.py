@@ -9,6 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from vitprune.images.decode import convert
+from vitprune.images.image_tar import open_file
+
 SHORT_SIDE, LONG_SIDE = 96, 144
 QUALITY = 80
 
@@ -35,15 +38,14 @@ def make_thumbnail(path: str | Path) -> Thumbnail | str:
     Returns:
         The thumbnail, or why there is none.
     """
-    path = Path(path)
-    if not path.is_file():
-        return "no longer there"
     try:
-        with Image.open(path) as image:
+        with open_file(path) as stream, Image.open(stream) as image:
             scale = min(1.0, SHORT_SIDE / min(image.size), LONG_SIDE / max(image.size))
             size = tuple(max(1, round(side * scale)) for side in image.size)
             image.draft("RGB", size)
-            small = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+            small = convert(image).resize(size, Image.Resampling.LANCZOS)
+    except FileNotFoundError:
+        return "no longer there"
     except Exception:  # decoders raise whatever a damaged file makes them stumble over
         return "not to be decoded"
     stream = io.BytesIO()

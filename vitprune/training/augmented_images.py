@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import timm.data
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vitprune.data import ImageSet
 from vitprune.errors import VitpruneError
+from vitprune.images.decode import read_image
 from vitprune.training.settings import Training
 
 
@@ -89,8 +89,7 @@ class _Augmented(Dataset):
         epoch, index = key
         name = self.images.files[index]
         try:
-            with Image.open(self.images.root / name) as image:
-                decoded = image.convert(self.mode)
+            decoded = read_image(self.images.root / name, self.mode)
         except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
             raise VitpruneError(f"{self.images.root / name}: cannot be decoded ({error}); take it away") from error
         with seeded(seed_of(self.seed, epoch, index)):

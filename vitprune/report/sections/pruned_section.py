@@ -35,7 +35,7 @@ def pruned_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Section
     if content.label_names:
         kept = ", ".join(map(describe_class, content.label_names[:8]))
         more = f" and {len(content.label_names) - 8} more" if len(content.label_names) > 8 else ""
-        lead.append(f"It answers {len(content.label_names)} classes only: {kept}{more}.")
+        lead.append(f"It answers {len(content.label_names)} classes: {kept}{more}.")
     lead += [_kept_on_paths(content, run) for run in of_kind(artefacts, "run") if same_weights(content, run.content)]
     rows = tuple(
         Row(
