@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 
 from vitprune import options
 from vitprune.cli.arguments import add_device, add_images, listed
-from vitprune.cli.inputs import choose, find_images, load_model, pick_device, refuse_without_data
+from vitprune.cli.inputs import check_data, choose, find_images, pick_device, refuse_without_data, say_transform
 from vitprune.cli.terminal import note, show_table, track
 from vitprune.errors import VitpruneError
 
@@ -82,7 +82,9 @@ def run(
             raise VitpruneError(f"{source} is no run; run 'vitprune discover MODEL --data DIR -o RUN' first")
     opened = load_runs(runs)
     first = next(iter(opened.values()))
-    network = load_model(first.model, first.checkpoint, pick_device(device))
+    check_data(data, class_map)
+    network = first.load(pick_device(device))
+    say_transform(network)
     others = None
     if data is not None:
         others = find_images(choose(data, class_map, classes, images_per_class, seed), network)

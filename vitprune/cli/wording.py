@@ -25,6 +25,7 @@ _FLAGS = {
     "batches": "--data",
     "folder": "--output",
     "others": "--data",
+    "crop_pct": "--crop",
 }
 
 

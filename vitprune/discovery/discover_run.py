@@ -21,7 +21,7 @@ from vitprune.discovery.search import Search
 from vitprune.discovery.shards import Shards, find_shards, read_shards, share
 from vitprune.errors import VitpruneError
 from vitprune.files import held, open_resumable, refuse_existing
-from vitprune.models.identity import architecture, hash_weights
+from vitprune.models.identity import architecture, hash_weights, said_beside
 from vitprune.options import TARGET_CLASSES
 from vitprune.processes import Processes
 from vitprune.progress import Track, untracked
@@ -165,6 +165,7 @@ def discover_run(
             weights_sha256=request["weights"],
             images_sha256=digest_images(hashes),
             model_transform=request["transform"],
+            opened=said_beside(model),
         )
         save_run(run, output)
         shards.remove()

@@ -52,6 +52,7 @@ class Facts:
         stand_ins: attention or FFN that goes as a whole -> what stands there, ``bias`` or ``map``.
         merge: how many tokens disappear in each block.
         image_size: height and width that the model is fed, where the dense model was made for another size.
+        opened: how the dense model was loaded, as ``load`` leaves it on the model: name, checkpoint and what was said.
     """
 
     architecture: str | None = None
@@ -74,6 +75,7 @@ class Facts:
     stand_ins: Mapping[str, str] | None = None
     merge: tuple[int, ...] | None = None
     image_size: tuple[int, int] | None = None
+    opened: Mapping[str, Any] | None = None
 
     @property
     def speedup_ceiling(self) -> float | None:
