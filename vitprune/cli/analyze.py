@@ -75,7 +75,10 @@ def run(
     from vitprune.analysis.analysis_tables import analysis_tables
     from vitprune.analysis.analyze import analyze, load_runs
     from vitprune.discovery.run import is_run
+    from vitprune.files import check_place
 
+    if output is not None:
+        check_place(output, is_folder=True)
     refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
     for source in runs:
         if not is_run(source):

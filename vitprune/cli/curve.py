@@ -66,8 +66,10 @@ def run(
 ):  # fmt: skip
     from vitprune.evaluation.curve import Curve, parse_ratios
     from vitprune.evaluation.curve_folder import record_curve
+    from vitprune.files import check_place
     from vitprune.pruning.compensations import reads_images
 
+    check_place(output, is_folder=True)
     several = {"criteria": criteria, "allocations": allocations, "compensations": compensations}
     if max_drop is not None:
         if ratios is not None:

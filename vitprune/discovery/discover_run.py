@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import time
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from vitprune.data import ImageSet, digest_images, find_class
@@ -70,7 +72,8 @@ def discover_run(
 ) -> tuple[Run, Progress] | None:
     """Find the paths of images as ``discover`` does, in shards that survive a kill, and write a run folder.
 
-    The same call goes on where a killed one was. Several processes, as ``torchrun`` starts them, share the shards.
+    Weights of 16 bits are computed with in float32. The same call goes on where a killed one was. Several processes,
+    as ``torchrun`` starts them, share the shards.
 
     Args:
         model: timm Vision Transformer with an isotropic trunk, in eval mode.
@@ -114,11 +117,16 @@ def discover_run(
         raise VitpruneError(f"{len(images)} images are too many to name in one run; take some `classes` at a time")
     processes = Processes() if processes is None else processes
     asked["target"] = _target_class(images, asked.get("target", "label"))
+    weights = hash_weights(model)
+    dtype = next(model.parameters()).dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        note(f"the weights are {str(dtype).removeprefix('torch.')}; paths are computed in float32")
+        model = copy.deepcopy(model).float()
     search = plan_search(model, **asked)
     budget_bytes(memory_gib, next(model.parameters()).device)
     output = Path(output).absolute()
     folder = output.with_name(f"{output.name}.shards")
-    request = _describe_search(model, search, images, batch_size, shard_size)
+    request = {**_describe_search(model, search, images, batch_size, shard_size), "weights": weights}
     shards = Shards(folder, request, images, batch_size, -(-shard_size // batch_size))
     with contextlib.ExitStack() as stack:
         if processes.rank == 0:
@@ -208,7 +216,6 @@ def _describe_search(
         "vitprune": __version__,
         "architecture": architecture(model),
         "transform": data_config(model),
-        "weights": hash_weights(model),
         "data folder": str(images.root),
         "list of images": hashlib.sha256(listed.encode()).hexdigest()[:16],
         "method": search.method,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vitprune.errors import VitpruneError
-from vitprune.models.foreign_file import explain_file
+from vitprune.models.foreign_file import explain_file, is_safetensors
 
 # What training scripts leave in the middle of names.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -41,7 +41,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path, *, what: str = "checkpoint ") -> Checkpoint:
-    """Read a file of weights: .safetensors, or what ``torch.save`` wrote of tensors and plain data.
+    """Read a file of weights, whatever its name: safetensors, or what ``torch.save`` wrote of tensors and plain data.
 
     Args:
         path: the file.
@@ -58,7 +58,7 @@ def read_checkpoint(path: Path, *, what: str = "checkpoint ") -> Checkpoint:
     """
     source = f"{what}{path}"
     _check_file(path, source)
-    content = _read_safetensors(path, source) if path.suffix == ".safetensors" else _read_torch(path, source)
+    content = _read_safetensors(path, source) if is_safetensors(path) else _read_torch(path, source)
     if not isinstance(content, Mapping):
         raise VitpruneError(f"{source} is not a plain state dict: it holds a {type(content).__name__}")
     tensors = dict(_flatten(content))
@@ -94,8 +94,8 @@ def _read_safetensors(path: Path, source: str) -> Mapping[str, Any]:
 def _read_torch(path: Path, source: str) -> Any:
     try:
         # Training scripts store their argparse.Namespace beside the weights: plain data, so it may be read.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as stream:
+            return torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile pickle fails in any way
         raise VitpruneError(f"{source} {_explain_failure(path, error)}") from error
 

@@ -16,6 +16,7 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstd",
 }
 _PICTURES = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF"}
+_PICKLE = b"\x80"
 _PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<body", b"<script", b"<!--", b"<error")
 _BYTES_READ = 4096
 
@@ -36,8 +37,9 @@ def explain_file(path: Path) -> str | None:
     ...     explain_file(page)
     'is a web page (HTML), so the download failed; download the file itself'
     """
-    with path.open("rb") as stream:
-        start = stream.read(_BYTES_READ)
+    if is_safetensors(path):
+        return None
+    start = _read_start(path)
     if not start.strip(b"\0"):
         return "is empty; download or copy it again"
     if start.startswith(_LFS):
@@ -59,12 +61,23 @@ def explain_file(path: Path) -> str | None:
         return _explain_tar(path)
     if path.suffix == ".onnx":
         return "is an ONNX file, which is a model of its own; get the weights it was exported from"
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" and not start.startswith(_PICKLE):
         return _explain_safetensors(path, start)
     if _is_text(start):
         begins = start.decode().split(maxsplit=1)[0][:20]
         return f"is a text file (it begins with {begins!r}); download or copy it again"
     return None
+
+
+def is_safetensors(path: Path) -> bool:
+    """Tell whether a file begins as a safetensors file does: with the length of a header that is there."""
+    start = _read_start(path)
+    return start[8:9] == b"{" and 8 + int.from_bytes(start[:8], "little") <= path.stat().st_size
+
+
+def _read_start(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(_BYTES_READ)
 
 
 def _is_text(start: bytes) -> bool:
@@ -115,14 +128,9 @@ def _name_members(names: list[str]) -> str:
     return ", ".join(files[:3]) + (", ..." if len(files) > 3 else "") if files else "nothing"
 
 
-def _explain_safetensors(path: Path, start: bytes) -> str | None:
-    """Say that a header is broken; what it says of the tensors behind it is checked by whoever reads them."""
-    if start.startswith(b"\x80"):
-        return "is a pickle, not a safetensors file; give it its own name, .pth"
+def _explain_safetensors(path: Path, start: bytes) -> str:
     length = int.from_bytes(start[:8], "little")
     size = path.stat().st_size
     if size < 8 or start[8:9] != b"{":
         return "is no safetensors file: it does not begin with the header; download or copy it again"
-    if 8 + length > size:
-        return f"is cut off ({size} bytes, and its header alone has {length}); download or copy it again"
-    return None
+    return f"is cut off ({size} bytes, and its header alone has {length}); download or copy it again"
