@@ -123,13 +123,16 @@ def test_positions_are_resampled_when_asked(tmp_path):
     assert torch.equal(answers(vitprune.load(tmp_path / "saved", image_size=[96, 96])), answers(expected))
 
 
-def test_registers_beside_a_table_for_the_class_and_patches_alone(tmp_path):
+@pytest.mark.parametrize("called", ["reg_token", "register_tokens"])
+def test_registers_beside_a_table_for_the_class_and_patches_alone(called, tmp_path):
     """The layout of DINOv2's authors: registers have no position, the class token has one."""
     model = make(reg_tokens=3, no_embed_class=True)
     state = model.state_dict()
     position = torch.randn(1, 1, 192) * 0.1
     state = {**state, "cls_token": state["cls_token"] - position}
     state["pos_embed"] = torch.cat([position, state["pos_embed"]], dim=1)
+    state[called] = state.pop("reg_token")
+    state["mask_token"] = torch.zeros(1, 192)
     torch.testing.assert_close(answers(save_and_load(state, tmp_path)[0]), answers(model))
 
 
@@ -477,3 +480,24 @@ def test_what_is_in_a_file_matters_and_not_its_name(name, tmp_path):
     assert torch.equal(answers(vitprune.load(NAME, checkpoint=tmp_path / name)), answers(model))
     torch.save(model.state_dict(), tmp_path / "w.safetensors")
     assert torch.equal(answers(vitprune.load(NAME, checkpoint=tmp_path / "w.safetensors")), answers(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "model_args"),
+    [
+        ("swin_tiny_patch4_window7_224", {"num_classes": 3}),
+        ("beit_base_patch16_384", {"img_size": 64}),
+        ("vit_relpos_small_patch16_224", {"img_size": 96}),
+        ("eva02_tiny_patch14_224", {"img_size": 56}),
+        ("deit3_small_patch16_224", {"img_size": 96}),
+        ("vit_base_patch16_siglip_224", {"img_size": 96}),
+        ("hiera_tiny_224", {"num_classes": 3}),
+    ],
+)
+def test_families_with_positions_of_other_kinds(name, model_args, tmp_path):
+    shallow = {} if name.startswith(("swin", "hiera")) else {"depth": 1}
+    state = timm.create_model(name, **shallow, **model_args).state_dict()
+    torch.save({"model": prefixed("module.", state)}, tmp_path / "w.pth")
+    own = vitprune.load(name, checkpoint=tmp_path / "w.pth").state_dict()
+    assert own.keys() == state.keys()
+    assert all(torch.equal(own[key], state[key]) for key in state)

@@ -185,7 +185,7 @@ def _say_what_is_left(source: str, others: list[str], model: nn.Module, checkpoi
     said = []
     if others:
         said.append(f"left out {count_kinds(others)} tensors that are not of the model")
-    if getattr(model, "num_classes", 1) == 0:
+    if model.model_args.get("num_classes") == 0:
         said.append("it has no classifier, so the model is an encoder without classes")
     own_name = checkpoint.architecture
     if own_name and is_model(own_name.partition(".")[0]):

@@ -56,12 +56,14 @@ def infer_arguments(
     own, usual = _read_shapes(state), _read_shapes(reference.state_dict())
     known = {**told, **said}
     told = {key: value for key, value in told.items() if key in accepted and key not in own}
-    if "patch_size" not in own:
-        return {**told, **said}  # other names, or an architecture whose shapes are not read here
+    num_classes = _count_classes(reference, state)
+    if "depth" not in own or getattr(getattr(reference, "patch_embed", None), "grid_size", None) is None:
+        # Other names, or an architecture whose shapes are not read here.
+        return {**told, **({} if num_classes == reference.num_classes else {"num_classes": num_classes}), **said}
     told = {key: value for key, value in told.items() if key not in ("global_pool", "img_size")}
     found = {key: value for key, value in own.items() if key not in ("pooling", "head_dim") and usual.get(key) != value}
-    if own.get("num_classes", 0) == 0:
-        found["num_classes"] = 0
+    if num_classes != reference.num_classes:
+        found["num_classes"] = num_classes
     if "init_values" in found:
         found["init_values"] = 1e-5 if found["init_values"] else 0.0
     found |= _infer_pooling(reference, own, usual, known)
@@ -109,18 +111,32 @@ def _read_shapes(state: State) -> dict[str, Any]:
         facts["qk_norm"] = "blocks.0.attn.q_norm.weight" in state
         if facts["qk_norm"]:
             facts["head_dim"] = state["blocks.0.attn.q_norm.weight"].shape[0]
+    biases = _find_bias_table(state)
+    if biases is not None:
+        facts["head_dim"] = width // biases.shape[1]
     facts["init_values"] = any(key in state for key in ("blocks.0.ls1.gamma", "blocks.0.gamma_1"))
     facts["class_token"] = "cls_token" in state
     facts["reg_tokens"] = state["reg_token"].shape[1] if "reg_token" in state else 0
     facts["pos_embed"] = "learn" if "pos_embed" in state else "none"
     facts["pre_norm"] = "norm_pre.weight" in state
-    head = state.get("head.weight")
-    facts["num_classes"] = head.shape[0] if head is not None and head.dim() == 2 else 0
     if any(key.startswith("attn_pool.") for key in state):
         facts["pooling"] = "map" if "attn_pool.latent" in state else "prr"
     else:
         facts["pooling"] = "fc_norm" if "fc_norm.weight" in state else "norm" if "norm.weight" in state else None
     return facts
+
+
+def _count_classes(reference: nn.Module, state: State) -> int:
+    classifier = (getattr(reference, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    classifier = classifier if isinstance(classifier, str) else classifier[0]
+    weight = state.get(f"{classifier}.weight", state.get("head.weight"))
+    return weight.shape[0] if weight is not None and weight.dim() in (2, 4) else 0
+
+
+def _find_bias_table(state: State) -> Tensor | None:
+    """Return a table of biases by relative position [differences of positions, heads]."""
+    found = (value for key, value in state.items() if key.endswith("relative_position_bias_table"))
+    return next((table for table in found if table.dim() == 2), None)
 
 
 def _infer_pooling(
@@ -207,6 +223,11 @@ def _infer_grid(
     table = state.get("pos_embed")
     if table is None or table.dim() != 3:
         usual = getattr(reference.patch_embed, "img_size", None)
+        grid = _grid_of_biases(reference, state)
+        if grid is not None:
+            told_grid = None if told is None else (told[0] // patch[0], told[1] // patch[1])
+            if told_grid is None or _num_biases_of(told_grid) != _num_biases_of(grid):
+                told = (grid[0] * patch[0], grid[1] * patch[1])
         return _resize(told or (usual if "patch_size" in arguments else None), reference)
     num_prefix = own["class_token"] + own["reg_tokens"] + ("dist_token" in state)
     usual_grid = getattr(reference.patch_embed, "grid_size", None)
@@ -227,6 +248,20 @@ def _infer_grid(
         f"{count} patches make no square; say height and width of the images it was trained on with `image_size`, or "
         "as img_size among `model_args`"
     )
+
+
+def _grid_of_biases(reference: nn.Module, state: State) -> tuple[int, int] | None:
+    """Return the grid whose relative positions a table of biases is for; None where it is the usual or no square."""
+    own, usual = _find_bias_table(state), _find_bias_table(reference.state_dict())
+    if own is None or usual is None or len(own) == len(usual):
+        return None
+    of_tokens = len(usual) - _num_biases_of(reference.patch_embed.grid_size)
+    double = math.isqrt(max(len(own) - of_tokens, 0))
+    return ((double + 1) // 2,) * 2 if double % 2 and double * double == len(own) - of_tokens else None
+
+
+def _num_biases_of(grid: tuple[int, int]) -> int:
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1)
 
 
 def _find_grid(
@@ -264,6 +299,8 @@ def fold_class_position(state: dict[str, Tensor]) -> dict[str, Tensor]:
     Args:
         state: in timm's names; stays as it is.
     """
+    if "register_tokens" in state and "reg_token" not in state:  # as DINOv2's authors call them
+        state = {"reg_token" if key == "register_tokens" else key: value for key, value in state.items()}
     table, registers = state.get("pos_embed"), state.get("reg_token")
     if table is None or registers is None or "cls_token" not in state or table.dim() != 3:
         return state
