@@ -85,7 +85,7 @@ def load_checkpoint(
             model = _create(name, arguments, source)
             filtered = _filter(name, state, model)
         if filtered is None or _find_problem(model, filtered):
-            problem = find_mismatch(model, state) or problem
+            problem = find_mismatch(reference if found is None else model, state) or problem
             raise VitpruneError(f"{source} does not fit {name}: {problem}{_name_layout(checkpoint)}")
         state = filtered
     own = model.state_dict()
