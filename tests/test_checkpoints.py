@@ -210,6 +210,8 @@ def test_the_transform_travels_to_folders_elastic_and_onnx_files(tmp_path):
         ({"class_names": "absent.txt"}, r"absent.txt: `class_names` cannot be read"),
         ({"image_size": 65}, "try 64 x 64"),
         ({"image_size": [1, 2, 3]}, "one number of pixels, or height and width"),
+        ({"model_args": ["num_heads=3"]}, "arguments by name, such as"),
+        ({"model_args": {"img_size": "large"}}, "one number of pixels, or height and width"),
         ({"model_args": {"nonsense": 3}}, "does not fit .* nonsense"),
         ({"checkpoint_key": "ema"}, "no weights of the model below `checkpoint_key` 'ema'"),
     ],

@@ -182,3 +182,11 @@ def test_a_report_about_nothing_ends_before_torch_is_imported():
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True)
     assert time.perf_counter() - started < 5  # of a machine that is busy with other tests
+
+
+@pytest.mark.parametrize("output", ["/proc/absent/o", "n" * 300])
+@pytest.mark.usefixtures("_nothing_is_loaded")
+def test_a_place_for_no_files_and_a_name_too_long_are_noticed_first(output, image_folder, capsys):
+    status, _out, said = run(capsys, "prune", NAME, "--data", image_folder, "-o", output)
+    assert status == 2
+    assert "cannot be written" in said

@@ -68,11 +68,21 @@ def check_place(path: str | Path, *, is_folder: bool) -> None:
     vitprune.errors.VitpruneError: ... cannot be written: ... is not a folder
     """
     path = Path(path).absolute()
-    parent = next(folder for folder in path.parents if folder.exists())
+    try:
+        parent = next(folder for folder in (path, *path.parents) if folder.exists())
+        parent = parent.parent if parent == path and path != path.parent else parent
+    except OSError as error:  # a name that is too long, say
+        raise VitpruneError(f"{str(path)[:200]} cannot be written ({error.strerror})") from error
     if not parent.is_dir():
         raise VitpruneError(f"{path} cannot be written: {parent} is not a folder")
     if not os.access(parent, os.W_OK):
         raise VitpruneError(f"{path} cannot be written: no permission in {parent}")
+    try:
+        # Permissions are not all: file systems are read-only, or no place for files.
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise VitpruneError(f"{path} cannot be written: no file can be made in {parent} ({error.strerror})") from error
     if path.exists() and path.is_dir() != is_folder:
         raise VitpruneError(f"{path} is {'a folder' if path.is_dir() else 'a file'}; choose another output")
 

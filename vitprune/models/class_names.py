@@ -33,6 +33,8 @@ def name_classes_of(model: nn.Module, class_names: str | Path | Sequence[str]) -
     source = "`class_names`"
     if isinstance(class_names, str | Path):
         source, class_names = str(class_names), _read_names(Path(class_names))
+    elif isinstance(class_names, Mapping):
+        class_names = _in_order(class_names, source)
     names = tuple(map(str, class_names))
     num_classes = getattr(model, "num_classes", 0)
     if len(names) != num_classes:
@@ -59,7 +61,7 @@ def _read_names(path: Path) -> Sequence[str]:
     return _in_order(content, path)
 
 
-def _in_order(content: Any, path: Path) -> Sequence[str]:
+def _in_order(content: Any, path: Path | str) -> Sequence[str]:
     if isinstance(content, Mapping):
         if all(isinstance(index, int) for index in content.values()):
             content = {str(index): name for name, index in content.items()}

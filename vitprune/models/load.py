@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def load(
         merge: which tokens merge, as ``parse_schedule`` reads it, instead of those that merge already.
         checkpoint_key: which weights of a checkpoint that has several, such as ``model`` beside ``model_ema``; "" for
             those at its top level. None: averaged ones, where there are some.
-        model_args: what timm is to create the model of a ``checkpoint`` with; overrides what the file tells.
+        model_args: what timm is to create the model with; overrides what a ``checkpoint`` tells.
         image_size: height and width of the images, or both in one: positions are resampled to it.
         mean: of each channel, for pixels in [0, 1].
         std: of each channel.
@@ -81,6 +82,8 @@ def load(
     check_device(device)
     name = spell(str(model))
     size = _check_size(image_size)
+    if model_args is not None:
+        model_args = _check_model_args(model_args)
     loaded = _load(name, checkpoint, ratio, checkpoint_key, model_args, size)
     if size is not None and tuple(data_config(loaded)["input_size"][1:]) != size:
         loaded = set_image_size(loaded, size)
@@ -103,7 +106,7 @@ def load(
     loaded.opened = {
         "model": str(Path(name).resolve()) if Path(name).exists() else name,
         **({} if checkpoint is None else {"checkpoint": str(Path(checkpoint).resolve())}),
-        **{key: value for key, value in said.items() if value is not None},
+        **{key: value for key, value in said.items() if value is not None and _is_json(value)},
     }
     return loaded.eval().to(device)
 
@@ -123,8 +126,8 @@ def _load(
         if given and (is_elastic or is_folder):
             kind = "file" if is_elastic else "folder"
             raise VitpruneError(f"{name} is a {kind} with its own weights; leave `{given[0]}` out")
-        if given:
-            raise VitpruneError(f"`{given[0]}` is for a `checkpoint`, which is missing")
+        if checkpoint_key is not None:
+            raise VitpruneError("`checkpoint_key` is for a `checkpoint`, which is missing")
     if is_elastic:
         return load_elastic(Path(name), 0.0 if ratio is None else ratio)
     if ratio is not None:
@@ -137,7 +140,7 @@ def _load(
     else:
         check_name(name)
     if checkpoint is None:
-        return fetch(name)
+        return fetch(name, model_args)
     return load_checkpoint(name, Path(checkpoint), key=checkpoint_key, model_args=model_args, image_size=size)
 
 
@@ -164,5 +167,21 @@ def _check_size(image_size: int | Sequence[int] | None) -> tuple[int, int] | Non
     return (sizes[0], sizes[-1])
 
 
+def _check_model_args(model_args: Any) -> dict[str, Any]:
+    if not isinstance(model_args, Mapping) or not all(isinstance(key, str) for key in model_args):
+        raise VitpruneError(f"`model_args` are arguments by name, such as {{'num_heads': 4}}; got {model_args!r}")
+    if "img_size" in model_args:
+        _check_size(model_args["img_size"])
+    return dict(model_args)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:  # a class of layers, say, which a Python user may pass
+        return False
+    return True
+
+
 def _as_list(value: float | Sequence[float] | None) -> Any:
-    return list(value) if isinstance(value, Sequence) else value
+    return None if value is None else [float(each) for each in value] if isinstance(value, Sequence) else float(value)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import timm
 from huggingface_hub import try_to_load_from_cache
@@ -109,8 +111,12 @@ def _refuse_repository(name: str, repository: str) -> None:
     )
 
 
-def fetch(name: str) -> nn.Module:
+def fetch(name: str, model_args: Mapping[str, Any] | None = None) -> nn.Module:
     """Build a timm model with its weights from the hub.
+
+    Args:
+        name: timm name, or ``hf-hub:OWNER/NAME``.
+        model_args: what timm is to create it with.
 
     Raises:
         VitpruneError: if they cannot be fetched.
@@ -121,7 +127,7 @@ def fetch(name: str) -> nn.Module:
     verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()
     try:
-        return timm.create_model(name, pretrained=True)
+        model = timm.create_model(name, pretrained=True, **(model_args or {}))
     except Exception as error:
         reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
         if isinstance(error, KeyError | RuntimeError) and name.startswith(HUB):
@@ -135,6 +141,9 @@ def fetch(name: str) -> nn.Module:
         ) from error
     finally:
         hub_logging.set_verbosity(verbosity)
+    if model_args:
+        model.model_args = dict(model_args)
+    return model
 
 
 def find_hub_weights(name: str) -> Path | None:
