@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 _HOME_OF = {
     "VitpruneError": "vitprune.errors",
+    "VitpruneNote": "vitprune.errors",
     "FeedForward": "vitprune.models.units",
     "Group": "vitprune.models.units",
     "find_groups": "vitprune.models.units",
@@ -18,6 +19,7 @@ _HOME_OF = {
     "parse_schedule": "vitprune.models.merge_schedule",
     "choose_schedule": "vitprune.models.merge_schedule",
     "set_image_size": "vitprune.models.image_size",
+    "set_transform": "vitprune.models.transform",
     "load": "vitprune.models.load",
     "save": "vitprune.models.saved_folder",
     "save_elastic": "vitprune.models.elastic_file",

@@ -38,15 +38,9 @@ def refuse_existing(path: str | Path, *, overwrite: bool, owned: frozenset[str] 
             file where a folder is wanted or the other way round, or if it lies in no writable folder.
     """
     path = Path(path).absolute()
-    parent = next(folder for folder in path.parents if folder.exists())
-    if not parent.is_dir():
-        raise VitpruneError(f"{path} cannot be written: {parent} is not a folder")
-    if not os.access(parent, os.W_OK):
-        raise VitpruneError(f"{path} cannot be written: no permission in {parent}")
+    check_place(path, is_folder=owned is not None)
     if not path.exists():
         return
-    if path.is_dir() != (owned is not None):
-        raise VitpruneError(f"{path} is {'a folder' if path.is_dir() else 'a file'}; choose another output")
     if owned is not None and not any(path.iterdir()):
         return
     if not overwrite:
@@ -54,6 +48,43 @@ def refuse_existing(path: str | Path, *, overwrite: bool, owned: frozenset[str] 
     foreign = sorted({entry.name for entry in path.iterdir()} - owned - {CARD_FILE}) if owned is not None else []
     if foreign:
         raise VitpruneError(f"{path} holds {foreign[0]}, which this command does not write; it will not be replaced")
+
+
+def check_place(path: str | Path, *, is_folder: bool) -> None:
+    """Refuse a place where no output can be written, before any work is done for it.
+
+    Args:
+        path: where the output will go; may exist.
+        is_folder: whether it will be a folder.
+
+    Raises:
+        VitpruneError: if ``path`` is a file where a folder is wanted or the other way round, or lies in no writable
+            folder.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile() as file:
+    ...     check_place(f"{file.name}/below", is_folder=True)
+    Traceback (most recent call last):
+    vitprune.errors.VitpruneError: ... cannot be written: ... is not a folder
+    """
+    path = Path(path).absolute()
+    try:
+        parent = next(folder for folder in (path, *path.parents) if folder.exists())
+        parent = parent.parent if parent == path and path != path.parent else parent
+    except OSError as error:  # a name that is too long, say
+        raise VitpruneError(f"{str(path)[:200]} cannot be written ({error.strerror})") from error
+    if not parent.is_dir():
+        raise VitpruneError(f"{path} cannot be written: {parent} is not a folder")
+    if not os.access(parent, os.W_OK):
+        raise VitpruneError(f"{path} cannot be written: no permission in {parent}")
+    try:
+        # Permissions are not all: file systems are read-only, or no place for files.
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise VitpruneError(f"{path} cannot be written: no file can be made in {parent} ({error.strerror})") from error
+    if path.exists() and path.is_dir() != is_folder:
+        raise VitpruneError(f"{path} is {'a folder' if path.is_dir() else 'a file'}; choose another output")
 
 
 @contextmanager

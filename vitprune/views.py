@@ -21,7 +21,19 @@ def data_config(model: Any) -> dict[str, Any]:
     built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if built_for is not None:
         config["input_size"] = (config["input_size"][0], *built_for)
+    # Nor does the configuration know of other channels; one channel is the mean of three.
+    channels = _num_channels(model)
+    if channels is not None and channels != config["input_size"][0]:
+        config["input_size"] = (channels, *config["input_size"][1:])
+        for key in ("mean", "std"):
+            if len(config[key]) != channels:
+                config[key] = (sum(config[key]) / len(config[key]),) * channels
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+
+
+def _num_channels(model: nn.Module) -> int | None:
+    projection = getattr(getattr(model, "patch_embed", None), "proj", None)
+    return projection.in_channels if isinstance(projection, nn.Conv2d) else None
 
 
 def has_classifier(model: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 
 from vitprune import options
 from vitprune.cli.arguments import add_device, add_images, listed
-from vitprune.cli.inputs import choose, find_images, load_model, pick_device, refuse_without_data
+from vitprune.cli.inputs import check_data, choose, find_images, pick_device, refuse_without_data, say_transform
 from vitprune.cli.terminal import note, show_table, track
 from vitprune.errors import VitpruneError
 
@@ -76,15 +76,20 @@ def run(
     from vitprune.analysis.analyze import analyze, load_runs
     from vitprune.data import remember_names
     from vitprune.discovery.run import is_run
+    from vitprune.files import check_place
 
+    if output is not None:
+        check_place(output, is_folder=True)
     refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
     for source in runs:
         if not is_run(source):
             raise VitpruneError(f"{source} is no run; run 'vitprune discover MODEL --data DIR -o RUN' first")
     opened = load_runs(runs)
     first = next(iter(opened.values()))
-    network = load_model(first.model, first.checkpoint, pick_device(device))
+    check_data(data, class_map)
+    network = first.load(pick_device(device))
     remember_names(network, first.images.label_names)
+    say_transform(network)
     others = None
     if data is not None:
         others = find_images(choose(data, class_map, classes, images_per_class, seed), network)

@@ -9,9 +9,33 @@ def listed(choices) -> str:
     return "; ".join(f"{name}: {summary}" for name, summary in choices.items())
 
 
-def add_checkpoint(parser: ArgumentParser) -> None:
+def add_checkpoint(parser: ArgumentParser, *, image_size: bool = True) -> None:
+    """Add what may be said of a model beside its name; ``inputs.read_opening`` reads it."""
     parser.add_argument(
-        "--checkpoint", type=str, help="weights: .safetensors, .pth (plain state dict), google-research .npz"
+        "--checkpoint", type=str, help="weights: .safetensors, .pth (tensors and plain data), google-research .npz"
+    )
+    parser.add_argument(
+        "--checkpoint-key", type=str, help="which weights of a file that has several, such as model beside model_ema"
+    )
+    parser.add_argument(
+        "--model-args",
+        type=str,
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="of timm's create_model, for --checkpoint: num_heads=4 img_size=(160,320); default: what the file tells",
+    )
+    if image_size:
+        parser.add_argument("--image-size", type=int, nargs="+", help="feed images of this height and width instead")
+    parser.add_argument(
+        "--mean", type=float, nargs="+", help="of the channels of pixels in [0, 1]; default: the model's"
+    )
+    parser.add_argument("--std", type=float, nargs="+", help="of the channels; default: the model's")
+    parser.add_argument("--crop", type=float, help="share of an image's shorter side to use; default: the model's")
+    parser.add_argument(
+        "--interpolation", type=str, help="to resize images with, such as bicubic; default: the model's"
+    )
+    parser.add_argument(
+        "--class-names", type=str, help="file with the names of the outputs: a line each, or a JSON list"
     )
 
 

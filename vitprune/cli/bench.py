@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 
 from vitprune import options
 from vitprune.cli.arguments import add_checkpoint, listed
-from vitprune.cli.inputs import load_model, refuse_elastic, refuse_run
+from vitprune.cli.inputs import check_model, load_model, refuse_elastic, refuse_run
 from vitprune.cli.terminal import print_table, track
 from vitprune.errors import VitpruneError
 
@@ -46,7 +46,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
 
 
-def run(models, checkpoint, backend, precision, batch_size, threads, seconds, device, output, overwrite):
+def run(models, checkpoint, backend, precision, batch_size, threads, seconds, device, output, overwrite, **opening):
     from dataclasses import asdict
 
     from vitprune.files import refuse_existing
@@ -55,7 +55,7 @@ def run(models, checkpoint, backend, precision, batch_size, threads, seconds, de
 
     if output is not None:
         refuse_existing(output, overwrite=overwrite, owned=BENCH_FILES)
-    networks = _models_to_bench(models, checkpoint)
+    networks = _models_to_bench(models, checkpoint, opening)
     has_files = any(isinstance(network, Path) for network in networks.values())
     rows = bench(
         networks,
@@ -113,7 +113,7 @@ def run(models, checkpoint, backend, precision, batch_size, threads, seconds, de
     return answer, show
 
 
-def _models_to_bench(models: Sequence[str], checkpoint: str | None) -> dict[str, Any]:
+def _models_to_bench(models: Sequence[str], checkpoint: str | None, opening: Mapping[str, Any]) -> dict[str, Any]:
     """Load what is to be timed by name; ONNX files stay paths."""
     from vitprune.models.saved_folder import build_dense
 
@@ -123,6 +123,9 @@ def _models_to_bench(models: Sequence[str], checkpoint: str | None) -> dict[str,
         refuse_elastic(name)
     if checkpoint is not None and len(folders) + len(files) == len(models):
         raise VitpruneError(f"{models[0]} has its own weights; leave --checkpoint out")
+    for name in models:
+        if name not in files:
+            check_model(name, checkpoint, opening)
     if len(set(models)) < len(models) or "dense" in models:
         raise VitpruneError(f"models must be different, and not called 'dense', got {', '.join(models)}")
     networks: dict[str, Any] = {}
@@ -130,5 +133,14 @@ def _models_to_bench(models: Sequence[str], checkpoint: str | None) -> dict[str,
         refuse_run(models[0])
         networks["dense"] = build_dense(models[0])
     for name in models:
-        networks[name] = Path(name) if name in files else load_model(name, None if name in folders else checkpoint)
+        own = name in folders or name in files
+        networks[name] = (
+            Path(name)
+            if name in files
+            else load_model(
+                name,
+                None if own else checkpoint,
+                opening={} if own and len(folders) + len(files) < len(models) else opening,
+            )
+        )
     return networks

@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,9 @@ from vitprune.cli import (
     report,
     run,
 )
-from vitprune.cli.terminal import forget_held, say_held
+from vitprune.cli.terminal import forget_held, note, say_held
 from vitprune.cli.wording import in_flags
-from vitprune.errors import VitpruneError
+from vitprune.errors import VitpruneError, VitpruneNote
 from vitprune.processes import count_processes
 from vitprune.recipe.command_options import command_line, explain_mistake, option_names
 
@@ -137,7 +137,7 @@ def execute(command: str, given: dict[str, Any]) -> tuple[dict[str, Any], Callab
     # Now, because a command may replace the folder that it was started in.
     output = Path(given["output"]).absolute() if given.get("output") else None
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), _notes_are_shown():
             forget_held()
             outcome = COMMANDS[command].run(**given)
             say_held()
@@ -150,6 +150,23 @@ def execute(command: str, given: dict[str, Any]) -> tuple[dict[str, Any], Callab
         typed = shlex.join(command_line(_build_command(command), command, given))
         write_card(make_card(typed, given, seconds=time.perf_counter() - started), output)
     return outcome
+
+
+@contextlib.contextmanager
+def _notes_are_shown() -> Iterator[None]:
+    """Print what the library tells a Python user as a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", VitpruneNote)
+        others = warnings.showwarning
+
+        def show(message, category, *where, **more):
+            if issubclass(category, VitpruneNote):
+                note(in_flags(" ".join(str(message).split())))
+            else:
+                others(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:

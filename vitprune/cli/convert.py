@@ -6,7 +6,7 @@ from jsonargparse import ArgumentParser
 
 from vitprune import options
 from vitprune.cli.arguments import add_checkpoint, add_device, add_output, listed
-from vitprune.cli.inputs import choose, find_images, load_model, pick_device
+from vitprune.cli.inputs import check_data, check_model, choose, find_images, load_model, pick_device
 from vitprune.cli.terminal import Tracked, note
 from vitprune.errors import VitpruneError
 
@@ -41,7 +41,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(
     sources, model, checkpoint, data, class_map, classes, method, least_agreement, batch_size, workers, device, output,
-    overwrite,
+    overwrite, **opening,
 ):  # fmt: skip
     from vitprune.discovery.run import is_run
 
@@ -58,6 +58,7 @@ def run(
             "method": method,
             "least_agreement": least_agreement,
             "device": device,
+            **opening,
         }
         given = [name for name, value in unused.items() if value is not None]
         if given:
@@ -66,12 +67,13 @@ def run(
     choice = None if data is None else choose(data, class_map, classes)
     return _read(
         sources[0], model, checkpoint, choice, method or "jas", least_agreement, batch_size, workers, device, output,
-        overwrite,
+        overwrite, **opening,
     )  # fmt: skip
 
 
 def _read(
     source, model, checkpoint, choice, method, least_agreement, batch_size, workers, device, output, overwrite,
+    **opening,
 ):  # fmt: skip
     from vitprune.discovery.run import RUN_FILES, save_run
     from vitprune.files import refuse_existing
@@ -82,7 +84,10 @@ def _read(
     refuse_existing(output, overwrite=overwrite, owned=RUN_FILES)
     paths = read_authors(source, method=method)
     _require(paths.args, model, choice)
-    network = load_model(model, checkpoint, pick_device(device))
+    check_model(model, checkpoint, opening)
+    if choice is not None:
+        check_data(choice.root, choice.class_map)
+    network = load_model(model, checkpoint, pick_device(device), opening=opening)
     converted = read_as_run(
         paths,
         network,

@@ -8,6 +8,7 @@ from vitprune import options
 from vitprune.cli.arguments import add_checkpoint, add_device, add_images, listed
 from vitprune.cli.inputs import (
     calibration_images,
+    check_data,
     choose,
     find_images,
     make_batches,
@@ -15,6 +16,7 @@ from vitprune.cli.inputs import (
     reads_labels,
     refuse_without_data,
     report_skipped,
+    say_transform,
     warn_of_few_classes,
 )
 from vitprune.cli.terminal import print_table, track
@@ -61,11 +63,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(
     source, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, eval_data,
     eval_images_per_class, ratios, criteria, allocations, compensations, step, max_drop, device, output, overwrite,
+    **opening,
 ):  # fmt: skip
     from vitprune.evaluation.curve import Curve, parse_ratios
     from vitprune.evaluation.curve_folder import record_curve
+    from vitprune.files import check_place
     from vitprune.pruning.compensations import reads_images
 
+    check_place(output, is_folder=True)
     several = {"criteria": criteria, "allocations": allocations, "compensations": compensations}
     if max_drop is not None:
         if ratios is not None:
@@ -74,8 +79,10 @@ def run(
             if len(values) > 1:
                 raise VitpruneError(f"--max-drop prunes in one way; name one of --{name}, not {len(values)}")
     shares = parse_ratios(["0.1:0.8:0.1"] if ratios is None else ratios)
-    run, network = open_source(source, checkpoint, device)
     refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
+    check_data(data, class_map)
+    check_data(eval_data)
+    run, network = open_source(source, checkpoint, device, opening)
     images = calibration_images(
         source, run, network, data, class_map, classes, images_per_class, seed, labels_matter=reads_labels(criteria)
     )
@@ -85,6 +92,7 @@ def run(
     calibration, evaluation = (
         make_batches(each, network, batch_size=batch_size, workers=workers, strict=strict) for each in (images, others)
     )
+    say_transform(network)
     calibrated = any(map(reads_images, compensations))
     for each, what in ((images, "calibration"), (others, "evaluation"))[0 if calibrated else 1 :]:
         warn_of_few_classes(network, each, what)

@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 
 from vitprune import options
 from vitprune.cli.arguments import add_checkpoint, add_device, add_images, add_output, listed
-from vitprune.cli.inputs import choose, find_images, load_model, pick_device
+from vitprune.cli.inputs import check_data, check_model, choose, find_images, load_model, pick_device, say_transform
 from vitprune.cli.terminal import note, print_table, track
 
 SUMMARY = "find the neuron paths of images and the scores of every class"
@@ -58,7 +58,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(
     model, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, method, top_k,
-    tokens, quadrature, target, quantity, precision, shard_size, memory, device, output, overwrite,
+    tokens, quadrature, target, quantity, precision, shard_size, memory, device, output, overwrite, **opening,
 ):  # fmt: skip
     from vitprune.data import describe_class
     from vitprune.discovery.discover import class_paths, count_correct
@@ -68,9 +68,13 @@ def run(
     from vitprune.processes import join_processes
 
     refuse_existing(output, overwrite=overwrite, owned=RUN_FILES)
+    check_model(model, checkpoint, opening)
+    check_data(data, class_map)
     with join_processes() as processes:
-        network = load_model(model, checkpoint, pick_device(device, processes))
+        network = load_model(model, checkpoint, pick_device(device, processes), opening=opening)
         images = find_images(choose(data, class_map, classes, images_per_class, seed), network)
+        if processes.rank == 0:
+            say_transform(network)
         discovered = discover_run(
             network,
             images,

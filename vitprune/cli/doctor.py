@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 
 from vitprune import options
 from vitprune.cli.arguments import add_checkpoint, listed
-from vitprune.cli.inputs import load_model, refuse_elastic
+from vitprune.cli.inputs import check_model, load_model, refuse_elastic
 from vitprune.cli.terminal import print_table, track
 from vitprune.cli.wording import in_flags
 from vitprune.errors import VitpruneError
@@ -26,7 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="to spend on timing the whole model")
 
 
-def run(model, checkpoint, backend, batch_size, threads, seconds):
+def run(model, checkpoint, backend, batch_size, threads, seconds, **opening):
     import tempfile
     from dataclasses import asdict, replace
 
@@ -38,6 +38,12 @@ def run(model, checkpoint, backend, batch_size, threads, seconds):
     refuse_elastic(model)
     if Path(model).suffix == ".onnx" and checkpoint is not None:
         raise VitpruneError(f"{model} holds its own weights; leave --checkpoint out")
+    if Path(model).suffix == ".onnx":
+        given = [name.replace("_", "-") for name, value in opening.items() if value is not None]
+        if given:
+            raise VitpruneError(f"{model} is an ONNX file, where this is fixed; leave --{given[0]} out")
+    else:
+        check_model(model, checkpoint, opening)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(model)
         if path.suffix != ".onnx":
@@ -45,7 +51,7 @@ def run(model, checkpoint, backend, batch_size, threads, seconds):
             from vitprune.pruning.plan import find_plan
             from vitprune.speed.bench import random_batch
 
-            network = load_model(model, checkpoint)
+            network = load_model(model, checkpoint, opening=opening)
             path = Path(folder) / "model.onnx"
             export_onnx(network, path, [random_batch(network, 2)], plan=find_plan(model))
         found = diagnose(

@@ -12,11 +12,13 @@ from vitprune import options
 from vitprune.cli.arguments import add_checkpoint, add_device, add_images, add_output, listed
 from vitprune.cli.inputs import (
     calibration_images,
+    check_data,
     make_batches,
     open_source,
     reads_labels,
     refuse_without_data,
     report_skipped,
+    say_transform,
     warn_of_few_classes,
 )
 from vitprune.cli.terminal import Tracked, print_table, track
@@ -67,7 +69,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(
     source, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, ratios,
-    criterion, allocation, compensate, parts, device, output, overwrite,
+    criterion, allocation, compensate, parts, device, output, overwrite, **opening,
 ):  # fmt: skip
     import time
 
@@ -81,8 +83,9 @@ def run(
         raise VitpruneError(f"{output}: an elastic file ends in .safetensors")
     refuse_existing(output, overwrite=overwrite)
     stops = [ratio for ratio in parse_ratios(ratios) if ratio > 0]
-    run, network = open_source(source, checkpoint, device)
     refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
+    check_data(data, class_map)
+    run, network = open_source(source, checkpoint, device, opening)
     images = calibration_images(
         source, run, network, data, class_map, classes, images_per_class, seed, labels_matter=reads_labels([criterion])
     )
@@ -90,6 +93,7 @@ def run(
     if images is not None:
         batches = make_batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
         tracked = Tracked(batches, "calibrate")
+        say_transform(network)
         if reads_images(compensate):
             warn_of_few_classes(network, images, "calibration")
     started = time.perf_counter()

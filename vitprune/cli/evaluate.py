@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from vitprune.cli.arguments import add_checkpoint, add_device, add_images, add_ratio
-from vitprune.cli.inputs import choose, pick_device, refuse_run, say_found
+from vitprune.cli.inputs import check_data, check_model, choose, pick_device, read_opening, say_found, say_transform
 from vitprune.cli.terminal import Tracked, note, print_table
 from vitprune.errors import VitpruneError
 
@@ -22,7 +22,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--against", type=str, help="another model, such as the dense one, to compare with image by image"
     )
-    parser.add_argument("--against-checkpoint", type=str, help="its weights, as for --checkpoint")
+    parser.add_argument(
+        "--against-checkpoint",
+        type=str,
+        help="its weights, as for --checkpoint; default: those that MODEL was pruned from, where it says so",
+    )
     parser.add_argument(
         "--allow-overlap",
         action="store_true",
@@ -35,7 +39,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(
     model, checkpoint, ratio, merge, data, class_map, classes, images_per_class, strict, batch_size, workers, seed,
-    against, against_checkpoint, allow_overlap, device, output, overwrite,
+    against, against_checkpoint, allow_overlap, device, output, overwrite, **opening,
 ):  # fmt: skip
     from vitprune.data import describe_class
     from vitprune.evaluation.evaluation_folder import EVALUATION_FILES, describe_evaluation, save_evaluation
@@ -46,10 +50,12 @@ def run(
         refuse_existing(output, overwrite=overwrite, owned=EVALUATION_FILES)
     if against is None and against_checkpoint is not None:
         raise VitpruneError("--against-checkpoint has the weights of --against MODEL, which is missing")
-    for each in (model, *([] if against is None else [against])):
-        refuse_run(each)
+    check_model(model, checkpoint, opening)
+    if against is not None:
+        check_model(against, against_checkpoint, {})
+    check_data(data, class_map)
     evaluation, images = judge(
-        Source(model, checkpoint, ratio, merge),
+        Source(model, checkpoint, ratio, merge, read_opening(opening)),
         choose(data, class_map, classes, images_per_class, seed),
         against=None if against is None else Source(against, against_checkpoint),
         device=pick_device(device),
@@ -58,6 +64,9 @@ def run(
         allow_overlap=allow_overlap,
     )
     reference = evaluation.against
+    say_transform(evaluation.judged.model.transform)
+    if reference is not None and reference.model.transform != evaluation.judged.model.transform:
+        say_transform(reference.model.transform, against)
     say_found(images, evaluation.judged.model.num_classes)
     if evaluation.skipped:
         note(f"skipped {len(evaluation.skipped)} images that cannot be decoded (first: {evaluation.skipped[0]})")

@@ -8,7 +8,17 @@ from jsonargparse import ArgumentParser
 
 from vitprune import options
 from vitprune.cli.arguments import add_checkpoint, add_images, add_ratio, listed
-from vitprune.cli.inputs import choose, find_images, load_model, make_batches, refuse_without_data, report_skipped
+from vitprune.cli.inputs import (
+    check_data,
+    check_model,
+    choose,
+    find_images,
+    load_model,
+    make_batches,
+    refuse_without_data,
+    report_skipped,
+    say_transform,
+)
 from vitprune.cli.terminal import Tracked
 from vitprune.errors import VitpruneError
 
@@ -32,18 +42,22 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(
     model, output, checkpoint, ratio, merge, data, class_map, classes, images_per_class, strict, batch_size, workers,
-    seed, num_images, int8, operators, fixed_batch, overwrite,
+    seed, num_images, int8, operators, fixed_batch, overwrite, **opening,
 ):  # fmt: skip
     from vitprune.export.onnx_file import export_onnx
     from vitprune.files import refuse_existing
     from vitprune.pruning.plan import find_plan
 
+    if Path(output).suffix != ".onnx":
+        raise VitpruneError(f"{output}: an ONNX file ends in .onnx")
     refuse_existing(output, overwrite=overwrite)
     if num_images < 1:
         raise VitpruneError(f"num_images must be at least 1, got {num_images}")
-    network = load_model(model, checkpoint, ratio=ratio, merge=merge)
-    plan = find_plan(model, ratio)
     refuse_without_data(data, classes=classes, images_per_class=images_per_class)
+    check_model(model, checkpoint, opening)
+    check_data(data, class_map)
+    network = load_model(model, checkpoint, ratio=ratio, merge=merge, opening=opening)
+    plan = find_plan(model, ratio)
     if class_map is not None:
         _name_classes(network, class_map)
     if data is not None:
@@ -51,6 +65,7 @@ def run(
     else:
         images = _calibration_images(model, plan)
     batches = make_batches(images.head(num_images), network, batch_size=batch_size, workers=workers, strict=strict)
+    say_transform(network)
     report = export_onnx(
         network,
         output,

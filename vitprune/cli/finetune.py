@@ -8,7 +8,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from vitprune.cli.arguments import add_checkpoint, add_device, add_output
-from vitprune.cli.inputs import load_model, pick_device
+from vitprune.cli.inputs import check_data, check_model, load_model, pick_device, say_transform
 from vitprune.cli.terminal import note, track
 from vitprune.cli.training_options import UNFINISHED, add_training, describe_epoch, make_training, show_training
 
@@ -24,7 +24,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_output(parser, "folder of the model to write; a killed run goes on")
 
 
-def run(model, checkpoint, data, device, output, overwrite, **options):
+def run(
+    model, checkpoint, checkpoint_key, model_args, image_size, mean, std, crop, interpolation, class_names, data, device,
+    output, overwrite, **options,
+):  # fmt: skip
     from vitprune.data import find_images
     from vitprune.files import refuse_existing
     from vitprune.models.classifier import new_classifier
@@ -36,11 +39,18 @@ def run(model, checkpoint, data, device, output, overwrite, **options):
 
     training = make_training({"labels": 1.0}, options)
     refuse_existing(output, overwrite=overwrite, owned=RECOVERED_FILES)
+    opening = {
+        "checkpoint_key": checkpoint_key, "model_args": model_args, "image_size": image_size, "mean": mean, "std": std,
+        "crop": crop, "interpolation": interpolation, "class_names": class_names,
+    }  # fmt: skip
+    check_model(model, checkpoint, opening)
+    check_data(data)
     unfinished = Path(f"{output}{UNFINISHED}")
     with join_processes(for_training=True) as processes:
         images = find_images(data, None)
         names = [images.class_names[index] for index in sorted(images.class_names)]
-        network = load_model(model, checkpoint, pick_device(device, processes))
+        network = load_model(model, checkpoint, pick_device(device, processes), opening=opening)
+        say_transform(network)
         network = new_classifier(network, names, seed=training.seed)
         first = processes.rank == 0
         trained = recover(

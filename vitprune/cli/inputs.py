@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ast
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,82 @@ def pick_device(device: str | None, processes: Any = None) -> str:
     return f"cuda:{processes.local_rank}" if device == "cuda" and processes and processes.count > 1 else device
 
 
+def read_opening(opening: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``load`` takes of what was said beside a model's name, as ``add_checkpoint`` adds it."""
+    read = {name: value for name, value in opening.items() if value is not None}
+    if "model_args" in read:
+        read["model_args"] = dict(map(_read_model_arg, read["model_args"]))
+    if "crop" in read:
+        read["crop_pct"] = read.pop("crop")
+    if "class_names" in read and not Path(read["class_names"]).is_file():
+        raise VitpruneError(f"--class-names {read['class_names']}: no such file")
+    return read
+
+
+def _read_model_arg(text: str) -> tuple[str, Any]:
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip().isidentifier():
+        raise VitpruneError(f"--model-args takes KEY=VALUE, such as num_heads=4; got {text}")
+    try:
+        return key.strip(), ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError):
+        return key.strip(), value.strip()  # a word, such as global_pool=avg
+
+
+def check_model(model: str, checkpoint: str | None, opening: Mapping[str, Any]) -> None:
+    """Refuse paths and options of a model that cannot be right, before anything is fetched or built."""
+    refuse_run(model)
+    read_opening(opening)
+    if checkpoint is not None and not Path(checkpoint).exists():
+        raise VitpruneError(f"checkpoint {checkpoint}: no such file")
+
+
+def check_data(data: str | None, class_map: str | None = None) -> None:
+    """Refuse a folder of images or a file of classes that is not there, before a model is fetched or built."""
+    if data is not None and not Path(data).exists():
+        raise VitpruneError(f"{data}: no such folder of images")
+    if class_map is not None and not Path(class_map).is_file():
+        raise VitpruneError(f"--class-map {class_map}: no such file")
+
+
 def load_model(
-    model: str, checkpoint: str | None, device: str = "cpu", ratio: float | None = None, merge: str | None = None
+    model: str,
+    checkpoint: str | None,
+    device: str = "cpu",
+    ratio: float | None = None,
+    merge: str | None = None,
+    opening: Mapping[str, Any] | None = None,
 ):
+    opened = read_opening(opening or {})
+    refuse_run(model)
     from vitprune.models.load import load
 
-    refuse_run(model)
-    return load(model, checkpoint=checkpoint, device=device, ratio=ratio, merge=merge)
+    return load(model, checkpoint=checkpoint, device=device, ratio=ratio, merge=merge, **opened)
 
 
-def open_source(source: str, checkpoint: str | None, device: str | None):
+def open_source(source: str, checkpoint: str | None, device: str | None, opening: Mapping[str, Any]):
     """Open what 'prune' and 'curve' start from: a run (with its model) or a model."""
     from vitprune.discovery.run import is_run, open_run
 
     if not is_run(source):
-        return None, load_model(source, checkpoint, pick_device(device))
-    if checkpoint is not None:
-        raise VitpruneError(f"{source} is a run and names its own weights; leave --checkpoint out")
+        return None, load_model(source, checkpoint, pick_device(device), opening=opening)
+    given = [name for name, value in {"checkpoint": checkpoint, **opening}.items() if value is not None]
+    if given:
+        raise VitpruneError(f"{source} is a run and names its own weights; leave --{given[0].replace('_', '-')} out")
     return open_run(source, device=pick_device(device))
+
+
+def say_transform(transform: Any, name: str | None = None) -> None:
+    """Say how the images of a model, or under a transform, are prepared: what is wrong there looks like a bad model."""
+    from vitprune.views import data_config
+
+    config = transform if isinstance(transform, Mapping) else data_config(transform)
+    _channels, height, width = config["input_size"]
+    mean, std = (" ".join(f"{value:.3g}" for value in config[key]) for key in ("mean", "std"))
+    note(
+        f"images{f' for {name}' if name else ''}: {height} x {width}, crop {config['crop_pct']:g}, "
+        f"{config['interpolation']}, mean {mean}, std {std}"
+    )
 
 
 def choose(data: str, class_map=None, classes: Sequence[str] | None = None, images_per_class=None, seed: int = 0):

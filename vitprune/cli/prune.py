@@ -12,11 +12,13 @@ from vitprune import options
 from vitprune.cli.arguments import add_checkpoint, add_device, add_images, add_output, listed
 from vitprune.cli.inputs import (
     calibration_images,
+    check_data,
     make_batches,
     open_source,
     reads_labels,
     refuse_without_data,
     report_skipped,
+    say_transform,
     warn_of_few_classes,
 )
 from vitprune.cli.prune_onnx import run_onnx
@@ -35,7 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="run folder of 'discover', timm name, or folder of a saved model; with --plan also the .onnx file of the "
         "dense model, whose weights are sliced in the graph",
     )
-    add_checkpoint(parser)
+    add_checkpoint(parser, image_size=False)
     add_images(parser, required=False, batch_size=32, what="calibration images (default: those of the run)")
     # No defaults here: a plan that is given decides these, and what was asked for beside it must not be ignored.
     parser.add_argument(
@@ -111,7 +113,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(
     source, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, ratio,
     target_params, target_macs, target_latency, parts, merge, image_size, backend, latency_batch_size, keep_classes,
-    criterion, allocation, compensate, mode, round_to, floor, step, ridge, plan, device, output, overwrite,
+    criterion, allocation, compensate, mode, round_to, floor, step, ridge, plan, device, output, overwrite, **opening,
 ):  # fmt: skip
     import time
 
@@ -154,7 +156,7 @@ def run(
     if is_onnx:
         if given_plan is None:
             raise VitpruneError(f"{source}: an ONNX file is pruned by a plan; pass --plan (a file, or a pruned folder)")
-        unused = {"checkpoint": checkpoint, "keep_classes": keep_classes, "device": device}
+        unused = {"checkpoint": checkpoint, "keep_classes": keep_classes, "device": device, **opening}
         unused = [name for name, value in unused.items() if value is not None]
         if unused or mode != "remove":
             raise VitpruneError(f"{', '.join(unused or ['mode mask'])}: not for ONNX files, whose neurons are removed")
@@ -173,10 +175,11 @@ def run(
         raise VitpruneError("--floor is for --allocation global; uniform leaves every FFN the same share")
     if step not in (None, 1) and not needs_steps(criterion or options.DEFAULT_CRITERION):
         raise VitpruneError(f"--step: the scores of criterion {criterion} do not change on the way; leave it out")
-    run, network = open_source(source, checkpoint, device)
+    refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
+    check_data(data, class_map)
+    run, network = open_source(source, checkpoint, device, opening)
     if given_plan is not None:
         remember_names(network, given_plan.facts.label_names or ())
-    refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
     labels_matter = keep_classes is not None or reads_labels([criterion or options.DEFAULT_CRITERION])
     images = calibration_images(
         source, run, network, data, class_map, classes, images_per_class, seed, labels_matter=labels_matter
@@ -192,6 +195,7 @@ def run(
     if images is not None:
         batches = make_batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
         tracked = Tracked(batches, "calibrate")
+        say_transform(network)
         if reads_images(compensate):
             warn_of_few_classes(network, images, "calibration")
     applied = {"compensation": compensate, "mode": mode, "ridge": ridge, "seed": seed, "track": track}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vitprune.cli.inputs import choose, find_images, make_batches, refuse_without_data, report_skipped
+from vitprune.cli.inputs import choose, find_images, make_batches, refuse_without_data, report_skipped, say_transform
 from vitprune.cli.terminal import Tracked, track
 from vitprune.errors import VitpruneError
 
@@ -43,6 +43,7 @@ def run_onnx(
             )
         network = open_onnx(source) if knows else load(plan)
         images = find_images(choose(data, class_map, classes, images_per_class, seed), network, labels_matter=False)
+        say_transform(network)
         batches = make_batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
     report = prune_onnx(
         source,

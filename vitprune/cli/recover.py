@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 
 from vitprune import options
 from vitprune.cli.arguments import add_device, add_output, listed
-from vitprune.cli.inputs import choose, find_images, load_model, pick_device
+from vitprune.cli.inputs import check_data, choose, find_images, load_model, pick_device, say_transform
 from vitprune.cli.terminal import note, track
 from vitprune.cli.training_options import UNFINISHED, add_training, describe_epoch, make_training, show_training
 from vitprune.errors import VitpruneError
@@ -19,8 +19,10 @@ SUMMARY = "train a pruned model towards the dense one"
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", type=str, help="folder of a pruned model, or of any saved model")
-    parser.add_argument("--data", type=str, required=True, help="training images: folder of class folders")
-    parser.add_argument("--class-map", type=str, help="folder name per line, or JSON {folder: class index}")
+    parser.add_argument(
+        "--data", type=str, required=True, help="training images: folder of class folders, list of images, or .tar"
+    )
+    parser.add_argument("--class-map", type=str, help="class name per line, CSV of names and indices, or JSON")
     parser.add_argument("--teacher", type=str, help="model to learn from (default: the dense model of the plan)")
     parser.add_argument("--teacher-checkpoint", type=str, help="its weights, as for --checkpoint elsewhere")
     parser.add_argument(
@@ -68,6 +70,7 @@ def run(
         raise VitpruneError(f"{output} is the model itself; choose another output")
     if Path(model).suffix in (".safetensors", ".onnx"):
         raise VitpruneError(f"{model}: only a folder can be trained; prune to one ratio, or save one, first")
+    check_data(data, class_map)
     unfinished = Path(f"{output}{UNFINISHED}")
     with join_processes(for_training=True) as processes:
         where = pick_device(device, processes)
@@ -79,6 +82,8 @@ def run(
             taught_by = open_teacher(network, plan, teacher, checkpoint=teacher_checkpoint, device=where)
         images = find_images(choose(data, class_map), network, labels_matter="labels" in weights)
         first = processes.rank == 0
+        if first:
+            say_transform(network)
         recovered = recover(
             network,
             images,

@@ -26,11 +26,15 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(folders, output, overwrite):
     from vitprune.files import refuse_existing
-    from vitprune.report.page import write_report
 
     if Path(output).suffix not in (".html", ".htm"):
         raise VitpruneError(f"{output}: a report is an HTML file; end the output in .html")
     refuse_existing(output, overwrite=overwrite)
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise VitpruneError(f"{folder}: no such folder")
+    from vitprune.report.page import write_report
+
     written = write_report(folders, output)
     answer = {
         "output": output,

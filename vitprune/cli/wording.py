@@ -28,6 +28,7 @@ _FLAGS = {
     "ema_decay": "--model-ema-decay",
     "auto_augment": "--aa",
     "re_prob": "--reprob",
+    "crop_pct": "--crop",
 }
 
 

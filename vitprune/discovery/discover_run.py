@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import time
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from vitprune.data import ImageSet, digest_images, find_class
@@ -22,7 +24,7 @@ from vitprune.discovery.shards import Shards, find_shards, read_shards, share
 from vitprune.errors import VitpruneError
 from vitprune.files import held, open_resumable, refuse_existing
 from vitprune.images.number_classes import check_numbering
-from vitprune.models.identity import architecture, hash_weights
+from vitprune.models.identity import architecture, hash_weights, said_beside
 from vitprune.options import TARGET_CLASSES
 from vitprune.processes import Processes
 from vitprune.progress import Track, untracked
@@ -71,7 +73,8 @@ def discover_run(
 ) -> tuple[Run, Progress] | None:
     """Find the paths of images as ``discover`` does, in shards that survive a kill, and write a run folder.
 
-    The same call goes on where a killed one was. Several processes, as ``torchrun`` starts them, share the shards.
+    Weights of 16 bits are computed with in float32. The same call goes on where a killed one was. Several processes,
+    as ``torchrun`` starts them, share the shards.
 
     Args:
         model: timm Vision Transformer with an isotropic trunk, in eval mode.
@@ -116,11 +119,16 @@ def discover_run(
     processes = Processes() if processes is None else processes
     check_numbering(model, images)
     asked["target"] = _target_class(images, asked.get("target", "label"))
+    weights = hash_weights(model)
+    dtype = next(model.parameters()).dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        note(f"the weights are {str(dtype).removeprefix('torch.')}; paths are computed in float32")
+        model = copy.deepcopy(model).float()
     search = plan_search(model, **asked)
     budget_bytes(memory_gib, next(model.parameters()).device)
     output = Path(output).absolute()
     folder = output.with_name(f"{output.name}.shards")
-    request = _describe_search(model, search, images, batch_size, shard_size)
+    request = {**_describe_search(model, search, images, batch_size, shard_size), "weights": weights}
     shards = Shards(folder, request, images, batch_size, -(-shard_size // batch_size))
     with contextlib.ExitStack() as stack:
         if processes.rank == 0:
@@ -167,6 +175,7 @@ def discover_run(
             weights_sha256=request["weights"],
             images_sha256=digest_images(hashes),
             model_transform=request["transform"],
+            opened=said_beside(model),
         )
         save_run(run, output)
         shards.remove()
@@ -209,7 +218,6 @@ def _describe_search(
         "vitprune": __version__,
         "architecture": architecture(model),
         "transform": data_config(model),
-        "weights": hash_weights(model),
         "data folder": str(images.root),
         "list of images": hashlib.sha256(listed.encode()).hexdigest()[:16],
         "method": search.method,

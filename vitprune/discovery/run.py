@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Run:
         transform: how the images were prepared, in the words of ``data_config``; None: by the model's own transform.
         images_sha256: ``digest_images`` of the images as they were read; None in runs of earlier versions.
         model_transform: ``data_config`` of the model, for the record; None in runs of earlier versions.
+        opened: what else to pass to ``vitprune.load``.
     """
 
     found: Discovery
@@ -47,6 +48,11 @@ class Run:
     transform: Mapping[str, Any] | None = None
     images_sha256: str | None = None
     model_transform: Mapping[str, Any] | None = None
+    opened: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self, device: str = "cpu") -> nn.Module:
+        """Load the model that it is of; errors are those of ``vitprune.load``."""
+        return load(self.model, checkpoint=self.checkpoint, device=device, **self.opened)
 
 
 def is_run(folder: str | Path) -> bool:
@@ -110,6 +116,7 @@ def save_run(run: Run, folder: str | Path) -> None:
                 **({} if run.transform is None else {"transform": dict(run.transform)}),
                 **({} if run.images_sha256 is None else {"images_sha256": run.images_sha256}),
                 **({} if run.model_transform is None else {"model_transform": dict(run.model_transform)}),
+                **({"opened": dict(run.opened)} if run.opened else {}),
             },
         )
 
@@ -171,6 +178,7 @@ def load_run(folder: str | Path) -> Run:
         transform=facts.get("transform"),
         images_sha256=facts.get("images_sha256"),
         model_transform=facts.get("model_transform"),
+        opened=facts.get("opened", {}),
     )
 
 
@@ -185,7 +193,7 @@ def open_run(folder: str | Path, *, device: str = "cpu") -> tuple[Run, nn.Module
         VitpruneError: if the folder is no run, or its model cannot be loaded or has other weights now.
     """
     run = load_run(folder)
-    model = load(run.model, checkpoint=run.checkpoint, device=device)
+    model = run.load(device)
     if hash_weights(model) != run.weights_sha256:
         raise VitpruneError(
             f"{folder}: its scores are of other weights than {run.checkpoint or run.model} holds; discover again"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ from vitprune.evaluation.accuracy import collect_answers
 from vitprune.evaluation.evaluation_folder import Evaluation, Judged, name_classes
 from vitprune.evaluation.model_facts import describe_file, describe_network
 from vitprune.export.runtime import OnnxModel, open_onnx
+from vitprune.models.identity import hash_weights
 from vitprune.models.load import load
+from vitprune.models.sources import spell
+from vitprune.pruning.plan import find_plan
 from vitprune.seen_images import check_unseen, seen_by
 
 
@@ -37,12 +40,14 @@ class Source:
         checkpoint: weights for a timm name.
         ratio: of an elastic file.
         merge: which tokens merge, as ``parse_schedule`` reads it; None: as the model has it.
+        opening: what else ``vitprune.load`` takes, such as ``model_args`` or ``mean``.
     """
 
     name: str
     checkpoint: str | None = None
     ratio: float | None = None
     merge: str | None = None
+    opening: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,22 @@ def open_model(source: Source, *, device: str | None = None) -> nn.Module | Onnx
     """
     name = source.name
     if Path(name).suffix != ".onnx":
-        return load(name, checkpoint=source.checkpoint, device=device or "cpu", ratio=source.ratio, merge=source.merge)
+        return load(
+            name,
+            checkpoint=source.checkpoint,
+            device=device or "cpu",
+            ratio=source.ratio,
+            merge=source.merge,
+            **source.opening,
+        )
     if source.ratio is not None:
         raise VitpruneError(f"{name} has one width only; leave `ratio` out")
     if source.merge is not None:
         raise VitpruneError(f"{name}: which tokens merge is fixed in an ONNX file; leave `merge` out")
     if source.checkpoint is not None:
         raise VitpruneError(f"{name} holds its own weights; leave `checkpoint` out")
+    if source.opening:
+        raise VitpruneError(f"{name} is an ONNX file, where this is fixed; leave `{next(iter(source.opening))}` out")
     if device not in (None, "cpu"):
         raise VitpruneError(f"{name} runs on ONNX Runtime's CPU provider, not on '{device}'")
     return open_onnx(name)
@@ -101,7 +115,8 @@ def judge(
     Args:
         source: the model.
         choice: the images; each model numbers their classes in its own way.
-        against: the model to compare with.
+        against: the model to compare with; the checkpoint of the dense model that a pruned one came from may be left
+            out.
         device: of torch models.
         onnx_device: where an ONNX file was asked to run; only a CPU can.
         reading: how to read images.
@@ -127,8 +142,15 @@ def judge(
     (('cat/1.png', 'dog/1.png'), 2)
     """
     reading = Reading() if reading is None else reading
+    known = None if against is None else find_dense(source, against)
+    against = against if known is None else known[0]
     asked = [source, *([] if against is None else [against])]
     opened = [open_model(each, device=onnx_device if _is_onnx(each) else device) for each in asked]
+    if known is not None and hash_weights(opened[1]) != known[1]:
+        raise VitpruneError(
+            f"{against.checkpoint} holds other weights than when {source.name} was pruned from it; say which weights "
+            f"{against.name} has with `against_checkpoint`"
+        )
     _share_names(opened)
     images = choice.find(opened[0])
     chosen = [images]
@@ -155,6 +177,34 @@ def judge(
         against=judged[1] if against is not None else None,
     )
     return evaluation, images
+
+
+def find_dense(source: Source, against: Source) -> tuple[Source, str] | None:
+    """Say how the dense model of a pruned folder or elastic file was loaded, and the hash of its weights.
+
+    Args:
+        source: the pruned model.
+        against: the dense one by its name alone.
+
+    Returns:
+        None where ``against`` says more than a name, or ``source`` does not know that its model had a checkpoint.
+
+    Raises:
+        VitpruneError: if the checkpoint is gone.
+    """
+    if against.checkpoint is not None or against.opening or Path(against.name).exists():
+        return None
+    plan = None if _is_onnx(source) or not Path(source.name).exists() else find_plan(source.name, source.ratio)
+    opened = {} if plan is None else dict(plan.facts.opened or {})
+    if "checkpoint" not in opened or opened.pop("model", None) != spell(against.name) or not plan.facts.weights_sha256:
+        return None
+    checkpoint = opened.pop("checkpoint")
+    if not Path(checkpoint).is_file():
+        raise VitpruneError(
+            f"{source.name} was pruned from {against.name} with the weights of {checkpoint}, which is gone; say where "
+            "they are with `against_checkpoint`"
+        )
+    return replace(against, checkpoint=checkpoint, opening=opened), plan.facts.weights_sha256
 
 
 def judge_network(

@@ -21,7 +21,7 @@ from vitprune.interop.adopt import (
     describe_search,
 )
 from vitprune.interop.authors import AuthorsPaths
-from vitprune.models.identity import hash_weights
+from vitprune.models.identity import hash_weights, said_beside
 from vitprune.progress import Track, untracked
 from vitprune.views import data_config
 
@@ -131,6 +131,7 @@ def read_as_run(
         transform=transform if differs else None,
         images_sha256=digest_images(hash_images(assigned.images)),
         model_transform=own,
+        opened=said_beside(model),
     )
     return Converted(run, agreement, assigned.joint_scores is None, transform, differs, without_paths)
 

@@ -88,7 +88,7 @@ def restore(model: nn.Module, config: Mapping[str, Any], source: str = CONFIG_FI
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], complaint: str) -> nn.Module:
     """Give a freshly built dense model the widths, dtype and tensors of a state dict."""
-    _fit_widths(model, {key: tuple(value.shape) for key, value in state.items()})
+    fit_widths(model, {key: tuple(value.shape) for key, value in state.items()})
     problem = find_mismatch(model, state)
     if problem:
         raise VitpruneError(f"{complaint}: {problem}")
@@ -99,7 +99,7 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], complaint: str) -> nn.Mo
     return model
 
 
-def _fit_widths(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def fit_widths(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Replace the layers that own units of a freshly built dense model by ones of the stored shapes."""
     names = [part.linear for group in find_left(model) for part in group.owned]
     for attention, module in model.named_modules():

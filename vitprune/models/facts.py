@@ -53,6 +53,7 @@ class Facts:
         merge: how many tokens disappear in each block.
         image_size: height and width that the model is fed, where the dense model was made for another size.
         label_names: what the classes of the model are called, in order.
+        opened: how the dense model was loaded, as ``load`` leaves it on the model: name, checkpoint and what was said.
     """
 
     architecture: str | None = None
@@ -76,6 +77,7 @@ class Facts:
     merge: tuple[int, ...] | None = None
     image_size: tuple[int, int] | None = None
     label_names: tuple[str, ...] | None = None
+    opened: Mapping[str, Any] | None = None
 
     @property
     def speedup_ceiling(self) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,17 @@ def hash_weights(model: nn.Module) -> str:
         digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def how_opened(model: nn.Module) -> dict[str, Any] | None:
+    """Return what ``load`` was told of a model beside its name; None where there was nothing, or it was not loaded."""
+    opened = getattr(model, "opened", None) or {}
+    return dict(opened) if opened.keys() - {"model"} else None
+
+
+def said_beside(model: nn.Module) -> dict[str, Any]:
+    """Return what ``load`` was told of a model beside its name and checkpoint."""
+    return {key: value for key, value in (how_opened(model) or {}).items() if key not in ("model", "checkpoint")}
 
 
 def architecture(model: nn.Module) -> str:

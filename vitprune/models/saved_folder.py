@@ -6,18 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models._hub import save_for_hf
 from torch import nn
 
 from vitprune.errors import VitpruneError
 from vitprune.files import atomic_folder, open_tensors
 from vitprune.models.build import CONFIG_FILE, build, fill, restore, unrecorded
+from vitprune.models.checkpoint_file import read_checkpoint
 from vitprune.models.facts import Facts
+from vitprune.models.foreign_file import explain_file
 from vitprune.seen_images import seen_by
 
 WEIGHTS_FILE, PLAN_FILE = "model.safetensors", "plan.safetensors"
+_OTHER_WEIGHTS = ("pytorch_model.bin",)  # what timm wrote before
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".npz")
 # In the description of a model that images had a say in which its plan does not name.
 SEEN_KEY = "calibration_sha256"
 FOLDER_FILES = frozenset({WEIGHTS_FILE, CONFIG_FILE, PLAN_FILE})
@@ -62,13 +64,10 @@ def load_folder(folder: Path) -> nn.Module:
     Raises:
         VitpruneError: if the folder is no saved model, or its files do not fit each other.
     """
-    weights_path = folder / WEIGHTS_FILE
     config = read_config(folder)
-    model = restore(build(config), config)
-    try:
-        state = load_file(weights_path)
-    except SafetensorError as error:
-        raise VitpruneError(f"{weights_path}: not a safetensors file ({error})") from error
+    weights_path = _find_weights(folder)
+    state = dict(read_checkpoint(weights_path, what="").tensors)
+    model = restore(build(config, str(folder / CONFIG_FILE)), config)
     model = fill(model, state, f"{weights_path} does not fit its {CONFIG_FILE}")
     seen = _read_seen(folder)
     if seen:
@@ -100,10 +99,56 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         VitpruneError: if the folder is no saved model.
     """
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise VitpruneError(f"{folder} is no saved model: it has no {name}")
+    if not (folder / CONFIG_FILE).is_file():
+        weights = sorted(path.name for path in folder.glob("*") if path.suffix in _WEIGHTS)
+        hint = f"; pass a timm name as the model, and {folder / weights[0]} as `checkpoint`" if weights else ""
+        raise VitpruneError(f"{folder} is no saved model: it has no {CONFIG_FILE}{hint}")
+    _find_weights(folder)
     try:
-        return json.loads((folder / CONFIG_FILE).read_text())
-    except json.JSONDecodeError as error:
-        raise VitpruneError(f"{folder / CONFIG_FILE}: not a JSON file ({error})") from error
+        config = json.loads((folder / CONFIG_FILE).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        reason = explain_file(folder / CONFIG_FILE) or f"is no JSON ({error})"
+        raise VitpruneError(f"{folder / CONFIG_FILE}: not a JSON file: it {reason}") from error
+    if not isinstance(config, dict) or "architecture" not in config:
+        raise VitpruneError(
+            f"{folder} is no saved timm model: its {CONFIG_FILE} names no architecture"
+            f"{_describe_foreign(config)}; pass the timm name as the model, and its file of weights as `checkpoint`"
+        )
+    return _complete(config)
+
+
+def _find_weights(folder: Path) -> Path:
+    """Return the file of a folder's weights, as timm names it."""
+    names = (WEIGHTS_FILE, *_OTHER_WEIGHTS)
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise VitpruneError(f"{folder} is no saved model: it has no {WEIGHTS_FILE}{_describe_shards(folder)}")
+    return found
+
+
+def _describe_shards(folder: Path) -> str:
+    index = next(iter(sorted(folder.glob("*.index.json"))), None)
+    return f"; {index.name} {explain_file(index)}" if index is not None else ""
+
+
+def _describe_foreign(config: Any) -> str:
+    kinds = config.get("architectures") if isinstance(config, dict) else None
+    return f" (it is transformers' {', '.join(map(str, kinds))})" if isinstance(kinds, list) else ""
+
+
+def _complete(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a description in today's form: timm's first ones had the keys of ``pretrained_cfg`` at the top."""
+    if isinstance(config.get("pretrained_cfg"), dict):
+        return config
+    known = (
+        "input_size",
+        "interpolation",
+        "mean",
+        "std",
+        "crop_pct",
+        "crop_mode",
+        "first_conv",
+        "classifier",
+        "pool_size",
+    )
+    return {**config, "pretrained_cfg": {key: config[key] for key in known if key in config}}

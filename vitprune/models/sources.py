@@ -1,26 +1,66 @@
-"""Where dense models come from: a timm name with weights from the hub, or with a checkpoint of one's own."""
+"""Names of models: what timm and the hub call them, how else people spell that, and where the weights are."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
-import sys
-import zipfile
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from timm.models import get_arch_pretrained_cfgs, is_model, load_state_dict, model_entrypoint
-from torch import Tensor, nn
+from timm.models import get_arch_pretrained_cfgs, is_model
+from torch import nn
 
 from vitprune.errors import VitpruneError
-from vitprune.models.build import find_mismatch, name_few
 
+HUB, FOLDER = "hf-hub:", "local-dir:"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in timm's order
+_PAGE = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/+(?P<repository>[^/?#]+/[^/?#]+)(?:/.*|[?#].*)?$"
+)
+# What others call timm's models, piece by piece.
+_WORDS = (
+    (r"dinov2-with-registers-(\w+)", r"vit_\1_patch14_reg4_dinov2"),
+    (r"dinov2-(\w+)", r"vit_\1_patch14_dinov2"),
+    (r"vit-mae-(\w+)", r"vit_\1_patch16_224.mae"),
+    (r"dino-vit([sb])(\d+)", r"vit_\1_patch\2_224.dino"),
+    (r"clip-vit-(\w+)-patch(\d+)(?:-(\d+))?", r"vit_\1_patch\2_clip_\g<3>"),
+)
+
+
+def spell(name: str) -> str:
+    """Return a model as ``load`` knows it, of any spelling whose meaning is plain.
+
+    Args:
+        name: of a model: timm's, the hub's, the address of its page, or a folder.
+
+    >>> spell("timm/vit_tiny_patch16_224.augreg_in21k")
+    'hf-hub:timm/vit_tiny_patch16_224.augreg_in21k'
+    >>> spell("https://huggingface.co/timm/deit_tiny_patch16_224.fb_in1k/tree/main")
+    'hf-hub:timm/deit_tiny_patch16_224.fb_in1k'
+    >>> spell("local-dir:runs/mine")
+    'runs/mine'
+    """
+    if Path(name).exists():
+        return name
+    scheme, colon, rest = name.partition(":")
+    scheme = scheme.lower().replace("_", "-")
+    if colon and f"{scheme}:" in (HUB, "hf:", "huggingface:", "timm:") and not rest.startswith("//"):
+        rest = f"timm/{rest}" if scheme == "timm" and "/" not in rest else rest
+        page = _PAGE.match(rest)
+        return HUB + (page["repository"] if page else rest)
+    if colon and f"{scheme}:" == FOLDER:
+        return rest
+    if scheme == "hf" and rest.startswith("//"):
+        return HUB + rest.strip("/")
+    page = _PAGE.match(name)
+    repository = page["repository"] if page else name
+    if re.fullmatch(r"timm/[\w.@-]+", repository):
+        return HUB + repository
+    return name
 
 
 def check_name(name: str) -> None:
@@ -31,10 +71,15 @@ def check_name(name: str) -> None:
     """
     if Path(name).is_file() and not is_model(name.partition(".")[0]):
         raise VitpruneError(f"{name} is a file; pass a timm name as the model, and weights as `checkpoint`")
-    if any(separator in name for separator in "/\\") or name in (".", ".."):
-        raise VitpruneError(f"{name}: no such folder, and no timm model has this name")
+    page = _PAGE.match(name)
+    if page or re.fullmatch(r"[\w.-]+/[\w.@-]+", name):
+        _refuse_repository(name, page["repository"] if page else name)
+    if "://" in name:
+        raise VitpruneError(f"{name} is an address; download the file, and pass it as `checkpoint` beside a timm name")
+    if any(separator in name for separator in "/\\") or name in (".", "..", ""):
+        raise VitpruneError(f"{name or 'the model'}: no such folder, and no timm model has this name")
     if not is_model(name.partition(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        near = _find_near(name)
         hint = f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() names them all"
         raise VitpruneError(f"unknown model '{name}'{hint}")
     architecture_name, _, tag = name.partition(".")
@@ -43,8 +88,35 @@ def check_name(name: str) -> None:
         raise VitpruneError(f"{architecture_name} has no weights '{tag}'; timm knows {', '.join(tags) or 'none'}")
 
 
-def fetch(name: str) -> nn.Module:
+def _find_near(name: str) -> list[str]:
+    plain = name.lower().replace("-", "_")
+    if is_model(plain.partition(".")[0]):
+        return [plain]
+    return difflib.get_close_matches(plain, timm.list_models(), n=3, cutoff=0.5)
+
+
+def _refuse_repository(name: str, repository: str) -> None:
+    """Say what to type for a repository that may hold no timm model."""
+    owner, _, model = repository.partition("/")
+    translated = next(
+        (re.sub(pattern, timms, model.lower()) for pattern, timms in _WORDS if re.fullmatch(pattern, model.lower())),
+        model,
+    )
+    translated = translated.lower().replace("-", "_")
+    near = [translated] if is_model(translated.partition(".")[0]) else _find_near(model)[:1]
+    known = f"the timm name {near[0]} for timm's version of it, or " if near and owner != "timm" else ""
+    raise VitpruneError(
+        f"{name}: no such folder; type {known}{HUB}{repository} if that repository holds a timm model (its "
+        "config.json names an architecture)"
+    )
+
+
+def fetch(name: str, model_args: Mapping[str, Any] | None = None) -> nn.Module:
     """Build a timm model with its weights from the hub.
+
+    Args:
+        name: timm name, or ``hf-hub:OWNER/NAME``.
+        model_args: what timm is to create it with.
 
     Raises:
         VitpruneError: if they cannot be fetched.
@@ -55,15 +127,23 @@ def fetch(name: str) -> nn.Module:
     verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()
     try:
-        return timm.create_model(name, pretrained=True)
+        model = timm.create_model(name, pretrained=True, **(model_args or {}))
     except Exception as error:
         reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
+        if isinstance(error, KeyError | RuntimeError) and name.startswith(HUB):
+            raise VitpruneError(
+                f"{name}: that repository does not hold a timm model ({reason}); name the timm model, and pass its "
+                "file of weights as `checkpoint`"
+            ) from error
         raise VitpruneError(
             f"{name}: its weights could not be fetched from the hub ({reason}); "
             "get the file another way and pass it as `checkpoint`"
         ) from error
     finally:
         hub_logging.set_verbosity(verbosity)
+    if model_args:
+        model.model_args = dict(model_args)
+    return model
 
 
 def find_hub_weights(name: str) -> Path | None:
@@ -71,9 +151,10 @@ def find_hub_weights(name: str) -> Path | None:
 
     None where there is no such name, its weights were not fetched yet, or they do not come from the hub.
     """
+    name = spell(name)
     files: tuple[str, ...] = _HUB_FILES
-    if name.startswith("hf-hub:"):
-        location = name.removeprefix("hf-hub:")
+    if name.startswith(HUB):
+        location = name.removeprefix(HUB)
     else:
         known = is_model(name.partition(".")[0]) and ("." not in name or name in get_arch_pretrained_cfgs(name))
         cfg = timm.get_pretrained_cfg(name) if known else None
@@ -87,81 +168,3 @@ def find_hub_weights(name: str) -> Path | None:
     except HFValidationError:  # 'load' tells what is wrong with the name
         return None
     return next((Path(path) for path in found if isinstance(path, str)), None)
-
-
-def load_checkpoint(name: str, path: Path) -> nn.Module:
-    """Build a timm model with the weights of a file; classes and pooling follow the file.
-
-    Raises:
-        VitpruneError: if there is no such file, it is no plain state dict, or does not fit.
-    """
-    if not path.is_file():
-        raise VitpruneError(f"checkpoint {path}: no such file")
-    if path.suffix == ".npz":
-        return _load_npz(name, path)
-    state = _read_state_dict(path)
-    cfg = timm.get_pretrained_cfg(name)
-    model_args: dict[str, Any] = {}
-    classifier = cfg.classifier[0] if isinstance(cfg.classifier, tuple | list) else cfg.classifier
-    head = state.get(f"{classifier}.weight")
-    if head is not None and len(head) != cfg.num_classes:
-        model_args["num_classes"] = len(head)
-    model = timm.create_model(name, **model_args)
-    if "fc_norm.weight" in state and isinstance(getattr(model, "fc_norm", None), nn.Identity):
-        model_args["global_pool"] = "avg"  # MAE and others: norm after pooling the patches
-        model = timm.create_model(name, **model_args)
-    if find_mismatch(model, state):
-        filter_state = getattr(
-            sys.modules[model_entrypoint(name.partition(".")[0]).__module__], "checkpoint_filter_fn", None
-        )
-        state = filter_state(state, model) if filter_state else state
-    problem = find_mismatch(model, state)
-    if problem:
-        raise VitpruneError(f"checkpoint {path} does not fit {name}: {problem}")
-    model.load_state_dict(state)
-    model.model_args = model_args
-    return model
-
-
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    try:
-        # Training scripts store their argparse.Namespace beside the weights: plain data, so it may be read.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = load_state_dict(str(path), weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
-        raise VitpruneError(
-            f"checkpoint {path} is not a plain state dict that can be read without running its code ({reason}); "
-            "save it as .safetensors"
-        ) from error
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise VitpruneError(f"checkpoint {path} is not a plain state dict: name -> tensor")
-    return dict(state)
-
-
-def _load_npz(name: str, path: Path) -> nn.Module:
-    import numpy as np
-
-    try:
-        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as arrays:
-            head = next((arrays[key] for key in arrays.files if key.endswith("head/bias")), None)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise VitpruneError(f"checkpoint {path} is not a plain .npz of arrays ({error})") from error
-    if head is None:
-        raise VitpruneError(f"checkpoint {path} has no 'head/bias': not a google-research ViT with a classifier")
-    model_args = {"num_classes": len(head)}
-    model = timm.create_model(name, **model_args)
-    if not hasattr(model, "load_pretrained"):
-        raise VitpruneError(f"{name} cannot read .npz checkpoints: it is no google-research ViT")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(torch.nan)  # whatever the file leaves untouched stays visible
-    try:
-        model.load_pretrained(str(path))
-    except (KeyError, RuntimeError, ValueError, AssertionError) as error:
-        raise VitpruneError(f"checkpoint {path} does not fit {name}: {str(error).splitlines()[0]}") from error
-    missing = [key for key, parameter in model.named_parameters() if parameter.isnan().any()]
-    if missing:
-        raise VitpruneError(f"checkpoint {path} does not fit {name}: nothing in the file for {name_few(missing)}")
-    model.model_args = model_args
-    return model

@@ -21,7 +21,7 @@ from vitprune.images.coverage import warn_of_few_classes
 from vitprune.models.attention import HEADS, QK, VO
 from vitprune.models.elastic_file import Elastic, Ranking, Stop, groups_left
 from vitprune.models.facts import Facts
-from vitprune.models.identity import architecture, hash_weights
+from vitprune.models.identity import architecture, hash_weights, how_opened
 from vitprune.models.units import FFN, LAYERS, Group, find_groups, kind_of, take_units
 from vitprune.options import COMPENSATIONS as COMPENSATION_NAMES
 from vitprune.options import (
@@ -167,6 +167,7 @@ def make_elastic(
     facts = Facts(
         architecture=architecture(model),
         weights_sha256=hash_weights(model),
+        opened=how_opened(model),
         criterion=criterion,
         allocation=allocation,
         round_to=1,

@@ -19,7 +19,7 @@ from vitprune.images.coverage import warn_of_few_classes
 from vitprune.models.attention import split_attention
 from vitprune.models.block_calls import BlockCall
 from vitprune.models.facts import Asked, Facts
-from vitprune.models.identity import architecture, hash_weights
+from vitprune.models.identity import architecture, hash_weights, how_opened
 from vitprune.models.image_size import set_image_size
 from vitprune.models.macs import ffn_share, measure_sizes
 from vitprune.models.merging import describe_merging, set_merging, unmerged
@@ -295,6 +295,7 @@ def prune(
         facts,
         architecture=architecture(model),
         weights_sha256=hash_weights(model if dense is None else dense),
+        opened=how_opened(model if dense is None else dense),
         pruning_ratio_asked=pruning_ratio,
     )
     whole = replace(plan, facts=facts) if decided is None else decided.complete(plan, facts)
@@ -344,7 +345,7 @@ def prune_as_planned(
         turned = turn_attention(model, fitted, plan.parts, ridge=ridge, seed=seed)
         neurons = cut(turned, _before_neurons(plan), COMPENSATIONS[compensation].bridge, ridge=ridge)
     session = open_session(model, neurons, turned, batches, wanted=wanted, ridge=ridge, seed=seed, track=track)
-    plan = plan.with_facts(weights_sha256=hash_weights(dense), ridge=ridge)
+    plan = plan.with_facts(weights_sha256=hash_weights(dense), opened=how_opened(dense), ridge=ridge)
     return _carry_out(session, plan, mode=mode, compensation=compensation, dense=dense)
 
 
