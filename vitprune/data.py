@@ -340,7 +340,7 @@ def digest_images(hashes: Iterable[str]) -> str:
 
 def on_device(model: nn.Module, batches: Batches) -> Batches:
     """Move batches to a model's device, and their images to its dtype."""
-    parameter = next(model.parameters())
+    parameter = next(model.parameters(), torch.zeros(0))
     for images, labels in batches:
         yield images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
 

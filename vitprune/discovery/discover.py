@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from vitprune.answers import check_labels, check_one_class, of_classes
 from vitprune.data import Batches, on_device
 from vitprune.discovery.engine import PathBatch
 from vitprune.discovery.memory import count_rows
 from vitprune.discovery.methods import REGISTRY, plan_search
 from vitprune.discovery.search import Search
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.trunk import check_trunk, scope_slice
 from vitprune.models.units import frozen
@@ -86,6 +88,7 @@ class Part:
     score_sums: Mapping[str, Tensor]
 
 
+@entry
 def discover(
     model: nn.Module,
     batches: Batches,
@@ -155,6 +158,7 @@ def discover(
     return replace(combine(search, [] if part is None else [part]), seen=watched.seen)
 
 
+@entry
 def find_part(
     model: nn.Module,
     search: Search,
@@ -181,6 +185,8 @@ def find_part(
     parts: dict[str, list[Tensor]] = {name: [] for name in ("neurons", "scores", "errors", "labels", "predictions")}
     sums: dict[str, dict[int, Tensor]] = {ffn.name: {} for ffn in search.ffns}
     for batch_images, batch_labels in on_device(model, batches):
+        check_one_class(batch_labels, "a path")
+        check_labels(batch_labels, model.num_classes, "the path search")
         if pace is None:
             pace = set_pace(model, search, batch_images, memory_gib=memory_gib)
         start = 0
@@ -200,7 +206,7 @@ def find_part(
             parts["neurons"].append(paths.neurons_BLK.cpu())
             parts["scores"].append(paths.joint_scores_B.float().cpu())
             parts["labels"].append(labels.cpu())
-            parts["predictions"].append(paths.logits_BC.argmax(-1).cpu())
+            parts["predictions"].append(of_classes(paths.logits_BC).argmax(-1).cpu())
             if paths.completeness_errors_B is not None:
                 parts["errors"].append(paths.completeness_errors_B.float().cpu())
     if not parts["labels"]:

@@ -12,6 +12,7 @@ from torch import nn
 from vitprune.data import ImageBatches, ImageSet, hash_images
 from vitprune.discovery.discover import Discovery
 from vitprune.discovery.run import RUN_FILES
+from vitprune.entry import entry
 from vitprune.evaluation.curve import Curve, CurvePoint, find_largest_ratio, measure_curve
 from vitprune.figures.curve_figure import draw_curve
 from vitprune.figures.style import save_figure
@@ -48,6 +49,7 @@ class CurveRecord:
     request: Mapping[str, Any]
 
 
+@entry
 def record_curve(
     model: nn.Module,
     calibration: ImageBatches,

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from vitprune.data import Batches, ImageBatches, ImageChoice, ImageSet, digest_images, hash_images
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.accuracy import collect_answers
 from vitprune.evaluation.evaluation_folder import Evaluation, Judged, name_classes
@@ -77,6 +78,7 @@ def open_model(source: Source, *, device: str | None = None) -> nn.Module | Onnx
     return open_onnx(name)
 
 
+@entry
 def judge(
     source: Source,
     choice: ImageChoice,
@@ -147,6 +149,7 @@ def judge(
     return evaluation, images
 
 
+@entry
 def judge_network(
     model: nn.Module, images: ImageSet, *, name: str, reading: Reading | None = None, allow_overlap: bool = False
 ) -> Judged:

@@ -20,6 +20,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 
 from vitprune.data import Batches
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.export.graph import forget_shapes, read_graph
 from vitprune.export.graph_ffns import (
@@ -96,6 +97,7 @@ _INSTEAD = "export the pruned model's folder instead"
 _Weights = Mapping[int, tuple[np.ndarray, np.ndarray | None]]
 
 
+@entry
 def prune_onnx(
     source: str | Path,
     plan: Plan,

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitprune.answers import run
 from vitprune.data import Batches, on_device
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.units import Group
 from vitprune.views import block_of
@@ -65,6 +67,7 @@ class BlockCall:
         return model.get_submodule(self.name)(states.to(device), *self.args, **self.kwargs).to(states.device)
 
 
+@entry
 @torch.no_grad()
 def study_blocks(model: nn.Module, ffns: Sequence[Group], batches: Batches) -> dict[str, BlockCall]:
     """Find out how to run every block that holds an FFN, from the first image.
@@ -154,7 +157,7 @@ def _record_calls(model: nn.Module, blocks, images: Tensor) -> dict[str, tuple[t
     try:
         for name in blocks:
             handles.append(model.get_submodule(name).register_forward_hook(make_hook(name), with_kwargs=True))
-        model(images)
+        run(model, images)
     finally:
         for handle in handles:
             handle.remove()

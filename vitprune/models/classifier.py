@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 
 
+@entry
 def keep_classes(model: nn.Module, classes: Sequence[int], *, label_names: Sequence[str] | None = None) -> nn.Module:
     """Return a copy whose classifier answers only some of the classes.
 

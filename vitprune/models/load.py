@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.elastic_file import load_elastic
 from vitprune.models.merge_schedule import parse_schedule
@@ -15,6 +16,7 @@ from vitprune.models.saved_folder import load_folder
 from vitprune.models.sources import check_name, fetch, load_checkpoint
 
 
+@entry
 def load(
     model: str | Path,
     *,

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitprune.entry import entry
 from vitprune.models.trunk import plain_attention
 from vitprune.models.units import find_feed_forwards
 from vitprune.views import data_config
 
 
+@entry
 @torch.no_grad()
 def count_macs(model: nn.Module) -> int:
     """Count the multiply-accumulates of one image: linear layers, convolutions and attention's matrix products.
@@ -56,6 +58,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+@entry
 @torch.no_grad()
 def ffn_share(model: nn.Module) -> float:
     """Return the share of the model's multiply-accumulates spent in its FFNs, in (0, 1).

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from timm.models._hub import save_for_hf
 from torch import nn
 
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.files import atomic_folder, open_tensors
 from vitprune.models.build import CONFIG_FILE, build, fill, restore, unrecorded
@@ -23,6 +24,7 @@ SEEN_KEY = "calibration_sha256"
 FOLDER_FILES = frozenset({WEIGHTS_FILE, CONFIG_FILE, PLAN_FILE})
 
 
+@entry
 def save(model: nn.Module, folder: str | Path, *, plan: Any = None) -> None:
     """Write ``config.json`` and ``model.safetensors`` in timm's layout, and the plan beside them; all or nothing.
 

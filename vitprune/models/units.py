@@ -23,6 +23,7 @@ import torch
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.attention import HEADS, QK, VO, SplitAttention, check_attention, find_attention
 from vitprune.models.left_out import is_left_out
@@ -148,6 +149,7 @@ def module_of(group: str) -> str:
     return group.removesuffix(f".{kind_of(group)}")
 
 
+@entry
 def find_groups(model: nn.Module, kinds: Sequence[str] = (FFN,)) -> list[Group]:
     """Find the groups of units of some kinds, in block order.
 
@@ -172,6 +174,7 @@ def find_groups(model: nn.Module, kinds: Sequence[str] = (FFN,)) -> list[Group]:
     return [group for kind in kinds for group in _FIND[kind](model)]
 
 
+@entry
 def find_feed_forwards(model: nn.Module) -> list[Group]:
     """Find the FFNs of the Transformer blocks, in block order.
 

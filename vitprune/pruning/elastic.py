@@ -16,6 +16,7 @@ from vitprune.calibration.criteria import REGISTRY as CRITERIA
 from vitprune.calibration.criteria import check_needs
 from vitprune.data import Batches
 from vitprune.discovery.discover import Discovery
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.attention import HEADS, QK, VO
 from vitprune.models.elastic_file import Elastic, Ranking, Stop, groups_left
@@ -51,6 +52,7 @@ from vitprune.seen_images import watch
 DEFAULT_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 
+@entry
 def make_elastic(
     model: nn.Module,
     batches: Batches | None = None,

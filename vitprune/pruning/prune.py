@@ -14,6 +14,7 @@ from vitprune.calibration.criteria import check_needs
 from vitprune.calibration.statistics import Statistics
 from vitprune.data import Batches
 from vitprune.discovery.discover import Discovery
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.attention import split_attention
 from vitprune.models.block_calls import BlockCall
@@ -57,6 +58,7 @@ from vitprune.views import data_config, has_classifier
 _TAKE_OUT: Mapping[str, Callable[[nn.Module, Plan], nn.Module]] = {"remove": remove_neurons, "mask": mask_neurons}
 
 
+@entry
 def plan_pruning(
     model: nn.Module,
     scores: Mapping[str, Tensor],
@@ -96,6 +98,7 @@ def plan_pruning(
     return explain(model, plan_from_widths(scores, widths), target, pruning_ratio, facts)
 
 
+@entry
 def apply_plan(
     model: nn.Module,
     plan: Plan,
@@ -152,6 +155,7 @@ def apply_in(session: Session, plan: Plan, *, mode: str = "remove", compensation
     return remember(_TAKE_OUT[mode](compensated, plan), session.seen.sha256)
 
 
+@entry
 def prune(
     model: nn.Module,
     batches: Batches | None = None,
@@ -308,6 +312,7 @@ def open_session(
     return Session(neurons, batches, dense=unmerged(model), token_weights=weights, **needs)
 
 
+@entry
 def prune_as_planned(
     model: nn.Module,
     plan: Plan,

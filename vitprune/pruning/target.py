@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.macs import count_macs
 from vitprune.models.units import FFN, HEADS, QK, VO, Group, find_groups, hook_hidden
@@ -55,6 +56,7 @@ class Target:
         return Target(self.kind, max(limit, self.limit), self.fixed, self.costs)
 
 
+@entry
 def target_neurons(model: nn.Module, pruning_ratio: float) -> Target:
     """Ask for a share of all FFN neurons to be removed.
 
@@ -76,6 +78,7 @@ def target_neurons(model: nn.Module, pruning_ratio: float) -> Target:
     return Target("neurons", limit, 0.0, _linear(dict.fromkeys(groups, 1)))
 
 
+@entry
 def target_parameters(model: nn.Module, limit: float, *, kinds: Sequence[str] = (FFN,)) -> Target:
     """Ask for a number of parameters of the whole model.
 
@@ -102,6 +105,7 @@ def target_parameters(model: nn.Module, limit: float, *, kinds: Sequence[str] = 
     return _checked("parameters", limit, total, {group: parameters_per_unit(model, group) for group in groups})
 
 
+@entry
 def target_macs(model: nn.Module, limit: float, *, total: int | None = None, kinds: Sequence[str] = (FFN,)) -> Target:
     """Ask for a number of multiply-accumulates of one image.
 
@@ -178,6 +182,7 @@ def count_tokens(model: nn.Module, groups: Sequence[Group]) -> dict[str, int]:
     return tokens
 
 
+@entry
 def target_latency(
     model: nn.Module, limit: float, *, total: float, tables: Mapping[str, Sequence[tuple[int, float]]]
 ) -> Target:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.card import name_processor
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.export.onnx_file import export_onnx
 from vitprune.export.profile import count_graph_macs, make_session_runner
@@ -97,6 +98,7 @@ class Setting:
     device: str = "cpu"
 
 
+@entry
 def bench(
     models: Mapping[str, nn.Module | str | Path],
     *,
