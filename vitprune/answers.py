@@ -128,7 +128,7 @@ def has_several(labels: Tensor) -> bool:
     return labels.ndim == 2
 
 
-def check_labels(labels: Tensor, num_outputs: int, what: str) -> None:
+def check_label_range(labels: Tensor, num_outputs: int, what: str) -> None:
     """Refuse labels that are missing or none of the model's classes.
 
     Args:
@@ -169,9 +169,9 @@ def loss_of(logits_BC: Tensor, labels: Tensor, what: str) -> Tensor:
     """Return the summed cross-entropy with the labels given; over all outputs where an image may have several classes.
 
     Raises:
-        VitpruneError: as ``check_labels`` does.
+        VitpruneError: as ``check_label_range`` does.
     """
-    check_labels(labels, logits_BC.shape[1], what)
+    check_label_range(labels, logits_BC.shape[1], what)
     if has_several(labels):
         return nn.functional.binary_cross_entropy_with_logits(logits_BC, labels.to(logits_BC.dtype), reduction="sum")
     return nn.functional.cross_entropy(of_classes(logits_BC), labels, reduction="sum")

@@ -72,7 +72,9 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     config = getattr(model, "pretrained_cfg", None) or {}
     size = tuple(config.get("input_size", _SIZE_UNKNOWN))
     built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return size if built_for is None else (size[0], *built_for)
+    projection = getattr(getattr(model, "patch_embed", None), "proj", None)
+    channels = projection.in_channels if isinstance(projection, nn.Conv2d) else size[0]
+    return (channels, *(size[1:] if built_for is None else built_for))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from vitprune.answers import check_labels, check_one_class, of_classes
+from vitprune.answers import check_label_range, check_one_class, of_classes
 from vitprune.data import Batches, on_device
 from vitprune.discovery.engine import PathBatch
 from vitprune.discovery.memory import count_rows
@@ -186,7 +186,7 @@ def find_part(
     sums: dict[str, dict[int, Tensor]] = {ffn.name: {} for ffn in search.ffns}
     for batch_images, batch_labels in on_device(model, batches):
         check_one_class(batch_labels, "a path")
-        check_labels(batch_labels, model.num_classes, "the path search")
+        check_label_range(batch_labels, model.num_classes, "the path search")
         if pace is None:
             pace = set_pace(model, search, batch_images, memory_gib=memory_gib)
         start = 0

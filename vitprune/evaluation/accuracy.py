@@ -11,7 +11,7 @@ from scipy.optimize import brentq
 from scipy.stats import binomtest, norm
 from torch import Tensor, nn
 
-from vitprune.answers import ask, check_labels, check_one_class, give_shares, has_several, of_classes
+from vitprune.answers import ask, check_label_range, check_one_class, give_shares, has_several, of_classes
 from vitprune.data import Batches, on_device
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
@@ -182,7 +182,7 @@ def _collect(model: Callable[[Tensor], Tensor], batches: Batches, allow_overlap:
     are_shares = True
     for images, labels in on_device(model, unseen) if isinstance(model, nn.Module) else unseen:
         logits, labels = ask(model, images).cpu(), labels.cpu()
-        check_labels(labels, logits.shape[1], "accuracy")
+        check_label_range(labels, logits.shape[1], "accuracy")
         if has_several(labels):
             parts.append((logits, labels))
             continue

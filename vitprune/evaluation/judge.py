@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,14 @@ class Source:
         checkpoint: weights for a timm name.
         ratio: of an elastic file.
         merge: which tokens merge, as ``parse_schedule`` reads it; None: as the model has it.
+        transform: what images of an ONNX file need, as ``open_onnx`` takes it; None: as the file says.
     """
 
     name: str
     checkpoint: str | None = None
     ratio: float | None = None
     merge: str | None = None
+    transform: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def open_model(source: Source, *, device: str | None = None) -> nn.Module | Onnx
         raise VitpruneError(f"{name} holds its own weights; leave `checkpoint` out")
     if device not in (None, "cpu"):
         raise VitpruneError(f"{name} runs on ONNX Runtime's CPU provider, not on '{device}'")
-    return open_onnx(name)
+    return open_onnx(name, transform=source.transform)
 
 
 @entry

@@ -34,7 +34,7 @@ from vitprune.export.graph_ffns import (
 )
 from vitprune.export.graph_statistics import measure_graph_statistics, open_runner
 from vitprune.export.onnx_file import PARITY_ATOL, PARITY_RTOL, describe_plan, save_graph
-from vitprune.export.runtime import METADATA_KEY
+from vitprune.export.runtime import FLOATS, METADATA_KEY, has_channels_last, refuse_input_type
 from vitprune.files import atomic_siblings
 from vitprune.models.attention import HEADS, QK, VO
 from vitprune.models.merging import describe_merging
@@ -280,7 +280,11 @@ def _input_shape(model: ir.Model, donor: nn.Module | None, source: Path) -> tupl
         raise VitpruneError(
             f"{source}: expected one input of images [B, channels, height, width], found {len(fed)} inputs"
         )
+    if fed[0].dtype is not None and fed[0].dtype not in FLOATS:
+        refuse_input_type(source, fed[0].name, fed[0].dtype.name.lower())
     known = [size if isinstance(size, int) else None for size in fed[0].shape[1:]]
+    if has_channels_last(known):
+        known = [known[2], *known[:2]]
     for said in ((_own_facts(model) or {}).get("data_config"), None if donor is None else data_config(donor)):
         if said is not None:
             pairs = list(zip(known, said["input_size"], strict=True))
