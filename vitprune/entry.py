@@ -102,10 +102,13 @@ def check_finite_weights(model: nn.Module, source: str = "") -> None:
     Traceback (most recent call last):
     vitprune.errors.VitpruneError: weights: bias holds NaN or infinity in 1 of 1 numbers; take another checkpoint
     """
+    buffers = {name for name, _buffer in model.named_buffers(remove_duplicate=False)}
     for key, value in model.state_dict().items():
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.is_meta:
             continue
-        wrong = ~torch.isfinite(value)
+        # Buffers may hold the infinite bounds of a mask or of a clip.
+        may_be_infinite = key in buffers and not key.endswith(("running_mean", "running_var"))
+        wrong = torch.isnan(value) if may_be_infinite else ~torch.isfinite(value)
         if bool(wrong.any()):
             raise VitpruneError(
                 f"{source or 'weights'}: {key} holds NaN or infinity in {int(wrong.sum())} of {value.numel()} numbers; "

@@ -72,8 +72,8 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     config = getattr(model, "pretrained_cfg", None) or {}
     size = tuple(config.get("input_size", _SIZE_UNKNOWN))
     built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    projection = getattr(getattr(model, "patch_embed", None), "proj", None)
-    channels = projection.in_channels if isinstance(projection, nn.Conv2d) else size[0]
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    channels = size[0] if first is None else first.in_channels
     return (channels, *(size[1:] if built_for is None else built_for))
 
 

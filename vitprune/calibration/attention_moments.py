@@ -120,7 +120,7 @@ def measure_query_key_losses(
         gradients = torch.autograd.grad(logits, list(seen.values()), grad_outputs=directions)
         for group, gradient in zip(groups, gradients, strict=True):
             along = at_least_float32(seen[group.name].detach()) * at_least_float32(gradient)
-            along_Bq = along.unflatten(-1, (-1, group.num_units)).sum((1, 2))
+            along_Bq = along.reshape(len(images), -1, group.num_units).sum(1)
             tails_Bq = along_Bq.double().flip(1).cumsum(1).flip(1)
             sums[group.module] = sums.get(group.module, 0.0) + tails_Bq.square().sum(0)
         num_images += len(images)

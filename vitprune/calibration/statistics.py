@@ -132,12 +132,12 @@ def _add_gradients(sums, outputs, logits, labels, wanted, generator) -> None:
         directions = draw_directions(logits, generator, several=has_several(labels))
         gradients = torch.autograd.grad(logits, points, grad_outputs=directions, retain_graph=TAYLOR in wanted)
         for name, gradient in zip(outputs, gradients, strict=True):
-            sums[name].add_sampled(gradient)
+            sums[name].add_sampled(gradient, len(logits))
     if TAYLOR in wanted:
         with torch.enable_grad():
             loss = loss_of(logits, labels, "criterion taylor")
         for name, gradient in zip(outputs, torch.autograd.grad(loss, points), strict=True):
-            sums[name].add_taylor(gradient)
+            sums[name].add_taylor(gradient, len(logits))
 
 
 class _Sums:
@@ -167,21 +167,24 @@ class _Sums:
         if MOMENTS in self.wanted:
             self.moments.add(rows_NH)
 
-    def _slopes(self, gradient: Tensor) -> Tensor:
-        """Return the derivative of each image's loss along each neuron [B, H], tokens summed."""
-        slopes = self.hidden * (at_least_float32(gradient) @ self.weight_DH.to(self.hidden.dtype))
-        return slopes.flatten(1, -2).sum(1)
+    def _slopes(self, gradient: Tensor, num_images: int) -> Tensor:
+        """Return the derivative of each image's loss along each neuron [B, H], tokens summed.
 
-    def add_sampled(self, gradient: Tensor) -> None:
+        Some FFNs run on parts of an image one by one, which then stand in the first dimension beside each other.
+        """
+        slopes = self.hidden * (at_least_float32(gradient) @ self.weight_DH.to(self.hidden.dtype))
+        return slopes.reshape(num_images, -1, slopes.shape[-1]).sum(1)
+
+    def add_sampled(self, gradient: Tensor, num_images: int) -> None:
         if FISHER in self.wanted:
-            self._add("fisher_H", self._slopes(gradient).square().sum(0))
+            self._add("fisher_H", self._slopes(gradient, num_images).square().sum(0))
         if GRADIENTS in self.wanted:
             rows_ND = at_least_float32(gradient).reshape(-1, gradient.shape[-1])
             self._add("gradient_DD", rows_ND.T @ rows_ND)
-            self._add("energy_N", rows_ND.square().sum(1).view(len(gradient), -1).sum(0))
+            self._add("energy_N", rows_ND.square().sum(1).view(num_images, -1).sum(0))
 
-    def add_taylor(self, gradient: Tensor) -> None:
-        self._add("taylor_H", self._slopes(gradient).abs().sum(0))
+    def add_taylor(self, gradient: Tensor, num_images: int) -> None:
+        self._add("taylor_H", self._slopes(gradient, num_images).abs().sum(0))
 
     def finish(self, num_images: int) -> Statistics:
         sums, count = self.sums, self.num_tokens

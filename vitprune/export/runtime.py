@@ -118,11 +118,11 @@ class OnnxModel:
         return answer.shape[1]
 
 
-def read_input(session: onnxruntime.InferenceSession, source: str | Path) -> ImageInput:
-    """Return how a file takes its images.
+def find_input(session: onnxruntime.InferenceSession, source: str | Path) -> onnxruntime.NodeArg:
+    """Return a file's only input, which is of floating-point numbers.
 
     Raises:
-        VitpruneError: if it has not one input of floating-point images.
+        VitpruneError: if it has several, or one of another type.
     """
     inputs = session.get_inputs()
     if len(inputs) != 1:
@@ -134,6 +134,16 @@ def read_input(session: onnxruntime.InferenceSession, source: str | Path) -> Ima
     (image,) = inputs
     if image.type not in _DTYPES:
         refuse_input_type(source, image.name, image.type.removeprefix("tensor(").removesuffix(")"))
+    return image
+
+
+def read_input(session: onnxruntime.InferenceSession, source: str | Path) -> ImageInput:
+    """Return how a file takes its images.
+
+    Raises:
+        VitpruneError: if it has not one input of floating-point images.
+    """
+    image = find_input(session, source)
     if len(image.shape) != 4:
         raise VitpruneError(
             f"{source}: its input '{image.name}' is {image.shape}, not images [batch, channels, height, width]; export "
@@ -234,9 +244,9 @@ def open_onnx(
     session = open_session(path, num_threads=num_threads, backend=backend)
     check_finite_initializers(path)
     facts = read_facts(session)
-    image = read_input(session, path)
+    find_input(session, path)
     if transform is not None:
-        facts["data_config"] = _complete(transform, facts.get("data_config"), image, path)
+        facts["data_config"] = _complete(transform, facts.get("data_config"), read_input(session, path), path)
     if "data_config" not in facts:
         raise VitpruneError(
             f"{path}: does not say which transform its images need; pass `transform`, or export it anew"

@@ -191,7 +191,7 @@ def fit_plan(model: nn.Module, plan: Plan) -> list[Group]:
 
 
 def _span(names: Sequence[str]) -> str:
-    what = "FFNs" if all(name.endswith(".mlp") for name in names) else "groups"
+    what = "FFNs" if all(kind_of(name) == FFN for name in names) else "groups"
     return f"{len(names)} {what} ({names[0]} .. {names[-1]})" if names else "no FFNs"
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.macs import count_macs
-from vitprune.models.units import FFN, HEADS, QK, VO, Group, find_groups, hook_hidden
+from vitprune.models.units import FFN, HEADS, QK, VO, Group, find_groups, hook_hidden, kind_of
 from vitprune.options import TARGETS
 from vitprune.views import block_of, data_config
 
@@ -230,7 +230,7 @@ def _check(target: Target) -> Target:
     if target.limit > target.dense:
         raise VitpruneError(f"target of {target.limit:g} {what}: the model has {target.dense:.6g} already")
     if target.limit < smallest:
-        least = "neuron in each FFN" if all(name.endswith(".mlp") for name in target.costs) else "unit in each group"
+        least = "neuron in each FFN" if all(kind_of(name) == FFN for name in target.costs) else "unit in each group"
         raise VitpruneError(
             f"target of {target.limit:g} {what}: with one {least} the model still has {smallest:.6g}; ask for more"
         )
