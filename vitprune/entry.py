@@ -81,7 +81,7 @@ def entry(verb: Verb | None = None, *, any_module: bool = False) -> Verb:
                 check_finite_weights(result, next((str(v) for v in args[:1] if isinstance(v, str | Path)), ""))
             return result
 
-    called.__signature__ = _shown(signature) if takes_progress else signature
+    called.__signature__ = _shown(signature, progress=takes_progress)
     called.is_entry = True
     return called
 
@@ -137,13 +137,16 @@ def _rename(verb: str, signature: inspect.Signature, given_names: dict[str, Any]
         for asked, known in ((new, old), (old, new)):
             if asked in result and asked not in signature.parameters and known in signature.parameters:
                 if known in result:
-                    raise VitpruneError(f"{verb}: `{new}` and {old} are one parameter; give it once")
+                    raise VitpruneError(f"{verb}: {new} and {old} are one parameter; give it once")
                 result[known] = result.pop(asked)
     return result
 
 
-def _shown(signature: inspect.Signature) -> inspect.Signature:
+def _shown(signature: inspect.Signature, *, progress: bool) -> inspect.Signature:
+    """Return a signature with what the door adds to it."""
     parameters = list(signature.parameters.values())
+    if not progress:
+        return signature
     place = next((i for i, each in enumerate(parameters) if each.kind is each.VAR_KEYWORD), len(parameters))
     parameters.insert(place, inspect.Parameter("progress", inspect.Parameter.KEYWORD_ONLY, default=False))
     return signature.replace(parameters=parameters)

@@ -20,6 +20,7 @@ from vitprune.errors import VitpruneError
 from vitprune.models.trunk import check_trunk, scope_slice
 from vitprune.models.units import frozen
 from vitprune.seen_images import SeenImages, watch
+from vitprune.table import align
 
 # On a CPU, more rows (images x nodes) than these in the prefix and in the suffix only leave its caches.
 CPU_PREFIX_ROWS, CPU_SUFFIX_ROWS = 64, 32
@@ -63,6 +64,23 @@ class Discovery:
     quantity: str = "probability"
     precision: str = "float32"
     seen: SeenImages = field(default_factory=SeenImages)
+
+    def __str__(self) -> str:
+        rows = []
+        for index in self.classes:
+            of_class = self.labels == index
+            right = (self.predictions[of_class] == index).sum()
+            rows.append(
+                (str(index), str(int(of_class.sum())), str(int(right)), f"{self.joint_scores[of_class].mean():.3f}")
+            )
+        images, ffns, top_k = self.neurons.shape
+        return (
+            f"{self.method}: paths of {images} images through {ffns} FFNs, {top_k} neurons each (tokens {self.tokens})"
+            "\n" + align(("class", "images", "correct", "mean joint score"), rows)
+        )
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 @dataclass(frozen=True)

@@ -57,12 +57,12 @@ class Target:
 
 
 @entry
-def target_neurons(model: nn.Module, pruning_ratio: float) -> Target:
+def target_neurons(model: nn.Module, ratio: float) -> Target:
     """Ask for a share of all FFN neurons to be removed.
 
     Args:
         model: timm Vision Transformer.
-        pruning_ratio: in [0, 1).
+        ratio: in [0, 1).
 
     Raises:
         VitpruneError: if the ratio is out of range.
@@ -71,10 +71,10 @@ def target_neurons(model: nn.Module, pruning_ratio: float) -> Target:
     >>> target_neurons(timm.create_model("vit_tiny_patch16_224", depth=2), 0.5).limit
     768.0
     """
-    if not 0 <= pruning_ratio < 1:
-        raise VitpruneError(f"pruning_ratio must be in [0, 1), got {pruning_ratio}")
+    if not 0 <= ratio < 1:
+        raise VitpruneError(f"pruning_ratio must be in [0, 1), got {ratio}")
     groups = find_groups(model)
-    limit = sum(group.num_units for group in groups) * (1 - pruning_ratio)
+    limit = sum(group.num_units for group in groups) * (1 - ratio)
     return Target("neurons", limit, 0.0, _linear(dict.fromkeys(groups, 1)))
 
 
