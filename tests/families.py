@@ -1,7 +1,7 @@
 """Stock timm models, random weights: what vitprune can do with each.
 
 ``python tests/families.py`` prints the table of docs/families.md.
-Every entry is built whole at its own width and depth; only the image size is reduced where the stock one is large.
+Only the image size is reduced where the stock one is large, and width and depth where a family says so.
 """
 
 from __future__ import annotations
@@ -35,7 +35,41 @@ FAMILIES = {
     "convnextv2_atto": {},
     "convnext_atto": {},
     "resnet18": {},
+    # Of other shapes than a trunk of equal blocks: narrow and shallow here, counted as they are.
+    "twins_svt_small": {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 64), "num_heads": (1, 2, 2, 4)},
+    "twins_pcpvt_small": {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 64), "num_heads": (1, 2, 2, 4)},
+    "davit_tiny": {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 64), "num_heads": (1, 2, 2, 4)},
+    "crossvit_tiny_240": {"embed_dim": (16, 24), "depth": ((1, 1, 0),), "num_heads": (2, 2)},
+    "pit_ti_224": {"base_dims": (8, 8, 8), "depth": (1, 1, 1), "heads": (1, 2, 4)},
+    "coat_lite_tiny": {"embed_dims": (64, 64, 64, 64), "serial_depths": (1, 1, 1, 1)},
+    "hiera_tiny_224": {"embed_dim": 16, "stages": (1, 1, 1, 1)},
+    "hieradet_small": {"embed_dim": 16, "stages": (1, 1, 1, 1)},
+    "edgenext_xx_small": {"dims": (16, 24, 32, 48), "depths": (2, 2, 2, 2)},
+    "convit_tiny": {},
+    "swinv2_cr_tiny_224": {"depths": (1, 1, 1, 1), "embed_dim": 16, "num_heads": (1, 2, 2, 4)},
+    "tiny_vit_5m_224": {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 64), "num_heads": (1, 2, 2, 4)},
+    "tnt_s_patch16_224": {"depth": 1, "embed_dim": 32, "num_heads_outer": 2, "inner_dim": 8, "num_heads_inner": 2},
+    "vit_relpos_small_patch16_224": {"depth": 1, "embed_dim": 24, "num_heads": 2},
+    "naflexvit_base_patch16_gap": {"depth": 1, "embed_dim": 24, "num_heads": 2},
+    "mobilevit_xxs": {},
+    "maxvit_pico_rw_256": {"img_size": 64},
+    "volo_d1_224": {},
+    "nest_tiny": {},
+    "gcvit_xxtiny": {},
+    "mvitv2_tiny": {},
+    "caformer_s18": {},
+    "efficientformer_l1": {},
+    "coat_tiny": {},
+    "pvt_v2_b0": {},
+    "levit_128s": {},
+    "fastvit_sa12": {},
+    "efficientformerv2_s0": {},
+    "coatnet_nano_cc_224": {},
+    "mobilevitv2_050": {},
+    "nextvit_small": {},
 }
+# Of these, more than the size of the images.
+NARROW = {name for name, changed in FAMILIES.items() if set(changed) - {"img_size"}}
 
 
 @lru_cache(maxsize=1)
@@ -43,6 +77,12 @@ def build(name: str):
     """Build a model, which whoever uses it leaves as it was: the next who asks for the same one gets it too."""
     torch.manual_seed(0)
     return timm.create_model(name, **FAMILIES[name]).eval()
+
+
+def count_stock(name: str) -> int:
+    """Return how many FFNs the model has as timm builds it; no weights are made."""
+    with torch.device("meta"):
+        return len(vitprune.find_feed_forwards(timm.create_model(name)))
 
 
 def example(model, count: int = 2):
@@ -72,7 +112,7 @@ def row(name: str) -> str:
     if pruning == "yes":
         ffns = vitprune.find_feed_forwards(model)
         kinds = {type(model.get_submodule(ffn.name)).__name__ for ffn in ffns}
-        pruning = f"yes ({len(ffns)} x {', '.join(sorted(kinds))})"
+        pruning = f"yes ({count_stock(name)} x {', '.join(sorted(kinds))})"
         paths = try_verb(lambda: check_trunk(model, ffns, example(model, 1)))
     else:
         paths = "no"

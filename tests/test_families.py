@@ -14,7 +14,24 @@ from timm.layers import GluMlp, Mlp, SwiGLU, SwiGLUPacked
 import vitprune
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
-REFUSED = ("eva02_base_patch14_224", "convnextv2_atto", "convnext_atto", "resnet18")
+# Name -> what the message says.
+REFUSED = {
+    "eva02_base_patch14_224": "normalises its hidden",
+    "convnextv2_atto": "no supported FFN",
+    "convnext_atto": "no supported FFN",
+    "resnet18": "no supported FFN",
+    "coat_tiny": "one FFN that runs twice",
+    "pvt_v2_b0": "has convolutions",
+    "levit_128s": "LevitMlp is not supported",
+    "fastvit_sa12": "has convolutions",
+    "efficientformerv2_s0": "has convolutions",
+    "coatnet_nano_cc_224": "has convolutions",
+    "mobilevitv2_050": "has convolutions",
+    "nextvit_small": "has convolutions",
+}
+
+IN_PARTS = ("twins_svt_small", "davit_tiny", "tnt_s_patch16_224", "hiera_tiny_224", "coat_lite_tiny", "mobilevit_xxs")
+HIERARCHICAL = ("twins_svt_small", "davit_tiny", "hiera_tiny_224", "crossvit_tiny_240", "edgenext_xx_small")
 
 
 def hook_mask(model, plan, images):
@@ -39,7 +56,7 @@ of_every_family = pytest.mark.parametrize("name", FAMILIES, scope="module")
 def test_masking_equals_removal_on_stock_models_or_they_are_refused(name):
     model = build(name)
     if name in REFUSED:
-        with pytest.raises(vitprune.VitpruneError, match="normalises its hidden|no supported FFN"):
+        with pytest.raises(vitprune.VitpruneError, match=REFUSED[name]):
             vitprune.find_feed_forwards(model)
         return
     images, plan = example(model), half_plan(model)
@@ -49,6 +66,48 @@ def test_masking_equals_removal_on_stock_models_or_they_are_refused(name):
     with vitprune.masked(model, plan):
         torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-6)
     assert {ffn.name: ffn.num_neurons for ffn in vitprune.find_feed_forwards(removed)} == plan.widths
+
+
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_images_of_one_batch_are_told_apart_whatever_stands_in_the_first_dimension(name):
+    """Two images together give the mean of what each gives alone: squares are taken of an image as a whole."""
+    model = build(name)
+    images, labels = example(model), torch.tensor([0, 1])
+    ffns = vitprune.find_feed_forwards(model)
+    together, *alone = (
+        vitprune.measure_statistics(model, ffns, [(images[part], labels[part])], {"taylor"})
+        for part in (slice(0, 2), slice(0, 1), slice(1, 2))
+    )
+    for ffn in ffns:
+        mean = sum(each[ffn.name].taylor_H for each in alone) / 2
+        torch.testing.assert_close(together[ffn.name].taylor_H, mean, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", HIERARCHICAL)
+def test_other_families_are_pruned_and_loaded_again(name, tmp_path):
+    model = build(name)
+    model.model_args = FAMILIES[name]
+    images = example(model)
+    pruned, plan = vitprune.prune(model, [(images, torch.tensor([0, 1]))], ratio=0.5, compensate="ridge", step=1)
+    assert plan.pruning_ratio >= 0.5
+    assert vitprune.count_macs(pruned) < vitprune.count_macs(model)
+    vitprune.save(pruned, tmp_path / "pruned", plan=plan)
+    with torch.inference_mode():
+        assert torch.equal(vitprune.load(tmp_path / "pruned")(images), pruned(images))
+
+
+@pytest.mark.parametrize("name", ["twins_svt_small", "hiera_tiny_224", "crossvit_tiny_240"])
+def test_other_families_take_the_default_compensation(name):
+    model = build(name)
+    _pruned, plan = vitprune.prune(model, [(example(model), torch.tensor([0, 1]))], ratio=0.5, step=1)
+    assert plan.pruning_ratio >= 0.5
+
+
+@pytest.mark.parametrize("name", ["davit_tiny", "tnt_s_patch16_224", "edgenext_xx_small"])
+def test_blocks_that_cannot_be_run_one_at_a_time_name_another_compensation(name):
+    model = build(name)
+    with pytest.raises(vitprune.VitpruneError, match="compensate with ridge"):
+        vitprune.prune(model, [(example(model), torch.tensor([0, 1]))], ratio=0.5, step=1)
 
 
 @torch.inference_mode()

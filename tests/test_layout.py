@@ -20,8 +20,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "vitprune"
 # Lower rows import nothing from higher ones.
 LAYERS = (
     ("errors", "progress", "table"),
-    ("options", "processes", "intervals"),
-    ("files", "timing", "views"),
+    ("options", "processes", "intervals", "wrappers", "batches"),
+    ("files", "timing", "views", "answers", "entry"),
     ("card", "images"),
     ("data",),
     ("seen_images",),

@@ -39,7 +39,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 def on_device(model: nn.Module, batches: Batches) -> Batches:
     """Move batches to a model's device, and their images to its dtype."""
-    parameter = next(model.parameters())
+    parameter = next(model.parameters(), torch.zeros(0))
     for images, labels in batches:
         yield images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
 

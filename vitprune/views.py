@@ -7,6 +7,8 @@ from typing import Any
 import timm.data
 from torch import nn
 
+from vitprune.wrappers import check_unwrapped, unwrap
+
 
 def data_config(model: Any) -> dict[str, Any]:
     """Return the transform that a model's images need, as timm describes it; JSON values.
@@ -16,6 +18,8 @@ def data_config(model: Any) -> dict[str, Any]:
     """
     if not isinstance(model, nn.Module):
         return dict(model.data_config)
+    model = unwrap(model)
+    check_unwrapped(model)
     config = timm.data.resolve_model_data_config(model)
     # A model built for another image size than its pretrained configuration says so only in its patch embedding.
     built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)

@@ -18,6 +18,7 @@ from vitprune.analysis.wordnet import find_nouns, is_wnid
 from vitprune.data import ImageBatches, ImageSet, hash_images
 from vitprune.discovery.discover import Discovery
 from vitprune.discovery.run import Run, load_run
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.files import open_resumable
 from vitprune.models.identity import architecture, hash_weights
@@ -28,6 +29,7 @@ from vitprune.views import data_config
 Note = Callable[[str], None]
 
 
+@entry
 def analyze(
     model: nn.Module,
     runs: Mapping[str, Run],

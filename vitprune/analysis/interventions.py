@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vitprune.answers import ask, of_classes
 from vitprune.data import Batches, on_device
 from vitprune.errors import VitpruneError
 from vitprune.intervals import Interval, mean_interval
@@ -88,7 +89,7 @@ def measure_intervention(
         return h_BNH
 
     with hook_hidden(model, ffns, scale):
-        return model(images).softmax(-1)
+        return of_classes(ask(model, images)).softmax(-1)
 
 
 @torch.no_grad()
@@ -102,7 +103,9 @@ def measure_reactions(model: nn.Module, batches: Batches) -> Reactions:
     Raises:
         VitpruneError: if there are no images.
     """
-    return _join(_reactions(model(images).softmax(-1), labels) for images, labels in on_device(model, batches))
+    return _join(
+        _reactions(of_classes(ask(model, images)).softmax(-1), labels) for images, labels in on_device(model, batches)
+    )
 
 
 def measure_interventions(

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vitprune.answers import run
 from vitprune.data import Batches, on_device
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.trunk import resolve_scope, scope_slice
 from vitprune.models.units import FeedForward, find_feed_forwards, hook_hidden
@@ -30,6 +32,7 @@ class TopImages:
     activations: Tensor
 
 
+@entry
 @torch.no_grad()
 def find_top_images(
     model: nn.Module,
@@ -83,7 +86,7 @@ def find_top_images(
 
     with hook_hidden(model, watched, keep_best):
         for images, _labels in on_device(model, batches):
-            model(images)
+            run(model, images)
             count += len(images)
     if count == 0:
         raise VitpruneError("no images to look at")

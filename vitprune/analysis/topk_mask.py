@@ -12,6 +12,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from vitprune.answers import ask, of_classes
 from vitprune.data import Batches, on_device
 from vitprune.discovery.discover import Discovery, check_class_scores
 from vitprune.errors import VitpruneError
@@ -130,7 +131,7 @@ def _measure(model, batches, found: Discovery, factors, scope: slice) -> tuple[f
             return h_BNH
 
         with hook_hidden(model, ffns, mask):
-            probabilities_BC = model(images).float().softmax(-1)
+            probabilities_BC = of_classes(ask(model, images)).float().softmax(-1)
         probability += float(probabilities_BC.gather(1, labels.unsqueeze(1)).sum())
         right += int((probabilities_BC.argmax(1) == labels).sum())
         count += len(labels)

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vitprune.answers import ask, has_several
 from vitprune.calibration.statistics import at_least_float32, draw_directions
 from vitprune.data import Batches, on_device
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.attention import QK
 from vitprune.models.units import capture, find_groups
@@ -72,6 +74,7 @@ class QueryKeySums:
         return {name: QueryKeyMoments(mean[f"{name}.q"], mean[f"{name}.k"]) for name in names}
 
 
+@entry
 def measure_query_key_losses(
     model: nn.Module, names: Sequence[str], batches: Batches, *, seed: int = 0
 ) -> dict[str, Tensor]:
@@ -110,13 +113,14 @@ def measure_query_key_losses(
     sums: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
     num_images = 0
-    for images, _labels in on_device(model, batches):
+    for images, labels in on_device(model, batches):
         with capture(model, groups, outputs=True) as seen:
-            logits = model(images)
-        gradients = torch.autograd.grad(logits, list(seen.values()), grad_outputs=draw_directions(logits, generator))
+            logits = ask(model, images)
+        directions = draw_directions(logits, generator, several=has_several(labels))
+        gradients = torch.autograd.grad(logits, list(seen.values()), grad_outputs=directions)
         for group, gradient in zip(groups, gradients, strict=True):
             along = at_least_float32(seen[group.name].detach()) * at_least_float32(gradient)
-            along_Bq = along.unflatten(-1, (-1, group.num_units)).sum((1, 2))
+            along_Bq = along.reshape(len(images), -1, group.num_units).sum(1)
             tails_Bq = along_Bq.double().flip(1).cumsum(1).flip(1)
             sums[group.module] = sums.get(group.module, 0.0) + tails_Bq.square().sum(0)
         num_images += len(images)

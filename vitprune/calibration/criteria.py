@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vitprune.answers import ask, loss_of
 from vitprune.calibration.second_order import obs
 from vitprune.calibration.statistics import (
     ABSOLUTE,
@@ -24,6 +25,7 @@ from vitprune.calibration.statistics import (
 from vitprune.data import Batches, on_device
 from vitprune.discovery.discover import Discovery, check_class_scores
 from vitprune.discovery.quadrature import parse_fixed_quadrature
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.units import Group, find_groups, hook_hidden
 from vitprune.options import CRITERIA, DEFAULT_RIDGE, check_choice
@@ -185,6 +187,7 @@ def fisher(model: nn.Module, statistics: Mapping[str, Statistics]) -> Scores:
     return {name: of_ffn.fisher_H / 2 for name, of_ffn in statistics.items()}
 
 
+@entry
 def integrated_gradients(model: nn.Module, batches: Batches, *, quadrature: str = "gauss-legendre:4") -> Scores:
     r"""Attribute the loss to neurons along the way from a silent FFN to the real one.
 
@@ -236,7 +239,7 @@ def _loss_at(model: nn.Module, group: Group, images: Tensor, labels: Tensor, sca
         return seen[1]
 
     with torch.enable_grad(), hook_hidden(model, [group], replace):
-        loss = nn.functional.cross_entropy(model(images), labels, reduction="sum")
+        loss = loss_of(ask(model, images), labels, "criterion integrated-gradients")
     return loss, *seen
 
 
@@ -332,6 +335,7 @@ def check_needs(
         check_labels(model, batches)
 
 
+@entry
 def score_neurons(
     model: nn.Module,
     criterion: str,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitprune.answers import ask, check_one_class, log_shares, run
 from vitprune.calibration.moments import Moments
 from vitprune.calibration.statistics import at_least_float32
 from vitprune.data import Batches, on_device
@@ -83,7 +84,7 @@ def fit_stand_ins(
         for name in names:
             stack.callback(model.get_submodule(name).register_forward_hook(add(name)).remove)
         for images, _labels in on_device(model, batches):
-            model(images)
+            run(model, images)
     if any(of_layer.sum_H is None for of_layer in moments.values()):
         raise VitpruneError("no calibration images")
     return {name: _fit(of_layer, next(model.parameters()), ridge) for name, of_layer in moments.items()}
@@ -168,7 +169,10 @@ def measure_replaced(
     0.0
     """
     work = copy.deepcopy(model)
-    images = [images for images, _labels in on_device(model, batches)]
+    images = []
+    for images_B, labels in on_device(model, batches):
+        check_one_class(labels, "the choice among parts of a model")
+        images.append(images_B)
     if not images:
         raise VitpruneError("no calibration images")
     starts: dict[str, list[tuple[Any, ...]]] = {name: [] for name in dict.fromkeys(map(block_of, replacements))}
@@ -176,7 +180,7 @@ def measure_replaced(
         for name, seen in starts.items():
             hook = lambda _module, args, seen=seen: seen.append(args)  # noqa: E731
             stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
-        dense = [model(each).log_softmax(-1) for each in images]
+        dense = [log_shares(ask(model, each)) for each in images]
     resumes = _resumes(model, starts, dense[0])
     found: dict[str, list[float]] = {}
     for name in track(list(replacements), "layers"):
@@ -200,7 +204,7 @@ def _resumes(model: nn.Module, starts: Mapping[str, list[tuple[Any, ...]]], dens
         logits = _resume(model, first, starts[first][0])
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return False
-    return torch.allclose(logits.log_softmax(-1), dense_BC, rtol=1e-4, atol=1e-4)
+    return torch.allclose(log_shares(logits), dense_BC, rtol=1e-4, atol=1e-4)
 
 
 def _resume(model: nn.Module, block: str, args: tuple[Any, ...]) -> Tensor:
@@ -222,7 +226,7 @@ def measure_divergence(dense_BC: Tensor, logits_BC: Tensor) -> Tensor:
     >>> measure_divergence(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 1.0]])).tolist()
     [0.0]
     """
-    dense_BC, other_BC = dense_BC.double(), logits_BC.double().log_softmax(-1)
+    dense_BC, other_BC = dense_BC.double(), log_shares(logits_BC.double())
     return (dense_BC.exp() * (dense_BC - other_BC)).sum(-1).clamp_min(0)
 
 
@@ -240,5 +244,5 @@ def mean_divergence(dense: nn.Module, other: nn.Module, images: Sequence[Tensor]
     >>> mean_divergence(model, model, [torch.randn(2, 3, 32, 32)])
     0.0
     """
-    losses = [measure_divergence(dense(each).log_softmax(-1), other(each)) for each in images]
+    losses = [measure_divergence(log_shares(dense(each)), other(each)) for each in images]
     return float(torch.cat(losses).mean())

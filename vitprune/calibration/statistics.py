@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vitprune.answers import ask, has_several, loss_of, run
 from vitprune.calibration.moments import Moments
 from vitprune.data import Batches, on_device
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.units import Group, capture, hook_hidden
 
@@ -50,6 +52,7 @@ class Statistics:
     energy_N: Tensor | None = None
 
 
+@entry
 def measure_statistics(
     model: nn.Module, groups: Sequence[Group], batches: Batches, wanted: Collection[str], *, seed: int = 0
 ) -> dict[str, Statistics]:
@@ -93,25 +96,32 @@ def measure_statistics(
         with hook_hidden(model, groups, lambda name, hidden: sums[name].add_hidden(hidden.detach())):
             if wanted & {TAYLOR, FISHER, GRADIENTS}:
                 with capture(model, groups, outputs=True) as outputs:
-                    logits = model(images)
+                    logits = ask(model, images)
                 _add_gradients(sums, outputs, logits, labels, wanted, generator)
             else:
                 with torch.no_grad():
-                    model(images)
+                    run(model, images)
         num_images += len(images)
     if num_images == 0:
         raise VitpruneError("no calibration images")
     return {name: sums.pop(name).finish(num_images) for name in list(sums)}
 
 
-def draw_directions(logits_BC: Tensor, generator: torch.Generator) -> Tensor:
+def draw_directions(logits_BC: Tensor, generator: torch.Generator, *, several: bool = False) -> Tensor:
     """Draw a direction of the logits for each image whose second moment is the Fisher information of its answer.
+
+    That is diag(p) - p p^T of a softmax, and diag(p (1 - p)) of sigmoids: of one output, or of ``several`` classes
+    for one image.
 
     Returns:
         [B, C], of the dtype and on the device of the logits.
     """
-    share_BC = at_least_float32(logits_BC.detach()).softmax(-1)
+    wide_BC = at_least_float32(logits_BC.detach())
+    sigmoids = several or logits_BC.shape[-1] == 1
+    share_BC = wide_BC.sigmoid() if sigmoids else wide_BC.softmax(-1)
     signs_BC = torch.randint(0, 2, share_BC.shape, generator=generator).to(share_BC) * 2 - 1
+    if sigmoids:
+        return ((share_BC * (1 - share_BC)).sqrt() * signs_BC).to(logits_BC.dtype)
     root_BC = share_BC.sqrt() * signs_BC
     return (root_BC - share_BC * root_BC.sum(-1, keepdim=True)).to(logits_BC.dtype)
 
@@ -119,15 +129,15 @@ def draw_directions(logits_BC: Tensor, generator: torch.Generator) -> Tensor:
 def _add_gradients(sums, outputs, logits, labels, wanted, generator) -> None:
     points = list(outputs.values())
     if wanted & {FISHER, GRADIENTS}:
-        directions = draw_directions(logits, generator)
+        directions = draw_directions(logits, generator, several=has_several(labels))
         gradients = torch.autograd.grad(logits, points, grad_outputs=directions, retain_graph=TAYLOR in wanted)
         for name, gradient in zip(outputs, gradients, strict=True):
-            sums[name].add_sampled(gradient)
+            sums[name].add_sampled(gradient, len(logits))
     if TAYLOR in wanted:
         with torch.enable_grad():
-            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+            loss = loss_of(logits, labels, "criterion taylor")
         for name, gradient in zip(outputs, torch.autograd.grad(loss, points), strict=True):
-            sums[name].add_taylor(gradient)
+            sums[name].add_taylor(gradient, len(logits))
 
 
 class _Sums:
@@ -157,21 +167,24 @@ class _Sums:
         if MOMENTS in self.wanted:
             self.moments.add(rows_NH)
 
-    def _slopes(self, gradient: Tensor) -> Tensor:
-        """Return the derivative of each image's loss along each neuron [B, H], tokens summed."""
-        slopes = self.hidden * (at_least_float32(gradient) @ self.weight_DH.to(self.hidden.dtype))
-        return slopes.flatten(1, -2).sum(1)
+    def _slopes(self, gradient: Tensor, num_images: int) -> Tensor:
+        """Return the derivative of each image's loss along each neuron [B, H], tokens summed.
 
-    def add_sampled(self, gradient: Tensor) -> None:
+        Some FFNs run on parts of an image one by one, which then stand in the first dimension beside each other.
+        """
+        slopes = self.hidden * (at_least_float32(gradient) @ self.weight_DH.to(self.hidden.dtype))
+        return slopes.reshape(num_images, -1, slopes.shape[-1]).sum(1)
+
+    def add_sampled(self, gradient: Tensor, num_images: int) -> None:
         if FISHER in self.wanted:
-            self._add("fisher_H", self._slopes(gradient).square().sum(0))
+            self._add("fisher_H", self._slopes(gradient, num_images).square().sum(0))
         if GRADIENTS in self.wanted:
             rows_ND = at_least_float32(gradient).reshape(-1, gradient.shape[-1])
             self._add("gradient_DD", rows_ND.T @ rows_ND)
-            self._add("energy_N", rows_ND.square().sum(1).view(len(gradient), -1).sum(0))
+            self._add("energy_N", rows_ND.square().sum(1).view(num_images, -1).sum(0))
 
-    def add_taylor(self, gradient: Tensor) -> None:
-        self._add("taylor_H", self._slopes(gradient).abs().sum(0))
+    def add_taylor(self, gradient: Tensor, num_images: int) -> None:
+        self._add("taylor_H", self._slopes(gradient, num_images).abs().sum(0))
 
     def finish(self, num_images: int) -> Statistics:
         sums, count = self.sums, self.num_tokens

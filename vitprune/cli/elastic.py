@@ -19,7 +19,6 @@ from vitprune.cli.inputs import (
     refuse_without_data,
     report_skipped,
     say_transform,
-    warn_of_few_classes,
 )
 from vitprune.cli.terminal import Tracked, print_table, track
 from vitprune.errors import VitpruneError
@@ -76,7 +75,6 @@ def run(
     from vitprune.evaluation.curve import parse_ratios
     from vitprune.files import refuse_existing
     from vitprune.models.elastic_file import save_elastic
-    from vitprune.pruning.compensations import reads_images
     from vitprune.pruning.elastic import make_elastic
 
     if Path(output).suffix != ".safetensors":
@@ -94,8 +92,6 @@ def run(
         batches = make_batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
         tracked = Tracked(batches, "calibrate")
         say_transform(network)
-        if reads_images(compensate):
-            warn_of_few_classes(network, images, "calibration")
     started = time.perf_counter()
     made = make_elastic(
         network,

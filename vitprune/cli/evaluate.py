@@ -70,6 +70,8 @@ def run(
     say_found(images, evaluation.judged.model.num_classes)
     if evaluation.skipped:
         note(f"skipped {len(evaluation.skipped)} images that cannot be decoded (first: {evaluation.skipped[0]})")
+    if evaluation.judged.answers.are_shares:
+        note("the model answers probabilities (it ends in a softmax), which are taken as they are")
     if evaluation.judged.answers.num_overlap:
         note(f"warning: {evaluation.judged.answers.num_overlap} of these images had a say in the model")
     if output is not None:

@@ -80,7 +80,7 @@ def run(
         "precision": report.precision,
         "max_abs_diff": report.max_abs_diff,
         "top1_agreement": report.top1_agreement,
-        "top1": report.top1 if network.num_classes else None,
+        "top1": report.top1,
         "size_bytes": report.size_bytes,
         "num_images": report.num_images,
         "float32": None if report.float32 is None else vars(report.float32),
@@ -89,17 +89,7 @@ def run(
     }
 
     def show() -> None:
-        for precision, parity in (("float32", report.float32), (report.precision, report)):
-            if parity is not None:
-                print(
-                    f"{precision}: largest logit difference to torch {parity.max_abs_diff:.2e}, same first answer on "
-                    f"{parity.top1_agreement:.2%} of {parity.num_images} images"
-                    + (f", top-1 {parity.top1:.4f}" if network.num_classes and parity.top1 is not None else "")
-                )
-        print(f"wrote {output} ({report.size_bytes / 1e6:.1f} MB)")
-        if report.speedup is not None:
-            low, high = report.speedup.low, report.speedup.high
-            print(f"int8 runs {report.speedup.ratio:.2f} x as fast as float32 here ({low:.2f} .. {high:.2f})")
+        print(report)
 
     return answer, show
 

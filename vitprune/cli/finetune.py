@@ -25,8 +25,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(
-    model, checkpoint, checkpoint_key, model_args, image_size, mean, std, crop, interpolation, class_names, data, device,
-    output, overwrite, **options,
+    model, checkpoint, checkpoint_key, model_args, image_size, mean, std, crop, interpolation, class_names, data,
+    device, output, overwrite, **options,
 ):  # fmt: skip
     from vitprune.data import find_images
     from vitprune.files import refuse_existing

@@ -19,7 +19,6 @@ from vitprune.cli.inputs import (
     refuse_without_data,
     report_skipped,
     say_transform,
-    warn_of_few_classes,
 )
 from vitprune.cli.prune_onnx import run_onnx
 from vitprune.cli.terminal import Tracked, note, print_table, track
@@ -122,7 +121,6 @@ def run(
     from vitprune.models.image_size import set_image_size
     from vitprune.models.merging import describe_merging, set_merging
     from vitprune.models.saved_folder import FOLDER_FILES, save
-    from vitprune.pruning.compensations import reads_images
     from vitprune.pruning.plan import read_plan
     from vitprune.pruning.prune import prune, prune_as_planned, shape_as_planned
     from vitprune.pruning.schedule import needs_steps
@@ -196,8 +194,6 @@ def run(
         batches = make_batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
         tracked = Tracked(batches, "calibrate")
         say_transform(network)
-        if reads_images(compensate):
-            warn_of_few_classes(network, images, "calibration")
     applied = {"compensation": compensate, "mode": mode, "ridge": ridge, "seed": seed, "track": track}
     timing = {
         "backend": backend or (default_backend(network) if timed else None),

@@ -6,64 +6,32 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from vitprune.progress import Reported, log_lines
 from vitprune.table import Table
 
 SECONDS_BETWEEN_LINES = 20
 
 
-class Tracked:
-    """Batches with progress on stderr each time they are read; otherwise as they are."""
+def Tracked(batches: Any, description: str) -> Reported:
+    """Return batches with progress on stderr each time they are read; otherwise as they are."""
+    return Reported(batches, description, _track)
 
-    def __init__(self, batches: Any, description: str) -> None:
-        self.batches, self.description = batches, description
-        self.passes = 0
 
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.batches, name)
-
-    def __iter__(self) -> Iterator[Any]:
-        say_held()
-        batches = iter(self.batches)
-        for first in batches:
-            yield first
-            break
-        # A reader that only looked at the first batch made no pass.
-        self.passes += 1
-        suffix = f" (pass {self.passes})" if self.passes > 1 else ""
-        yield from track(batches, self.description + suffix, total=len(self.batches), done=1)
+def _track(items: Iterable[Any], description: str, total: int | None, done: int) -> Iterable[Any]:
+    say_held()
+    if sys.stderr.isatty():
+        return _draw_bar(items, description, total, done)
+    return log_lines(items, description, total, done, SECONDS_BETWEEN_LINES)
 
 
 def track(items: Iterable[Any], description: str, *, total: int | None = None, done: int = 0) -> Iterable[Any]:
     """Show progress and time left while items are taken: a bar on a terminal, a line now and then in a log."""
     say_held()
     total = len(items) if total is None else total
-    show = _draw_bar if sys.stderr.isatty() else _log_lines
-    return show(items, description, total, done)
+    return _track(items, description, total, done)
 
 
-def _log_lines(items: Iterable[Any], description: str, total: int, done: int) -> Iterator[Any]:
-    from time import monotonic
-
-    started = said = monotonic()
-    for count, item in enumerate(items, done):
-        if monotonic() - said >= SECONDS_BETWEEN_LINES:
-            said = monotonic()
-            left = (said - started) / max(count - done, 1) * (total - count)
-            note(f"{description} {count}/{total}, {_clock(said - started)} so far, about {_clock(left)} left")
-        yield item
-    if total > done:
-        note(f"{description} {total}/{total}, {_clock(monotonic() - started)}")
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-
-
-def _draw_bar(items: Iterable[Any], description: str, total: int, done: int) -> Iterator[Any]:
+def _draw_bar(items: Iterable[Any], description: str, total: int | None, done: int) -> Iterator[Any]:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

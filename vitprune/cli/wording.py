@@ -12,6 +12,7 @@ _PHRASES = {
     "pass `found`": "run 'vitprune discover MODEL --data DIR -o RUN' first and prune RUN",
     "export its model with `precision` int8": "'vitprune export --int8' makes an int8 file",
     "export it with `precision` int8": "vitprune export --int8",
+    "pass `transform`": "tell it with --mean, --std, --crop and --interpolation",
     "export it anew": "export it with 'vitprune export'",
     "files that vitprune exports do": "'vitprune export' writes files that do",
     "use `device` cuda": "use --device cuda",

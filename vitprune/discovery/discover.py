@@ -9,15 +9,18 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from vitprune.answers import check_label_range, check_one_class, of_classes
 from vitprune.data import Batches, on_device
 from vitprune.discovery.engine import PathBatch
 from vitprune.discovery.memory import count_rows
 from vitprune.discovery.methods import REGISTRY, plan_search
 from vitprune.discovery.search import Search
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.trunk import check_trunk, scope_slice
 from vitprune.models.units import frozen
 from vitprune.seen_images import SeenImages, check_labels, watch
+from vitprune.table import align
 
 # On a CPU, more rows (images x nodes) than these in the prefix and in the suffix only leave its caches.
 CPU_PREFIX_ROWS, CPU_SUFFIX_ROWS = 64, 32
@@ -62,6 +65,23 @@ class Discovery:
     precision: str = "float32"
     seen: SeenImages = field(default_factory=SeenImages)
 
+    def __str__(self) -> str:
+        rows = []
+        for index in self.classes:
+            of_class = self.labels == index
+            right = (self.predictions[of_class] == index).sum()
+            rows.append(
+                (str(index), str(int(of_class.sum())), str(int(right)), f"{self.joint_scores[of_class].mean():.3f}")
+            )
+        images, ffns, top_k = self.neurons.shape
+        return (
+            f"{self.method}: paths of {images} images through {ffns} FFNs, {top_k} neurons each (tokens {self.tokens})"
+            "\n" + align(("class", "images", "correct", "mean joint score"), rows)
+        )
+
+    def __repr__(self) -> str:
+        return str(self)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -86,6 +106,7 @@ class Part:
     score_sums: Mapping[str, Tensor]
 
 
+@entry
 def discover(
     model: nn.Module,
     batches: Batches,
@@ -156,6 +177,7 @@ def discover(
     return replace(combine(search, [] if part is None else [part]), seen=watched.seen)
 
 
+@entry
 def find_part(
     model: nn.Module,
     search: Search,
@@ -182,6 +204,8 @@ def find_part(
     parts: dict[str, list[Tensor]] = {name: [] for name in ("neurons", "scores", "errors", "labels", "predictions")}
     sums: dict[str, dict[int, Tensor]] = {ffn.name: {} for ffn in search.ffns}
     for batch_images, batch_labels in on_device(model, batches):
+        check_one_class(batch_labels, "a path")
+        check_label_range(batch_labels, model.num_classes, "the path search")
         if pace is None:
             pace = set_pace(model, search, batch_images, memory_gib=memory_gib)
         start = 0
@@ -201,7 +225,7 @@ def find_part(
             parts["neurons"].append(paths.neurons_BLK.cpu())
             parts["scores"].append(paths.joint_scores_B.float().cpu())
             parts["labels"].append(labels.cpu())
-            parts["predictions"].append(paths.logits_BC.argmax(-1).cpu())
+            parts["predictions"].append(of_classes(paths.logits_BC).argmax(-1).cpu())
             if paths.completeness_errors_B is not None:
                 parts["errors"].append(paths.completeness_errors_B.float().cpu())
     if not parts["labels"]:

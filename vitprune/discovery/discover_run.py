@@ -21,6 +21,7 @@ from vitprune.discovery.methods import REGISTRY, plan_search
 from vitprune.discovery.run import RUN_FILES, Run, save_run
 from vitprune.discovery.search import Search
 from vitprune.discovery.shards import Shards, find_shards, read_shards, share
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.files import held, open_resumable, refuse_existing
 from vitprune.images.number_classes import check_numbering
@@ -53,6 +54,7 @@ def silent(_text: str) -> None:
     """Say nothing."""
 
 
+@entry
 def discover_run(
     model: nn.Module,
     images: ImageSet,

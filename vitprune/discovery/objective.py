@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vitprune.answers import of_classes
 from vitprune.errors import VitpruneError
 from vitprune.options import QUANTITIES, TARGET_CLASSES, check_choice
 
@@ -31,10 +32,13 @@ class Objective:
         """Return the class [B] (int64) that each image's F is of, given labels and the undisturbed answer."""
         if self.target == "label":
             return labels_B
-        return logits_BC.argmax(-1) if self.target == "predicted" else torch.full_like(labels_B, self.target)
+        return (
+            of_classes(logits_BC).argmax(-1) if self.target == "predicted" else torch.full_like(labels_B, self.target)
+        )
 
     def value(self, logits_RC: Tensor, classes_R: Tensor) -> Tensor:
         """Return F [R]."""
+        logits_RC = of_classes(logits_RC)
         answers_RC = logits_RC.softmax(-1) if self.quantity == "probability" else logits_RC
         return answers_RC.gather(1, classes_R.unsqueeze(1)).squeeze(1)
 
@@ -52,6 +56,12 @@ def make_objective(target: str | int, quantity: str, *, num_classes: int) -> Obj
     Objective(target=3, quantity='logit')
     """
     check_choice("quantity", quantity, QUANTITIES)
+    if num_classes == 1:
+        if quantity == "logit":
+            raise VitpruneError(
+                "the model has one output, so its classes have no logit each; use `quantity` probability"
+            )
+        num_classes = 2
     if isinstance(target, str):
         check_choice("target", target, TARGET_CLASSES)
     elif not 0 <= target < num_classes:

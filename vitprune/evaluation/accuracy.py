@@ -11,7 +11,9 @@ from scipy.optimize import brentq
 from scipy.stats import binomtest, norm
 from torch import Tensor, nn
 
+from vitprune.answers import ask, check_label_range, check_one_class, give_shares, has_several, of_classes
 from vitprune.data import Batches, on_device
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.intervals import CONFIDENCE
 from vitprune.seen_images import UnseenBatches, check_labels, seen_by
@@ -28,6 +30,7 @@ class Answers:
         probabilities: float64 [I]; softmax of the label's class, in [0, 1].
         among_five: bool [I]; whether the label is among the five highest logits.
         num_overlap: images that had a say in the model; above 0 only where that was allowed.
+        are_shares: whether the model answers probabilities (it ends in a softmax), which are then taken as they are.
     """
 
     labels: Tensor
@@ -35,6 +38,7 @@ class Answers:
     probabilities: Tensor
     among_five: Tensor
     num_overlap: int = 0
+    are_shares: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Accuracy:
         images_by_class: class index -> images.
         correct: per image in the order read, whether the first answer was right.
         num_overlap: images that had a say in the model; above 0 only where that was allowed.
+        are_shares: whether the model answers probabilities, which are then taken as they are.
     """
 
     top1: float
@@ -60,6 +65,51 @@ class Accuracy:
     images_by_class: Mapping[int, int]
     correct: tuple[bool, ...]
     num_overlap: int = 0
+    are_shares: bool = False
+
+    def __str__(self) -> str:
+        low, high = self.top1_interval
+        lines = [
+            f"top-1 {self.top1:.4f} (95 % interval {low:.4f} .. {high:.4f})",
+            f"top-5 {self.top5:.4f}",
+            f"{self.num_images} images of {len(self.images_by_class)} classes",
+        ]
+        if self.num_overlap:
+            lines.append(f"{self.num_overlap} of these images had a say in the model")
+        if self.are_shares:
+            lines.append("the model answers probabilities: it ends in a softmax")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+@dataclass(frozen=True)
+class MultiLabelAccuracy:
+    """How well classes are told from others where an image may have several.
+
+    Attributes:
+        mean_average_precision: mean over the classes that an image has, in [0, 1].
+        average_precision_by_class: class index -> mean precision over its images.
+        images_by_class: class index -> images.
+        num_images: images evaluated.
+        num_overlap: images that had a say in the model; above 0 only where that was allowed.
+    """
+
+    mean_average_precision: float
+    average_precision_by_class: Mapping[int, float]
+    images_by_class: Mapping[int, int]
+    num_images: int
+    num_overlap: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"mean average precision {self.mean_average_precision:.4f}\n{self.num_images} images of "
+            f"{len(self.images_by_class)} classes (multi-label)"
+        )
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 @dataclass(frozen=True)
@@ -77,52 +127,111 @@ class Comparison:
     p_value: float
 
 
-def evaluate(model: Callable[[Tensor], Tensor], batches: Batches, *, allow_overlap: bool = False) -> Accuracy:
-    """Measure top-1 and top-5 accuracy.
+@entry(any_module=True)
+def evaluate(
+    model: Callable[[Tensor], Tensor], batches: Batches, *, allow_overlap: bool = False
+) -> Accuracy | MultiLabelAccuracy:
+    """Measure top-1 and top-5 accuracy, or mean average precision where an image may have several classes.
+
+    A model with one output answers two classes: the second where its logit is positive.
 
     Args:
         model: images [B, channels, height, width] -> logits [B, C]: a torch model, or an ONNX file opened with
             ``vitprune.open_onnx``.
-        batches: pairs of images (normalised by the model's own transform) and class labels [B] (int64). Read once.
+        batches: pairs of images (normalised by the model's own transform) and class labels [B] (int64), or zeros and
+            ones [B, C] (floating point) where an image may have several classes. Read once.
         allow_overlap: measure on images that had a say in the model (its ``calibration``) as well, and count them.
 
     Raises:
-        VitpruneError: if there are no images, the model has no classifier, an image had a say in it, or the labels of
-            files are unknown or not numbered as the model's classes are.
+        VitpruneError: if there are no images, the model has no classifier, an image had a say in it, labels of files
+            are unknown or not numbered as the model's classes are, or its answers are no finite logits.
 
     >>> batches = [(torch.eye(3).view(3, 1, 1, 3), torch.tensor([0, 1, 0]))]
     >>> evaluate(lambda images: images.flatten(1), batches).top1
     0.6666666666666666
     """
-    return count_right(collect_answers(model, batches, allow_overlap=allow_overlap))
+    answers = _collect(model, batches, allow_overlap)
+    return count_right(answers) if isinstance(answers, Answers) else _mean_precision(*answers)
 
 
-@torch.inference_mode()
+@entry(any_module=True)
 def collect_answers(model: Callable[[Tensor], Tensor], batches: Batches, *, allow_overlap: bool = False) -> Answers:
     """Ask a model about images and keep what it answers to each.
 
     Args:
         model: as for ``evaluate``.
-        batches: as for ``evaluate``.
+        batches: as for ``evaluate``, with one class for each image.
         allow_overlap: as for ``evaluate``.
 
     Raises:
-        VitpruneError: if there are no images, the model has no classifier, an image had a say in it, or the labels of
-            files are unknown or not numbered as the model's classes are.
+        VitpruneError: as ``evaluate`` does.
     """
+    answers = _collect(model, batches, allow_overlap)
+    if not isinstance(answers, Answers):
+        check_one_class(answers[1], "an answer kept for each image")
+    return answers
+
+
+@torch.inference_mode()
+def _collect(model: Callable[[Tensor], Tensor], batches: Batches, allow_overlap: bool):
+    """Return the answers; logits [I, C], labels [I, C] and images that had a say where there are several classes."""
     if isinstance(model, nn.Module) and not has_classifier(model):
         raise VitpruneError("the model has no classifier (num_classes=0), so it has no accuracy")
     check_labels(model, batches)
     unseen = UnseenBatches(batches, seen_by(model), allow_overlap=allow_overlap)
-    parts = []
+    parts: list[tuple[Tensor, ...]] = []
+    are_shares = True
     for images, labels in on_device(model, unseen) if isinstance(model, nn.Module) else unseen:
-        logits, labels = model(images).cpu(), labels.cpu()
+        logits, labels = ask(model, images).cpu(), labels.cpu()
+        check_label_range(labels, logits.shape[1], "accuracy")
+        if has_several(labels):
+            parts.append((logits, labels))
+            continue
+        are_shares = are_shares and give_shares(logits)
+        logits, own = of_classes(logits), labels.unsqueeze(1)
         ranked = logits.topk(min(5, logits.shape[1])).indices
-        probabilities = logits.double().softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
-        parts.append((labels, ranked[:, 0], probabilities, (ranked == labels.unsqueeze(1)).any(1)))
+        probabilities = logits.double().softmax(1).gather(1, own).squeeze(1)
+        as_given = logits.double().gather(1, own).squeeze(1)
+        parts.append((labels, ranked[:, 0], probabilities, as_given, (ranked == own).any(1)))
     if not parts:
         raise VitpruneError("no images to evaluate on")
-    return Answers(*map(torch.cat, zip(*parts, strict=True)), num_overlap=unseen.num_overlap)
+    if len(set(map(len, parts))) > 1:
+        raise VitpruneError("some batches have one class for each image, others have several; bring one kind")
+    if len(parts[0]) == 2:
+        return *map(torch.cat, zip(*parts, strict=True)), unseen.num_overlap
+    labels, predictions, probabilities, as_given, among_five = map(torch.cat, zip(*parts, strict=True))
+    probabilities = as_given if are_shares else probabilities
+    return Answers(labels, predictions, probabilities, among_five, unseen.num_overlap, are_shares)
+
+
+def _mean_precision(logits_IC: Tensor, labels_IC: Tensor, num_overlap: int) -> MultiLabelAccuracy:
+    """Average the precision over the recall of every class that an image has, and those over classes."""
+    present = [index for index in range(labels_IC.shape[1]) if bool(labels_IC[:, index].any())]
+    if not present:
+        raise VitpruneError("no image has any class, so there is no precision to average")
+    by_class = {index: average_precision(logits_IC[:, index], labels_IC[:, index] > 0) for index in present}
+    return MultiLabelAccuracy(
+        mean_average_precision=sum(by_class.values()) / len(by_class),
+        average_precision_by_class=by_class,
+        images_by_class={index: int(labels_IC[:, index].sum()) for index in present},
+        num_images=len(labels_IC),
+        num_overlap=num_overlap,
+    )
+
+
+def average_precision(scores_I: Tensor, belongs_I: Tensor) -> float:
+    """Return the mean of the precision over the images that belong to a class; images with one score come together.
+
+    >>> average_precision(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([True, False, True]))
+    0.8333333333333333
+    """
+    order = scores_I.argsort(descending=True)
+    hits = belongs_I[order].double().cumsum(0)
+    precision = hits / torch.arange(1, len(hits) + 1)
+    # The last place of a score stands for all places that have it.
+    _values, counts = torch.unique_consecutive(scores_I[order], return_counts=True)
+    at_last = precision[counts.cumsum(0) - 1].repeat_interleave(counts)
+    return float(at_last[belongs_I[order]].mean())
 
 
 def count_right(answers: Answers) -> Accuracy:
@@ -139,6 +248,7 @@ def count_right(answers: Answers) -> Accuracy:
         images_by_class={index: int((label == index).sum()) for index in present},
         correct=tuple(correct.tolist()),
         num_overlap=answers.num_overlap,
+        are_shares=answers.are_shares,
     )
 
 

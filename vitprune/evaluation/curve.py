@@ -13,6 +13,7 @@ from torch import nn
 from vitprune.calibration.criteria import Scores, check_needs
 from vitprune.data import Batches, hash_images
 from vitprune.discovery.discover import Discovery
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.accuracy import Accuracy, compare, drop_bound, evaluate
 from vitprune.files import read_json, write_json
@@ -96,6 +97,7 @@ class Curve:
         return Schedule(criterion, allocation, COMPENSATIONS[compensation].bridge)
 
 
+@entry
 def measure_curve(
     model: nn.Module,
     calibration: Batches,
@@ -146,6 +148,7 @@ def measure_curve(
     return points
 
 
+@entry
 def find_largest_ratio(
     model: nn.Module,
     calibration: Batches,
@@ -296,7 +299,7 @@ class _Walk:
 
 
 def _write_accuracy(accuracy: Accuracy) -> dict[str, Any]:
-    content = asdict(accuracy)
+    content = {key: value for key, value in asdict(accuracy).items() if key != "are_shares"}
     content["correct"] = "".join("01"[right] for right in accuracy.correct)
     return content
 

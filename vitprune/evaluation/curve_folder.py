@@ -12,6 +12,7 @@ from torch import nn
 from vitprune.data import ImageBatches, ImageSet, hash_images
 from vitprune.discovery.discover import Discovery
 from vitprune.discovery.run import RUN_FILES
+from vitprune.entry import entry
 from vitprune.evaluation.curve import Curve, CurvePoint, find_largest_ratio, measure_curve
 from vitprune.figures.curve_figure import draw_curve
 from vitprune.figures.style import save_figure
@@ -19,6 +20,7 @@ from vitprune.files import FORMAT_VERSION, REQUEST_FILE, hash_file, open_resumab
 from vitprune.models.identity import architecture, hash_weights
 from vitprune.progress import Track, untracked
 from vitprune.seen_images import check_unseen, seen_by
+from vitprune.table import align
 from vitprune.views import data_config
 
 CURVE_FILE, POINTS_FOLDER = "curve.json", "points"
@@ -47,7 +49,28 @@ class CurveRecord:
     skipped: Sequence[str]
     request: Mapping[str, Any]
 
+    def __str__(self) -> str:
+        names = ("criterion", "allocation", "compensation", "removed", "params", "top-1", "drop", "at most")
+        dense, *pruned = self.points
+        rows = [(dense.criterion, "", "", "", f"{dense.num_parameters / 1e6:.2f} M", f"{dense.top1:.4f}", "", "")]
+        rows += [
+            (
+                *(point.criterion, point.allocation, point.compensation),
+                *(f"{point.pruning_ratio:.2f}", f"{point.num_parameters / 1e6:.2f} M", f"{point.top1:.4f}"),
+                *(f"{point.drop:+.4f}", f"{point.drop_bound:+.4f}"),
+            )
+            for point in pruned
+        ]
+        table = align(names, rows)
+        if self.largest_ratio is None:
+            return table
+        return f"{table}\nlargest ratio that costs at most {self.max_drop:g} top-1: {self.largest_ratio:.2f}"
 
+    def __repr__(self) -> str:
+        return str(self)
+
+
+@entry
 def record_curve(
     model: nn.Module,
     calibration: ImageBatches,

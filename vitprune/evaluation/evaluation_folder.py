@@ -15,6 +15,7 @@ from vitprune.errors import VitpruneError
 from vitprune.evaluation.accuracy import Accuracy, Answers, compare, count_right, drop_bound
 from vitprune.evaluation.model_facts import ModelFacts
 from vitprune.files import FORMAT_VERSION, atomic_file, atomic_folder, read_json, write_json
+from vitprune.table import align
 
 EVALUATION_FILE, ANSWERS_FILE = "evaluation.json", "images.jsonl"
 EVALUATION_FILES = frozenset({EVALUATION_FILE, ANSWERS_FILE})
@@ -56,6 +57,18 @@ class Evaluation:
     skipped: tuple[str, ...]
     judged: Judged
     against: Judged | None = None
+
+    def __str__(self) -> str:
+        rows = []
+        for each in (self.judged, *([] if self.against is None else [self.against])):
+            accuracy = count_right(each.answers)
+            low, high = accuracy.top1_interval
+            rows.append((each.model.name, f"{accuracy.top1:.4f}", f"{low:.3f} .. {high:.3f}", f"{accuracy.top5:.4f}"))
+        table = align(("model", "top-1", "95 % interval", "top-5"), rows)
+        return f"{table}\n{len(self.files)} images of {self.root}"
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def name_classes(network: Any, images: ImageSet, answers: Answers) -> dict[int, str]:

@@ -19,6 +19,7 @@ from vitprune.data import (
     label_names_of,
     remember_names,
 )
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.accuracy import collect_answers
 from vitprune.evaluation.evaluation_folder import Evaluation, Judged, name_classes
@@ -41,6 +42,7 @@ class Source:
         ratio: of an elastic file.
         merge: which tokens merge, as ``parse_schedule`` reads it; None: as the model has it.
         opening: what else ``vitprune.load`` takes, such as ``model_args`` or ``mean``.
+        transform: what images of an ONNX file need, as ``open_onnx`` takes it; None: as the file says.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Source:
     ratio: float | None = None
     merge: str | None = None
     opening: Mapping[str, Any] = field(default_factory=dict)
+    transform: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,10 @@ def open_model(source: Source, *, device: str | None = None) -> nn.Module | Onnx
         raise VitpruneError(f"{name} is an ONNX file, where this is fixed; leave `{next(iter(source.opening))}` out")
     if device not in (None, "cpu"):
         raise VitpruneError(f"{name} runs on ONNX Runtime's CPU provider, not on '{device}'")
-    return open_onnx(name)
+    return open_onnx(name, transform=source.transform)
 
 
+@entry
 def judge(
     source: Source,
     choice: ImageChoice,
@@ -207,6 +211,7 @@ def find_dense(source: Source, against: Source) -> tuple[Source, str] | None:
     return replace(against, checkpoint=checkpoint, opening=opened), plan.facts.weights_sha256
 
 
+@entry
 def judge_network(
     model: nn.Module, images: ImageSet, *, name: str, reading: Reading | None = None, allow_overlap: bool = False
 ) -> Judged:

@@ -93,7 +93,7 @@ def describe_file(path: str | Path, opened: OnnxModel) -> ModelFacts:
         name=str(path),
         checkpoint=None,
         ratio=None,
-        architecture=read_facts(opened.session)["architecture"],
+        architecture=read_facts(opened.session).get("architecture", "ONNX"),
         weights_sha256=hash_file(*files, digits=64),
         transform=data_config(opened),
         num_classes=opened.num_classes,

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
 
 from vitprune.errors import VitpruneError
+from vitprune.export.runtime import check_finite_initializers
 
 
 def read_graph(path: str | Path) -> ir.Model:
@@ -33,6 +34,7 @@ def read_graph(path: str | Path) -> ir.Model:
         ir.external_data.load_to_model(model)
     except OSError as error:
         raise VitpruneError(f"{path}: its weights cannot be read ({error})") from error
+    check_finite_initializers(path)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     return ShapeInferencePass()(model).model
 

@@ -19,7 +19,7 @@ from vitprune.data import Batches
 from vitprune.errors import VitpruneError
 from vitprune.export.graph_ffns import GraphFfn
 from vitprune.export.onnx_file import write_graph
-from vitprune.export.runtime import fill_up, open_session
+from vitprune.export.runtime import fill_up, open_session, read_input
 
 # Images in one run: the hidden activations of all FFNs are held at once.
 IMAGES_PER_RUN = 8
@@ -71,19 +71,19 @@ def open_runner(path: Path) -> Callable[[Tensor], Iterator[list[np.ndarray]]]:
         VitpruneError: in the function, if the images are of another size than the file takes.
     """
     session = open_session(path)
-    taken = session.get_inputs()[0]
-    fixed = taken.shape[0] if isinstance(taken.shape[0], int) else None
+    taken = read_input(session, path.name)
+    fixed = taken.batch_size
 
     def run(images: Tensor) -> Iterator[list[np.ndarray]]:
-        wanted, got = taken.shape[1:], images.shape[1:]
-        if len(wanted) != len(got) or any(isinstance(a, int) and a != b for a, b in zip(wanted, got, strict=True)):
+        wanted, got = taken.size, images.shape[1:]
+        if len(wanted) != len(got) or any(a is not None and a != b for a, b in zip(wanted, got, strict=True)):
             raise VitpruneError(f"images are {_times(got)}, the file takes {_times(wanted)}")
-        for part in images.float().cpu().split(fixed or IMAGES_PER_RUN):
+        for part in images.split(fixed or IMAGES_PER_RUN):
             filled = part if fixed is None else fill_up(part, fixed)
-            yield [result[: len(part)] for result in session.run(None, {taken.name: filled.numpy()})]
+            yield [result[: len(part)] for result in session.run(None, taken.feed(filled))]
 
     return run
 
 
 def _times(shape) -> str:
-    return " x ".join(map(str, shape))
+    return " x ".join("any" if length is None else str(length) for length in shape)

@@ -21,7 +21,10 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
+from vitprune.answers import ask, has_several, of_classes
+from vitprune.batches import NO_LABEL
 from vitprune.data import Batches, class_names, remember_names
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.export.fuse import fuse_attention, skip_unread_tokens, unspread_biases
 from vitprune.export.fuse_merging import fuse_merging
@@ -39,7 +42,7 @@ from vitprune.options import OPERATORS, PRECISIONS_ONNX, check_choice
 from vitprune.pruning.plan import Plan
 from vitprune.seen_images import names_in, seen_by
 from vitprune.timing import Speedup, measure_latency, paired_speedup
-from vitprune.views import data_config
+from vitprune.views import data_config, has_classifier
 
 # Tolerances for float32 kernels that sum in another order.
 PARITY_RTOL, PARITY_ATOL = 1e-3, 1e-4
@@ -57,16 +60,24 @@ class Parity:
 
     Attributes:
         max_abs_diff: largest absolute difference of a logit over all images.
-        top1_agreement: share of images with the same first answer, in [0, 1].
-        top1: share of images that the file answers as their label says, in [0, 1]; None
-            where they have no labels.
+        top1_agreement: share of images with the same first answer, in [0, 1]; None for features, which are none.
+        top1: share of images that the file answers as their label says, in [0, 1]; None where they have no label each.
         num_images: images compared.
     """
 
     max_abs_diff: float
-    top1_agreement: float
+    top1_agreement: float | None
     top1: float | None
     num_images: int
+
+    def __str__(self) -> str:
+        text = f"largest logit difference to torch {self.max_abs_diff:.2e}"
+        if self.top1_agreement is not None:
+            text += f", same first answer on {self.top1_agreement:.2%} of {self.num_images} images"
+        return text if self.top1 is None else f"{text}, top-1 {self.top1:.4f}"
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 @dataclass(frozen=True)
@@ -76,9 +87,8 @@ class ExportReport:
     Attributes:
         path: the ONNX file.
         max_abs_diff: largest absolute difference of a logit over all parity images.
-        top1_agreement: share of parity images with the same first answer, in [0, 1].
-        top1: share of parity images that the file answers as their label says, in [0, 1]; None
-            where they have no labels.
+        top1_agreement: share of parity images with the same first answer, in [0, 1]; None for features.
+        top1: share of parity images that the file answers as their label says, in [0, 1]; None without one label each.
         num_images: parity images.
         size_bytes: of the file, and of the one beside it that holds the weights of a model above 2 GB.
         precision: of the matrix products with weights.
@@ -88,7 +98,7 @@ class ExportReport:
 
     path: Path
     max_abs_diff: float
-    top1_agreement: float
+    top1_agreement: float | None
     top1: float | None
     num_images: int
     size_bytes: int
@@ -96,7 +106,22 @@ class ExportReport:
     float32: Parity | None = None
     speedup: Speedup | None = None
 
+    def __str__(self) -> str:
+        own = Parity(self.max_abs_diff, self.top1_agreement, self.top1, self.num_images)
+        lines = [] if self.float32 is None else [f"float32: {self.float32}"]
+        lines += [f"{self.precision}: {own}", f"wrote {self.path} ({self.size_bytes / 1e6:.1f} MB)"]
+        if self.speedup is not None:
+            lines.append(
+                f"int8 runs {self.speedup.ratio:.2f} x as fast as float32 here "
+                f"({self.speedup.low:.2f} .. {self.speedup.high:.2f})"
+            )
+        return "\n".join(lines)
 
+    def __repr__(self) -> str:
+        return str(self)
+
+
+@entry
 def export_onnx(
     model: nn.Module,
     path: str | Path,
@@ -278,9 +303,9 @@ def _one_image_first(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
 
 @torch.inference_mode()
 def _measure_parity(model: nn.Module, exported: OnnxModel, batches: Batches, *, exact: bool) -> Parity:
-    largest, agreed, right, unlabelled, count = 0.0, 0, 0, 0, 0
+    largest, agreed, right, labelled, count = 0.0, 0, 0, 0, 0
     for images, labels in _one_image_first(batches):
-        expected, got = model(images), exported(images)
+        expected, got = ask(model, images), ask(exported, images)
         difference = (expected - got).abs()
         worst = difference.argmax()
         if exact and not bool((difference <= PARITY_ATOL + PARITY_RTOL * expected.abs()).all()):
@@ -289,10 +314,15 @@ def _measure_parity(model: nn.Module, exported: OnnxModel, batches: Batches, *, 
                 f"{got.flatten()[worst]:.6g} in ONNX Runtime and {expected.flatten()[worst]:.6g} in torch"
             )
         largest = max(largest, float(difference.max()))
-        agreed += int((expected.argmax(1) == got.argmax(1)).sum())
-        right += int((got.argmax(1) == labels.cpu()).sum())
-        unlabelled += int((labels < 0).sum())
+        answers = of_classes(got).argmax(1)
+        agreed += int((of_classes(expected).argmax(1) == answers).sum())
+        if not has_several(labels):
+            known = labels.cpu() != NO_LABEL
+            right += int((answers == labels.cpu())[known].sum())
+            labelled += int(known.sum())
         count += len(images)
     if count == 0:
         raise VitpruneError("no images to compare ONNX Runtime with torch on")
-    return Parity(largest, agreed / count, None if unlabelled else right / count, count)
+    if not has_classifier(model):
+        return Parity(largest, None, None, count)
+    return Parity(largest, agreed / count, right / labelled if labelled else None, count)

@@ -20,6 +20,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 
 from vitprune.data import Batches
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.export.graph import forget_shapes, read_graph
 from vitprune.export.graph_ffns import (
@@ -33,7 +34,7 @@ from vitprune.export.graph_ffns import (
 )
 from vitprune.export.graph_statistics import measure_graph_statistics, open_runner
 from vitprune.export.onnx_file import PARITY_ATOL, PARITY_RTOL, describe_plan, save_graph
-from vitprune.export.runtime import METADATA_KEY
+from vitprune.export.runtime import FLOATS, METADATA_KEY, has_channels_last, refuse_input_type
 from vitprune.files import atomic_siblings
 from vitprune.models.attention import HEADS, QK, VO
 from vitprune.models.merging import describe_merging
@@ -82,6 +83,16 @@ class OnnxPruneReport:
     num_images: int
     donor_max_abs_diff: float | None = None
 
+    def __str__(self) -> str:
+        return (
+            f"removed {self.pruning_ratio:.1%} of {self.num_neurons_dense} FFN neurons; removed and masked differ by "
+            f"at most {self.max_abs_diff:.2e} on {self.num_images} images\n"
+            f"wrote {self.path} ({self.size_bytes / 1e6:.1f} MB)"
+        )
+
+    def __repr__(self) -> str:
+        return str(self)
+
 
 # Why a graph cannot lose units of a kind: what is left of them in the pruned model are other weights.
 _BEYOND: Mapping[str, str] = {
@@ -96,12 +107,13 @@ _INSTEAD = "export the pruned model's folder instead"
 _Weights = Mapping[int, tuple[np.ndarray, np.ndarray | None]]
 
 
+@entry
 def prune_onnx(
     source: str | Path,
     plan: Plan,
     output: str | Path,
     *,
-    compensation: str = "none",
+    compensate: str = "none",
     batches: Batches | None = None,
     ridge: float = DEFAULT_RIDGE,
     donor: nn.Module | None = None,
@@ -117,7 +129,7 @@ def prune_onnx(
         plan: which neurons stay. Its FFNs are found by the names of the file's constants, or else by order; its
             calibration images, to which ``batches`` belong, are recorded where the file is vitprune's own.
         output: the file to write. Above 2 GB the weights go into OUTPUT.data.
-        compensation: ``none``, ``bias`` or ``ridge``, computed in the graph.
+        compensate: ``none``, ``bias`` or ``ridge``, computed in the graph.
         batches: calibration images (normalised as the file expects) and labels, which are not used. Read once for
             ``bias`` and ``ridge``; otherwise the first ones only serve to compare.
         ridge: λ relative to the mean variance of the hidden neurons; positive.
@@ -141,7 +153,7 @@ def prune_onnx(
     0.5
     """
     source, output = Path(source), Path(output)
-    _check_arguments(compensation, batches, ridge, donor)
+    _check_arguments(compensate, batches, ridge, donor)
     plan = _only_neurons(plan, donor)
     model = read_graph(source)
     ffns = fit_graph(model, plan, source)
@@ -149,17 +161,17 @@ def prune_onnx(
     facts = {"mode": "remove"}
     if donor is None:
         # What came of the plan in torch, with another compensation maybe, is not what this file holds.
-        facts |= {"compensation": compensation, "ridge": ridge}
+        facts |= {"compensation": compensate, "ridge": ridge}
     else:
         donor = copy.deepcopy(donor).cpu().float().eval()
     weights: _Weights = {}
     seen: list[Tensor] = []
     with atomic_siblings(output) as folder:
         written, other = folder / output.name, folder / f"{output.name}.other"
-        if REGISTRY[compensation].reads_images:
+        if REGISTRY[compensate].reads_images:
             watched = watch(batches)
             read = _remembering(watched, seen)
-            weights = _compensate(source, plan, read, other, compensation=compensation, ridge=ridge, track=track)
+            weights = _compensate(source, plan, read, other, compensation=compensate, ridge=ridge, track=track)
             calibration = watched.seen.with_hashes(plan.calibration)
             # These weights are not those of the model that the plan was made of.
             plan = plan.with_facts(calibration=calibration, weights_sha256=None)
@@ -278,7 +290,11 @@ def _input_shape(model: ir.Model, donor: nn.Module | None, source: Path) -> tupl
         raise VitpruneError(
             f"{source}: expected one input of images [B, channels, height, width], found {len(fed)} inputs"
         )
+    if fed[0].dtype is not None and fed[0].dtype not in FLOATS:
+        refuse_input_type(source, fed[0].name, fed[0].dtype.name.lower())
     known = [size if isinstance(size, int) else None for size in fed[0].shape[1:]]
+    if has_channels_last(known):
+        known = [known[2], *known[:2]]
     for said in ((_own_facts(model) or {}).get("data_config"), None if donor is None else data_config(donor)):
         if said is not None:
             pairs = list(zip(known, said["input_size"], strict=True))

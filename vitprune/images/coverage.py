@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from vitprune.errors import VitpruneNote
 from vitprune.images.image_set import ImageSet
 
 
@@ -35,7 +36,7 @@ def describe_coverage(model: Any, images: ImageSet, what: str = "calibration") -
 
 
 def warn_of_few_classes(model: Any, images: ImageSet | None, what: str = "calibration") -> None:
-    """Warn (``UserWarning``) of what ``describe_coverage`` says, if there are images and it says something."""
+    """Warn (``VitpruneNote``) of what ``describe_coverage`` says, if there are images and it says something."""
     told = None if images is None else describe_coverage(model, images, what)
     if told is not None:
-        warnings.warn(told, stacklevel=3)
+        warnings.warn(told, VitpruneNote, stacklevel=3)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitprune.batches import NO_LABEL
 from vitprune.errors import VitpruneError
 from vitprune.images.class_names import find_class, label_names_of
 from vitprune.images.image_list import Listing, list_images
-from vitprune.images.image_set import NO_LABEL, ImageSet
+from vitprune.images.image_set import ImageSet
 from vitprune.images.number_classes import Numbering, number_classes
 from vitprune.images.text_rows import as_name
 

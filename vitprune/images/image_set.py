@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-# Label of an image whose class is not known.
-NO_LABEL = -1
+from vitprune.batches import NO_LABEL
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from timm.layers import use_fused_attn
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.left_out import is_left_out
 
@@ -174,6 +175,7 @@ def check_attention(model: nn.Module, kinds: Sequence[str]) -> None:
                 raise VitpruneError(f"part {kind}: {name}: {reason}")
 
 
+@entry
 @torch.no_grad()
 def split_attention(model: nn.Module, names: Sequence[str] | None = None) -> nn.Module:
     """Return a copy in which attention is ``SplitAttention``; its answers are the same but for rounding.

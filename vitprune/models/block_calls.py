@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitprune.answers import run
 from vitprune.data import Batches, on_device
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.units import Group
 from vitprune.views import block_of
@@ -65,6 +67,7 @@ class BlockCall:
         return model.get_submodule(self.name)(states.to(device), *self.args, **self.kwargs).to(states.device)
 
 
+@entry
 @torch.no_grad()
 def study_blocks(model: nn.Module, ffns: Sequence[Group], batches: Batches) -> dict[str, BlockCall]:
     """Find out how to run every block that holds an FFN, from the first image.
@@ -101,7 +104,9 @@ def study_blocks(model: nn.Module, ffns: Sequence[Group], batches: Batches) -> d
         gain_D = _measure_gain(model, name, ffn.down_proj, name, one[name])
         if gain_D is None:
             raise VitpruneError(f"{name} does not add its FFN's output to the residual stream as it is; {_REMEDY}")
-        calls[ffn.name] = BlockCall(name, args[1:], kwargs, follows, gain_D, _find_attention(model, name, two[name]))
+        # Where attention pools, what it writes is of other tokens than what the block reads.
+        attention = _find_attention(model, name, two[name]) if output.shape == args[0].shape else None
+        calls[ffn.name] = BlockCall(name, args[1:], kwargs, follows, gain_D, attention)
         previous = output
     return calls
 
@@ -154,7 +159,7 @@ def _record_calls(model: nn.Module, blocks, images: Tensor) -> dict[str, tuple[t
     try:
         for name in blocks:
             handles.append(model.get_submodule(name).register_forward_hook(make_hook(name), with_kwargs=True))
-        model(images)
+        run(model, images)
     finally:
         for handle in handles:
             handle.remove()
@@ -208,8 +213,9 @@ def _measure_gain(
         return output if reader == block else arrived[-1]
 
     base = arrive()
-    # An FFN may see the tokens of an image in a row where the stream has them in a grid; windows are no images.
-    if base.numel() != shape.numel() or len(base) != shape[0]:
+    # An FFN may see the tokens of an image in a row where the stream has them in a grid; windows are no images, and
+    # channels may stand elsewhere.
+    if base.numel() != shape.numel() or len(base) != shape[0] or base.shape[-1] != shape[-1]:
         return None
     added = 1.0
     gain_D = (arrive() - base).flatten(0, -2).mean(0)

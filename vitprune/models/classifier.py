@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from vitprune.data import label_names_of
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 
 
+@entry
 def keep_classes(model: nn.Module, classes: Sequence[int], *, label_names: Sequence[str] | None = None) -> nn.Module:
     """Return a copy whose classifier answers only some of the classes.
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.files import open_tensors, read_kind, write_tensors
 from vitprune.models.attention import HEADS
@@ -364,6 +365,7 @@ def _bias(state: Mapping[str, Tensor], group: Group) -> Tensor:
     return state.get(f"{group.read_by}.bias", torch.zeros_like(state[f"{group.read_by}.weight"][:, 0]))
 
 
+@entry
 def save_elastic(model: nn.Module, elastic: Elastic, path: str | Path) -> None:
     """Write an elastic file: the dense model once, and what every stop changes; whole or not at all.
 

@@ -8,11 +8,13 @@ import torch
 from timm.layers import to_2tuple
 from torch import nn
 
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.merging import check_schedule, describe_merging
 from vitprune.views import data_config
 
 
+@entry
 @torch.no_grad()
 def set_image_size(model: nn.Module, size: int | tuple[int, int]) -> nn.Module:
     """Return a copy that takes images of another size, with fewer patches where they are smaller.

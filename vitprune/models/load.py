@@ -10,19 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
-from vitprune.models.class_names import name_classes_of
 from vitprune.models.elastic_file import load_elastic
 from vitprune.models.fit_checkpoint import load_checkpoint
 from vitprune.models.image_size import set_image_size
 from vitprune.models.merge_schedule import parse_schedule
 from vitprune.models.merging import check_merging, set_merging
+from vitprune.models.output_names import name_classes_of
 from vitprune.models.saved_folder import load_folder
 from vitprune.models.sources import HUB, check_name, fetch, spell
 from vitprune.models.transform import set_transform
 from vitprune.views import data_config
 
 
+@entry
 def load(
     model: str | Path,
     *,

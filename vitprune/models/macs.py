@@ -9,11 +9,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitprune.entry import entry
+from vitprune.errors import VitpruneError
 from vitprune.models.trunk import plain_attention
 from vitprune.models.units import find_feed_forwards
 from vitprune.views import data_config
 
 
+@entry
 @torch.no_grad()
 def count_macs(model: nn.Module) -> int:
     """Count the multiply-accumulates of one image: linear layers, convolutions and attention's matrix products.
@@ -26,7 +29,13 @@ def count_macs(model: nn.Module) -> int:
     image = torch.zeros(1, *data_config(model)["input_size"])
     # Without fused attention, so that it is counted as the matrix products it is.
     with plain_attention(model), FlopCounterMode(display=False) as counter:
-        model(image)
+        try:
+            model(image)
+        except (AssertionError, IndexError, RuntimeError) as error:
+            raise VitpruneError(
+                f"{type(model).__name__} does not read images {list(image.shape[1:])}, which its pretrained_cfg says "
+                f"({str(error).splitlines()[0]}); set pretrained_cfg['input_size'] to what it was built for"
+            ) from error
     return counter.get_total_flops() // 2
 
 
@@ -56,6 +65,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+@entry
 @torch.no_grad()
 def ffn_share(model: nn.Module) -> float:
     """Return the share of the model's multiply-accumulates spent in its FFNs, in (0, 1).

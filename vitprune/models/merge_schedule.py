@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitprune.answers import ask, check_one_class, log_shares
 from vitprune.data import Batches, on_device
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.attention import SplitAttention, split_attention
 from vitprune.models.macs import count_macs
@@ -28,6 +30,7 @@ from vitprune.views import num_patches, num_prefix_tokens
 _FORMS = "'constant:13', 'every3:39', '3:60,6:60,9:36' (block:tokens) or a number for each block"
 
 
+@entry
 def parse_schedule(text: str, model: nn.Module) -> tuple[int, ...]:
     """Read how many tokens disappear in each block.
 
@@ -145,6 +148,7 @@ class _Costs:
         return None
 
 
+@entry
 @torch.no_grad()
 def choose_schedule(
     model: nn.Module,
@@ -232,10 +236,13 @@ def choose_schedules(
         if not 0 < share < 1:
             raise VitpruneError(f"`macs_share` must be in (0, 1), got {share}")
     dense = split_attention(model if describe_merging(model) is None else set_merging(model, [0] * len(model.blocks)))
-    images = [images for images, _labels in on_device(dense, batches)]
+    images = []
+    for images_B, labels in on_device(dense, batches):
+        check_one_class(labels, "the choice of a schedule")
+        images.append(images_B)
     if not images:
         raise VitpruneError("no calibration images")
-    answers = [dense(each).double().log_softmax(dim=-1) for each in images]
+    answers = [log_shares(ask(dense, each).double()) for each in images]
     costs = _measure_costs(dense)
 
     def measure(schedule: Sequence[int]) -> float:
@@ -280,7 +287,7 @@ def _measure_loss(merged: nn.Module, images: Sequence[Tensor], answers: Sequence
     """Return the mean over images of KL(dense || merged), nats."""
     total = 0.0
     for images_B, dense_BC in zip(images, answers, strict=True):
-        merged_BC = merged(images_B).double().log_softmax(dim=-1)
+        merged_BC = log_shares(merged(images_B).double())
         total += nn.functional.kl_div(merged_BC, dense_BC, reduction="sum", log_target=True).item()
     return total / sum(len(each) for each in images)
 

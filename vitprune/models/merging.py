@@ -17,6 +17,7 @@ import torch
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.attention import QK, VO, SplitAttention, split_attention, why_not
 from vitprune.views import num_patches, num_prefix_tokens, num_tokens_read
@@ -229,6 +230,7 @@ class MergingBlocks(nn.Sequential):
         return x_BND.gather(1, source_BN.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1]))
 
 
+@entry
 def set_merging(model: nn.Module, schedule: Sequence[int]) -> nn.Module:
     """Return a copy in which tokens merge; no training needed.
 

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from timm.models._hub import save_for_hf
-from torch import nn
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
+from torch import Tensor, nn
 
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.files import atomic_folder, open_tensors
 from vitprune.models.build import CONFIG_FILE, build, fill, restore, unrecorded
@@ -25,6 +27,7 @@ SEEN_KEY = "calibration_sha256"
 FOLDER_FILES = frozenset({WEIGHTS_FILE, CONFIG_FILE, PLAN_FILE})
 
 
+@entry
 def save(model: nn.Module, folder: str | Path, *, plan: Any = None) -> None:
     """Write ``config.json`` and ``model.safetensors`` in timm's layout, and the plan beside them; all or nothing.
 
@@ -47,7 +50,8 @@ def save(model: nn.Module, folder: str | Path, *, plan: Any = None) -> None:
     ['config.json', 'model.safetensors']
     """
     with atomic_folder(folder) as temporary:
-        save_for_hf(model, temporary, **unrecorded(model), safe_serialization=True)
+        save_file(_unshared(model), temporary / WEIGHTS_FILE)
+        save_config_for_hf(model, str(temporary / CONFIG_FILE), **unrecorded(model))
         seen = seen_by(model)
         if plan is not None:
             plan.write(temporary / PLAN_FILE)
@@ -56,6 +60,17 @@ def save(model: nn.Module, folder: str | Path, *, plan: Any = None) -> None:
             config = {**read_config(temporary), SEEN_KEY: sorted(seen)}
             (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2))
         load_folder(temporary)
+
+
+def _unshared(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's tensors, each with storage of its own: a file has no place for what layers share."""
+    seen: set[int] = set()
+    result = {}
+    for key, value in model.state_dict().items():
+        pointer = value.untyped_storage().data_ptr()
+        result[key] = value.clone() if pointer in seen else value.contiguous()
+        seen.add(pointer)
+    return result
 
 
 def load_folder(folder: Path) -> nn.Module:

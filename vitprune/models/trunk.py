@@ -19,6 +19,7 @@ import torch
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
+from vitprune.answers import ask
 from vitprune.errors import VitpruneError
 from vitprune.models.attention import SplitAttention
 from vitprune.models.units import Group, hook_hidden
@@ -77,7 +78,7 @@ def record_clean(model: nn.Module, ffns: Sequence[Group], images: Tensor, *, tok
     handles = [block.register_forward_pre_hook(keep_args, with_kwargs=True) for block in model.blocks]
     try:
         with hook_hidden(model, ffns, lambda _name, h_BNH: hidden.append(h_BNH[:, tokens])):
-            logits = model(images)
+            logits = ask(model, images)
     finally:
         for handle in handles:
             handle.remove()

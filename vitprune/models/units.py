@@ -21,8 +21,10 @@ from typing import Any
 
 import torch
 from timm.layers import GluMlp, Mlp, SwiGLU
+from timm.models.tiny_vit import NormMlp
 from torch import Tensor, nn
 
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.attention import HEADS, QK, VO, SplitAttention, check_attention, find_attention
 from vitprune.models.left_out import is_left_out
@@ -37,8 +39,12 @@ KINDS: Mapping[str, str] = {
     LAYERS: "layer",
 }
 
-_FFN_NAME = re.compile(r"(?:^|\.)blocks\.\d+(?:\.ffns\.\d+)?\.mlp$")
-_SUPPORTED = "Mlp, GluMlp, SwiGLUPacked, SwiGLU"
+_SUPPORTED = "Mlp, GluMlp, SwiGLUPacked, SwiGLU, NormMlp"
+# Whatever stands beside attention under such a name is meant to be an FFN.
+_FFN_NAME = re.compile(r"^(mlp|ffn|feed_?forward)", re.IGNORECASE)
+_ATTENTION_NAME = re.compile(r"attn|attention|xca|mhsa", re.IGNORECASE)
+# Blocks behind it run on the class token alone: next to no work, and they cannot be run by their states.
+_OF_CLASS_TOKEN = re.compile(r"^ClassAtt")
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,7 @@ def module_of(group: str) -> str:
     return group.removesuffix(f".{kind_of(group)}")
 
 
+@entry
 def find_groups(model: nn.Module, kinds: Sequence[str] = (FFN,)) -> list[Group]:
     """Find the groups of units of some kinds, in block order.
 
@@ -172,6 +179,7 @@ def find_groups(model: nn.Module, kinds: Sequence[str] = (FFN,)) -> list[Group]:
     return [group for kind in kinds for group in _FIND[kind](model)]
 
 
+@entry
 def find_feed_forwards(model: nn.Module) -> list[Group]:
     """Find the FFNs of the Transformer blocks, in block order.
 
@@ -193,7 +201,7 @@ def find_feed_forwards(model: nn.Module) -> list[Group]:
     ffns = find_left(model)
     if not ffns:
         raise VitpruneError(
-            f"{type(model).__name__} has no supported FFN: no block with attention has an 'mlp' of type {_SUPPORTED}"
+            f"{type(model).__name__} has no supported FFN: no block with attention has an FFN of type {_SUPPORTED}"
         )
     return ffns
 
@@ -205,11 +213,15 @@ def find_left(model: nn.Module) -> list[Group]:
     >>> find_left(timm.create_model("resnet18"))
     []
     """
-    return [
-        _describe(name, module)
-        for name, module in model.named_modules()
-        if _FFN_NAME.search(name) and _has_attention(model, name) and not is_left_out(module)
-    ]
+    found, names = [], {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_left_out(module) or not _is_ffn(name, module) or not _has_attention(model, name):
+            continue
+        if module in names:
+            raise VitpruneError(f"{name} and {names[module]} are one FFN that runs twice, which cannot be pruned yet")
+        names[module] = name
+        found.append(_describe(name, module))
+    return found
 
 
 def _find_in_attention(model: nn.Module, kind: str) -> list[Group]:
@@ -255,10 +267,11 @@ def find_layers(model: nn.Module) -> list[Group]:
     ['blocks.0.attn.layers', 'blocks.0.mlp.layers']
     """
     readers = {ffn.name: ffn.read_by for ffn in find_feed_forwards(model)}
+    ffns = set(readers)
     for name, module in find_attention(model).items():
         if isinstance(getattr(module, "proj", None), nn.Linear) and not is_left_out(module):
             readers[name] = f"{name}.proj"
-    if all(name.endswith(".mlp") for name in readers):
+    if set(readers) == ffns:
         raise VitpruneError(f"part {LAYERS}: {type(model).__name__} has no attention that writes through 'proj'")
     order = [name for name, _module in model.named_modules() if name in readers]
     # Attention is named before the FFN in every block, which is the order in which they run.
@@ -278,26 +291,49 @@ _FIND: Mapping[str, Callable[[nn.Module], list[Group]]] = {
 }
 
 
+def _is_ffn(name: str, module: nn.Module) -> bool:
+    """Tell whether a module is an FFN, by its type or because it is called one and has weights."""
+    if type(module) in (Mlp, GluMlp, SwiGLU, NormMlp):
+        return True
+    return bool(_FFN_NAME.search(name.rpartition(".")[2])) and _has_weights(module)
+
+
 def _has_attention(model: nn.Module, ffn_name: str) -> bool:
-    block = model.get_submodule(re.sub(r"(\.ffns\.\d+)?\.mlp$", "", ffn_name))
-    return any("attn" in child for child, _ in block.named_children())
+    """Tell whether attention stands beside an FFN in its block; blocks may have several of both, in lists."""
+    block = re.sub(r"\.ffns\.\d+$", "", ffn_name.rpartition(".")[0])
+    found = [
+        type(child).__name__
+        for name, child in model.get_submodule(block).named_children()
+        if _has_weights(child) and f"{block}.{name}" != ffn_name and not isinstance(child, nn.Linear)
+        if _ATTENTION_NAME.search(name) or _ATTENTION_NAME.search(type(child).__name__)
+    ]
+    return bool(found) and not any(map(_OF_CLASS_TOKEN.search, found))
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def _describe(name: str, module: nn.Module) -> Group:
     # Exact types: a subclass may compute its hidden neurons in another way.
+    if any(isinstance(each, nn.Conv1d | nn.Conv2d | nn.Conv3d) for each in module.modules()):
+        raise VitpruneError(f"{name}: {type(module).__name__} has convolutions, and only FFNs of Linear are supported")
     if type(module) is SwiGLU:
         up_names, copies = ("fc1_g", "fc1_x"), 1
-    elif type(module) in (Mlp, GluMlp):
+    elif type(module) in (Mlp, GluMlp, NormMlp):
         up_names, copies = ("fc1",), 2 if type(module) is GluMlp else 1
     else:
         raise VitpruneError(f"{name}: FFN of type {type(module).__name__} is not supported (supported: {_SUPPORTED})")
-    if not isinstance(module.norm, nn.Identity):
+    # That of NormMlp normalises what the FFN reads.
+    if type(module) is not NormMlp and not isinstance(module.norm, nn.Identity):
         raise VitpruneError(
             f"{name}: {type(module).__name__} normalises its hidden activations, "
             "so removing a neuron would change the others"
         )
-    if not isinstance(module.fc2, nn.Linear):
-        raise VitpruneError(f"{name}: {type(module.fc2).__name__} projections are not supported, only Linear")
+    for layer in (*up_names, "fc2"):
+        if not isinstance(getattr(module, layer), nn.Linear):
+            kind = type(getattr(module, layer)).__name__
+            raise VitpruneError(f"{name}: {kind} projections are not supported, only Linear")
     return group_of_neurons(
         name, tuple(f"{name}.{up}" for up in up_names), f"{name}.fc2", module.fc2.in_features, copies
     )

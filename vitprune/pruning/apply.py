@@ -12,12 +12,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from vitprune.entry import entry
 from vitprune.models.left_out import Bias
 from vitprune.models.units import HEADS, Group
 from vitprune.pruning.plan import Plan, fit_plan
 from vitprune.seen_images import seen_by
 
 
+@entry
 @contextmanager
 def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     """Mask units for a while: zero their columns of the layers that read them in place, then put them back.
@@ -60,6 +62,7 @@ def _silenced(model: nn.Module, group: Group, plan: Plan) -> Iterator[tuple[Tens
         yield linear.bias, 0, index
 
 
+@entry
 def mask_neurons(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of the same shape in which the removed units have no effect (zero columns in their reader).
 
@@ -98,6 +101,7 @@ def silence(model: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
             tensor.index_fill_(axis, index, 0)
 
 
+@entry
 def remove_neurons(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy with smaller linear layers, without the units that the plan removes.
 

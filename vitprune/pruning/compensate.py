@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.calibration.statistics import Statistics
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.attention import HEADS, VO
 from vitprune.models.units import FFN
@@ -110,6 +111,7 @@ def stand_in(weight_DH: Tensor, statistics: Statistics, keep_H: Tensor, *, ridge
 STAND_INS: Mapping[str, Callable[..., tuple[Tensor, Tensor]]] = {"bias": move_means, "ridge": stand_in}
 
 
+@entry
 @torch.no_grad()
 def compensate(
     model: nn.Module,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitprune.answers import ask, log_shares
 from vitprune.calibration.layer_losses import StandIn, measure_divergence
 from vitprune.data import Batches, on_device, take_evenly
 from vitprune.errors import VitpruneError
@@ -242,7 +243,7 @@ def propose(
 def _search(trial: Trial, batches: Batches, track: Track) -> Decision:
     """Return the decision whose model, refitted at once, loses least on images that were kept back."""
     images = [images for images, _labels in on_device(trial.turned.model, batches)]
-    dense = [trial.turned.model(each).log_softmax(-1) for each in images]
+    dense = [log_shares(ask(trial.turned.model, each)) for each in images]
     tried: dict[tuple[Any, ...], float] = {}
 
     def measure(decision: Decision) -> float:

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from vitprune.answers import has_several, log_answers, run
 from vitprune.data import Batches, on_device
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.progress import Track, untracked
 from vitprune.pruning.apply import remove_neurons
@@ -24,6 +26,7 @@ NUM_STEPS, BATCH_SIZE, LEARNING_RATE = 200, 32, 3e-4
 STATES_WEIGHT = 10.0
 
 
+@entry
 def distill(
     model: nn.Module,
     compensated: nn.Module,
@@ -75,7 +78,11 @@ def distill(
     """
     ffns = fit_plan(model, plan)
     blocks = [block_of(group.name) for group in ffns]
-    images_I = torch.cat([images.cpu().half() for images, _labels in batches] or [torch.zeros(0)])
+    kept, several = [], False
+    for images, labels in batches:
+        kept.append(images.cpu().half())
+        several = several or has_several(labels)
+    images_I = torch.cat(kept or [torch.zeros(0)])
     if len(images_I) == 0:
         raise VitpruneError("no calibration images")
     student = remove_neurons(compensated, plan).requires_grad_(False)
@@ -93,17 +100,13 @@ def distill(
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         ((images, _labels),) = on_device(model, [(images, torch.zeros(len(images)))])
         with torch.no_grad(), _recorded(model, blocks) as wanted:
-            answers = model(images)
+            answers = run(model, images)
         with torch.enable_grad(), _recorded(student, blocks) as got:
             logits = student(images)
             loss = STATES_WEIGHT * _states_error(ffns, blocks, wanted, got, weights)
             if has_classifier(model):
-                loss = loss + nn.functional.kl_div(
-                    logits.float().log_softmax(-1),
-                    answers.float().log_softmax(-1),
-                    log_target=True,
-                    reduction="batchmean",
-                )
+                got_BC, wanted_BC = (log_answers(each.float(), several=several) for each in (logits, answers))
+                loss = loss + nn.functional.kl_div(got_BC, wanted_BC, log_target=True, reduction="batchmean")
             optimizer.zero_grad()
             loss.backward()
         optimizer.step()

@@ -16,6 +16,7 @@ from vitprune.calibration.criteria import REGISTRY as CRITERIA
 from vitprune.calibration.criteria import check_needs
 from vitprune.data import Batches
 from vitprune.discovery.discover import Discovery
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.images.coverage import warn_of_few_classes
 from vitprune.models.attention import HEADS, QK, VO
@@ -52,6 +53,7 @@ from vitprune.seen_images import files_of, watch
 DEFAULT_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 
+@entry
 def make_elastic(
     model: nn.Module,
     batches: Batches | None = None,
@@ -59,7 +61,7 @@ def make_elastic(
     ratios: Sequence[float] = DEFAULT_RATIOS,
     criterion: str = DEFAULT_CRITERION,
     allocation: str = DEFAULT_ALLOCATION,
-    compensation: str = DEFAULT_COMPENSATION,
+    compensate: str = DEFAULT_COMPENSATION,
     floor: float = DEFAULT_FLOOR,
     ridge: float = DEFAULT_RIDGE,
     step: float = DEFAULT_STEP,
@@ -81,7 +83,7 @@ def make_elastic(
         ratios: shares of the units of every part to remove, each in (0, 1), at which the model is compensated.
         criterion: key of ``CRITERIA``.
         allocation: ``uniform`` or ``global``.
-        compensation: key of ``COMPENSATIONS``.
+        compensate: key of ``COMPENSATIONS``.
         floor: share of its neurons that ``global`` leaves to each FFN at least.
         ridge: λ relative to the mean variance of the hidden neurons.
         step: share that goes between two measurements of the scores, in (0, 1]; 1 measures once.
@@ -104,15 +106,15 @@ def make_elastic(
     1152
     """
     ratios = _check_ratios(ratios)
-    check_choice("compensation", compensation, COMPENSATION_NAMES)
-    row = COMPENSATIONS[compensation]
+    check_choice("compensation", compensate, COMPENSATION_NAMES)
+    row = COMPENSATIONS[compensate]
     check_needs(model, criterion, batches=batches, found=found)
     check_ridge(ridge)
     parts = check_parts(model, parts)
     if TOKENS in parts:
         raise VitpruneError("part tokens: which tokens merge is chosen when an elastic file is loaded; leave it out")
     list_stops(ratios[-1], step)
-    check_compensation(compensation, has_images=batches is not None)
+    check_compensation(compensate, has_images=batches is not None)
     schedule = Schedule(criterion, allocation, row.bridge, floor=floor)
     # Refuse an impossible ratio before any image is read.
     if FFN in parts:
@@ -120,7 +122,7 @@ def make_elastic(
         largest = target_neurons(model, ratios[-1])
         allocate(level, largest, allocation=allocation, across_ffns=True, floor=floor)
     # Means move into the biases between the ratios.
-    wanted = needed_statistics(model, criteria=[criterion], compensations=[compensation], bridged=row.reads_images)
+    wanted = needed_statistics(model, criteria=[criterion], compensations=[compensate], bridged=row.reads_images)
     needs = {"found": found, "wanted": wanted, "ridge": ridge, "seed": seed, "track": track}
     if row.reads_images:
         warn_of_few_classes(model, files_of(batches))
@@ -153,7 +155,7 @@ def make_elastic(
         pruned = base
         if ratio:
             session.track = lambda items, what, ratio=ratio: track(items, f"{what} at {ratio:g}")
-            pruned = _at_stop(session, ranking, ratio, turned, batches, compensation, needs)
+            pruned = _at_stop(session, ranking, ratio, turned, batches, compensate, needs)
         kept = {name: order_H[: widths[name]] for name, order_H in ranking.order.items()}
         stops.append(Stop(ratio, widths, _changed(dense, pruned, groups, kept), left_out))
     means = {}
@@ -172,7 +174,7 @@ def make_elastic(
         allocation=allocation,
         round_to=1,
         floor=floor,
-        compensation=compensation,
+        compensation=compensate,
         mode="remove",
         ridge=ridge,
         seed=seed,

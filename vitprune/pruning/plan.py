@@ -17,6 +17,7 @@ from vitprune.models.facts import Facts
 from vitprune.models.identity import architecture
 from vitprune.models.saved_folder import PLAN_FILE
 from vitprune.models.units import FFN, KINDS, LAYERS, Group, find_groups, kind_of
+from vitprune.table import align
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,15 @@ class Plan:
     keep: Mapping[str, Tensor]
     facts: Facts = field(default_factory=Facts)
     kinds: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        rows = [
+            (name, KINDS[self.kind(name)], str(len(keep)), str(int(keep.sum()))) for name, keep in self.keep.items()
+        ]
+        return align(("group", "units", "before", "kept"), rows)
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def kind(self, name: str) -> str:
         """Return which kind of units a group has."""
@@ -191,7 +201,7 @@ def fit_plan(model: nn.Module, plan: Plan) -> list[Group]:
 
 
 def _span(names: Sequence[str]) -> str:
-    what = "FFNs" if all(name.endswith(".mlp") for name in names) else "groups"
+    what = "FFNs" if all(kind_of(name) == FFN for name in names) else "groups"
     return f"{len(names)} {what} ({names[0]} .. {names[-1]})" if names else "no FFNs"
 
 

@@ -14,6 +14,7 @@ from vitprune.calibration.criteria import check_needs
 from vitprune.calibration.statistics import Statistics
 from vitprune.data import Batches, label_names_of, remember_names
 from vitprune.discovery.discover import Discovery
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.images.coverage import warn_of_few_classes
 from vitprune.models.attention import split_attention
@@ -58,12 +59,13 @@ from vitprune.views import data_config, has_classifier
 _TAKE_OUT: Mapping[str, Callable[[nn.Module, Plan], nn.Module]] = {"remove": remove_neurons, "mask": mask_neurons}
 
 
+@entry
 def plan_pruning(
     model: nn.Module,
     scores: Mapping[str, Tensor],
     *,
     criterion: str,
-    pruning_ratio: float | None = None,
+    ratio: float | None = None,
     target: Target | None = None,
     allocation: str = DEFAULT_ALLOCATION,
     round_to: int = 1,
@@ -75,7 +77,7 @@ def plan_pruning(
         model: the model that the scores are of.
         scores: group name -> scores [H]; higher is more important.
         criterion: key of ``CRITERIA``; says whether scores of different groups compare.
-        pruning_ratio: share of all FFN neurons to remove, in [0, 1); the plan never removes less.
+        ratio: share of all FFN neurons to remove, in [0, 1); the plan never removes less.
         target: what the model may cost instead.
         allocation: ``uniform`` or ``global``.
         round_to: every width is a multiple of it.
@@ -90,19 +92,20 @@ def plan_pruning(
     >>> plan_pruning(model, score_neurons(model, "magnitude"), criterion="magnitude", pruning_ratio=0.5).num_neurons
     768
     """
-    target = _target(model, pruning_ratio, target)
+    target = _target(model, ratio, target)
     across = CRITERIA[criterion].across_ffns
     widths = allocate(scores, target, allocation=allocation, across_ffns=across, round_to=round_to, floor=floor)
     facts = Facts(criterion=criterion, allocation=allocation, round_to=round_to, floor=floor)
-    return explain(model, plan_from_widths(scores, widths), target, pruning_ratio, facts)
+    return explain(model, plan_from_widths(scores, widths), target, ratio, facts)
 
 
+@entry
 def apply_plan(
     model: nn.Module,
     plan: Plan,
     *,
     mode: str = "remove",
-    compensation: str = "none",
+    compensate: str = "none",
     ridge: float = DEFAULT_RIDGE,
     batches: Batches | None = None,
     statistics: Mapping[str, Statistics] | None = None,
@@ -116,7 +119,7 @@ def apply_plan(
         model: the dense model; stays as it is.
         plan: which units stay.
         mode: ``remove`` makes the linear layers smaller; ``mask`` keeps their shapes.
-        compensation: key of ``COMPENSATIONS``.
+        compensate: key of ``COMPENSATIONS``.
         ridge: λ relative to the mean variance of the units.
         batches: calibration images, for any compensation but ``none``; readable more than once.
         statistics: of this model, to share them between plans: with ``moments``, ``bias`` and ``ridge`` need no images;
@@ -137,14 +140,14 @@ def apply_plan(
     check_choice("mode", mode, MODES)
     check_ridge(ridge)
     fit_plan(model, plan)
-    check_choice("compensation", compensation, COMPENSATION_NAMES)
-    measured = statistics is not None and COMPENSATIONS[compensation].stand_in is not None
-    check_compensation(compensation, has_images=batches is not None or measured)
-    wanted = needed_statistics(model, compensations=[compensation])
+    check_choice("compensation", compensate, COMPENSATION_NAMES)
+    measured = statistics is not None and COMPENSATIONS[compensate].stand_in is not None
+    check_compensation(compensate, has_images=batches is not None or measured)
+    wanted = needed_statistics(model, compensations=[compensate])
     session = Session(
         model, batches, wanted=wanted, statistics=statistics, calls=calls, ridge=ridge, seed=seed, track=track
     )
-    return apply_in(session, plan, mode=mode, compensation=compensation)
+    return apply_in(session, plan, mode=mode, compensation=compensate)
 
 
 def apply_in(session: Session, plan: Plan, *, mode: str = "remove", compensation: str = "none") -> nn.Module:
@@ -153,15 +156,16 @@ def apply_in(session: Session, plan: Plan, *, mode: str = "remove", compensation
     return remember(_TAKE_OUT[mode](compensated, plan), session.seen.sha256)
 
 
+@entry
 def prune(
     model: nn.Module,
     batches: Batches | None = None,
     *,
-    pruning_ratio: float | None = None,
+    ratio: float | None = None,
     target: Target | None = None,
     criterion: str = DEFAULT_CRITERION,
     allocation: str = DEFAULT_ALLOCATION,
-    compensation: str = DEFAULT_COMPENSATION,
+    compensate: str = DEFAULT_COMPENSATION,
     mode: str = "remove",
     found: Discovery | None = None,
     round_to: int = 1,
@@ -180,13 +184,13 @@ def prune(
     Args:
         model: timm Vision Transformer in eval mode; stays as it is. Its tokens may merge (``set_merging``).
         batches: calibration images and labels, readable more than once (scores and compensation each read them).
-        pruning_ratio: share of the units of every part to remove, in [0, 1); half of them if neither this nor
+        ratio: share of the units of every part to remove, in [0, 1); half of them if neither this nor
             ``target`` is given.
         target: what the model may cost instead; built for the same parts. With part ``tokens``, of
             multiply-accumulates.
         criterion: key of ``CRITERIA``; ranks neurons. What other parts cost is always estimated in nats.
         allocation: ``uniform`` or ``global``.
-        compensation: key of ``COMPENSATIONS``.
+        compensate: key of ``COMPENSATIONS``.
         mode: ``remove`` or ``mask``.
         found: a discovery on this model, for criterion ``jas``.
         round_to: every width is a multiple of it.
@@ -213,16 +217,16 @@ def prune(
     (0.25, 'variance')
     """
     check_choice("mode", mode, MODES)
-    check_choice("compensation", compensation, COMPENSATION_NAMES)
-    row = COMPENSATIONS[compensation]
+    check_choice("compensation", compensate, COMPENSATION_NAMES)
+    row = COMPENSATIONS[compensate]
     check_choice("criterion", criterion, CRITERION_NAMES)
-    if pruning_ratio != 0:  # 0: tokens merge or images are smaller, and all units stay
+    if ratio != 0:  # 0: tokens merge or images are smaller, and all units stay
         check_needs(model, criterion, batches=batches, found=found)
     check_ridge(ridge)
-    if pruning_ratio is None and target is None:
-        pruning_ratio = DEFAULT_RATIO
+    if ratio is None and target is None:
+        ratio = DEFAULT_RATIO
     parts = check_parts(model, parts, mode=mode)
-    check_compensation(compensation, has_images=batches is not None)
+    check_compensation(compensate, has_images=batches is not None)
     if row.reads_images:
         warn_of_few_classes(model, files_of(batches))
     batches = watch(batches)
@@ -243,7 +247,7 @@ def prune(
     )
     asked = target
     if parts == (FFN,):
-        target = asked = _target(model, pruning_ratio, target)
+        target = asked = _target(model, ratio, target)
         # Refuse an impossible target before any image is read.
         level = {group.name: torch.zeros(group.num_units) for group in find_groups(model)}
         allocate(level, target, allocation=allocation, across_ffns=True, round_to=round_to, floor=floor)
@@ -254,7 +258,7 @@ def prune(
             model,
             batches,
             parts,
-            pruning_ratio=pruning_ratio,
+            pruning_ratio=ratio,
             target=target,
             wanted=CRITERIA[criterion].statistics,
             allocation=allocation,
@@ -273,7 +277,7 @@ def prune(
     wanted = needed_statistics(
         model,
         criteria=[criterion] if ranks_neurons else [],
-        compensations=[compensation],
+        compensations=[compensate],
         bridged=ranks_neurons and len(schedule.stops(target, step)) > 1,
     )
     session = open_session(
@@ -296,10 +300,10 @@ def prune(
         architecture=architecture(model),
         weights_sha256=hash_weights(model if dense is None else dense),
         opened=how_opened(model if dense is None else dense),
-        pruning_ratio_asked=pruning_ratio,
+        pruning_ratio_asked=ratio,
     )
     whole = replace(plan, facts=facts) if decided is None else decided.complete(plan, facts)
-    return _carry_out(session, whole, mode=mode, compensation=compensation, dense=dense)
+    return _carry_out(session, whole, mode=mode, compensation=compensate, dense=dense)
 
 
 def open_session(
@@ -312,6 +316,7 @@ def open_session(
     return Session(neurons, batches, dense=unmerged(model), token_weights=weights, **needs)
 
 
+@entry
 def prune_as_planned(
     model: nn.Module,
     plan: Plan,

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from vitprune.calibration.moments import Moments
 from vitprune.calibration.statistics import Statistics, at_least_float32
 from vitprune.data import Batches
+from vitprune.entry import entry
 from vitprune.models.block_calls import BlockCall, read_states_before, run_until_stopped, stopping_before, study_blocks
 from vitprune.models.left_out import Bias, TokenMap
 from vitprune.models.merging import MergingBlock, describe_merging, follow, pool, unmerged
@@ -50,6 +51,7 @@ DRIFT_RIDGES = (math.inf, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 LEAST_GAIN = 1e-4
 
 
+@entry
 @torch.no_grad()
 def compensate_sequentially(
     model: nn.Module,

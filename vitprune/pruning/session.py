@@ -11,6 +11,7 @@ from vitprune.calibration.criteria import Scores, score_neurons
 from vitprune.calibration.statistics import GRADIENTS, Statistics, measure_statistics
 from vitprune.data import Batches
 from vitprune.discovery.discover import Discovery
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.block_calls import BlockCall, study_blocks
 from vitprune.models.merging import unmerged
@@ -49,6 +50,7 @@ class Session:
     True
     """
 
+    @entry
     def __init__(
         self,
         model: nn.Module,

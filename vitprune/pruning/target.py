@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.macs import count_macs
-from vitprune.models.units import FFN, HEADS, QK, VO, Group, find_groups, hook_hidden
+from vitprune.models.units import FFN, HEADS, QK, VO, Group, find_groups, hook_hidden, kind_of
 from vitprune.options import TARGETS
 from vitprune.views import block_of, data_config
 
@@ -55,12 +56,13 @@ class Target:
         return Target(self.kind, max(limit, self.limit), self.fixed, self.costs)
 
 
-def target_neurons(model: nn.Module, pruning_ratio: float) -> Target:
+@entry
+def target_neurons(model: nn.Module, ratio: float) -> Target:
     """Ask for a share of all FFN neurons to be removed.
 
     Args:
         model: timm Vision Transformer.
-        pruning_ratio: in [0, 1).
+        ratio: in [0, 1).
 
     Raises:
         VitpruneError: if the ratio is out of range.
@@ -69,13 +71,14 @@ def target_neurons(model: nn.Module, pruning_ratio: float) -> Target:
     >>> target_neurons(timm.create_model("vit_tiny_patch16_224", depth=2), 0.5).limit
     768.0
     """
-    if not 0 <= pruning_ratio < 1:
-        raise VitpruneError(f"pruning_ratio must be in [0, 1), got {pruning_ratio}")
+    if not 0 <= ratio < 1:
+        raise VitpruneError(f"pruning_ratio must be in [0, 1), got {ratio}")
     groups = find_groups(model)
-    limit = sum(group.num_units for group in groups) * (1 - pruning_ratio)
+    limit = sum(group.num_units for group in groups) * (1 - ratio)
     return Target("neurons", limit, 0.0, _linear(dict.fromkeys(groups, 1)))
 
 
+@entry
 def target_parameters(model: nn.Module, limit: float, *, kinds: Sequence[str] = (FFN,)) -> Target:
     """Ask for a number of parameters of the whole model.
 
@@ -102,6 +105,7 @@ def target_parameters(model: nn.Module, limit: float, *, kinds: Sequence[str] = 
     return _checked("parameters", limit, total, {group: parameters_per_unit(model, group) for group in groups})
 
 
+@entry
 def target_macs(model: nn.Module, limit: float, *, total: int | None = None, kinds: Sequence[str] = (FFN,)) -> Target:
     """Ask for a number of multiply-accumulates of one image.
 
@@ -178,6 +182,7 @@ def count_tokens(model: nn.Module, groups: Sequence[Group]) -> dict[str, int]:
     return tokens
 
 
+@entry
 def target_latency(
     model: nn.Module, limit: float, *, total: float, tables: Mapping[str, Sequence[tuple[int, float]]]
 ) -> Target:
@@ -226,7 +231,7 @@ def _check(target: Target) -> Target:
     if target.limit > target.dense:
         raise VitpruneError(f"target of {target.limit:g} {what}: the model has {target.dense:.6g} already")
     if target.limit < smallest:
-        least = "neuron in each FFN" if all(name.endswith(".mlp") for name in target.costs) else "unit in each group"
+        least = "neuron in each FFN" if all(kind_of(name) == FFN for name in target.costs) else "unit in each group"
         raise VitpruneError(
             f"target of {target.limit:g} {what}: with one {least} the model still has {smallest:.6g}; ask for more"
         )

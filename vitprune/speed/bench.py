@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.card import name_processor
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.export.onnx_file import export_onnx
 from vitprune.export.profile import count_graph_macs, make_session_runner
 from vitprune.export.quantize import quantize
-from vitprune.export.runtime import PROVIDERS, check_provider, open_session, read_facts
+from vitprune.export.runtime import PROVIDERS, check_finite_initializers, check_provider, open_session, read_facts
 from vitprune.models.load import check_device
 from vitprune.models.macs import amdahl_ceiling, count_macs
 from vitprune.options import BACKENDS, PRECISIONS_ONNX, PRECISIONS_TORCH, check_choice
@@ -97,6 +98,7 @@ class Setting:
     device: str = "cpu"
 
 
+@entry
 def bench(
     models: Mapping[str, nn.Module | str | Path],
     *,
@@ -266,6 +268,7 @@ def make_backend_runner(source: nn.Module | Path, setting: Setting) -> Runner:
         VitpruneError: if the file cannot be opened or its provider is absent.
     """
     if setting.backend in PROVIDERS:
+        check_finite_initializers(source)
         session = open_session(source, num_threads=setting.num_threads, backend=setting.backend)
         return make_session_runner(session, setting.batch_size)
     dtype = DTYPES[setting.precision]

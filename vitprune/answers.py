@@ -1,0 +1,185 @@
+"""What a model answers: asked in one place, so that nothing but finite logits [B, C] gets further.
+
+Letters: B images, C outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from vitprune.batches import NO_LABEL, where_read
+from vitprune.errors import VitpruneError
+from vitprune.wrappers import input_size
+
+# Of an image's outputs, where they are shares of one whole.
+_SHARES_SUM_TO = 1e-3
+
+
+def ask(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Return a model's logits [B, C], which are finite.
+
+    Args:
+        model: images [B, channels, height, width] -> logits.
+        images: on its device and of its dtype.
+
+    Raises:
+        VitpruneError: if the model cannot read images of this shape, answers something else than [B, C], or holds NaN
+            or infinity in its answer.
+
+    >>> ask(lambda images: images.flatten(1), torch.ones(2, 1, 1, 3)).shape
+    torch.Size([2, 3])
+    """
+    logits = run(model, images)
+    if not isinstance(logits, Tensor):
+        raise VitpruneError(
+            f"{_name(model)} answers a {type(logits).__name__}, not logits [images, classes]; pass a model that gives "
+            "the logits alone"
+        )
+    if logits.ndim != 2 or len(logits) != len(images):
+        raise VitpruneError(
+            f"{_name(model)} answers {list(logits.shape)} to {len(images)} images, not logits [images, classes]: "
+            "tokens or feature maps have no accuracy; build it with a pooling (global_pool) and a classifier"
+        )
+    check_finite_logits(model, logits)
+    return logits
+
+
+def run(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Run a model on images, whatever it answers.
+
+    Raises:
+        VitpruneError: if it cannot read images of this shape.
+    """
+    try:
+        return model(images)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if not isinstance(model, nn.Module) or tuple(images.shape[1:]) == input_size(model):
+            raise
+        raise VitpruneError(
+            f"images are {list(images.shape[1:])}, {_name(model)} reads {list(input_size(model))} (channels, height, "
+            f"width): {_first_line(error)}; prepare them with its own transform"
+        ) from error
+
+
+def check_finite_logits(model: Callable[[Tensor], Tensor], logits: Tensor) -> None:
+    """Refuse logits that hold NaN or infinity.
+
+    Raises:
+        VitpruneError: naming the batch.
+    """
+    if bool(torch.isfinite(logits).all()):
+        return
+    reason = getattr(model, "explain_not_finite", lambda: None)()
+    if reason is None and logits.dtype in (torch.float16, torch.bfloat16):
+        reason = f"{logits.dtype} may be too narrow for it, load it in float32".replace("torch.", "")
+    raise VitpruneError(
+        f"{_name(model)} answers {name_not_finite(logits)} to {where_read() or 'an image'}"
+        + (f": {reason}" if reason else "; weights and images are finite, so a layer overflows or divides by zero")
+    )
+
+
+def name_not_finite(tensor: Tensor) -> str:
+    """Return ``NaN``, ``infinity`` or both: what a tensor holds beside numbers."""
+    found = (("NaN", torch.isnan(tensor)), ("infinity", torch.isinf(tensor)))
+    return " and ".join(name for name, mask in found if bool(mask.any()))
+
+
+def of_classes(logits_BC: Tensor) -> Tensor:
+    """Return logits of two classes where there is one output, whose sigmoid is the second class's probability.
+
+    Softmax over [0, z] is sigmoid of z: what is true of classes is then true of a binary head.
+
+    >>> of_classes(torch.tensor([[2.0]])).softmax(1)[0, 1] == torch.tensor(2.0).sigmoid()
+    tensor(True)
+    """
+    if logits_BC.shape[-1] != 1:
+        return logits_BC
+    return torch.cat([torch.zeros_like(logits_BC), logits_BC], dim=-1)
+
+
+def log_shares(logits_BC: Tensor) -> Tensor:
+    """Return the logarithms of the classes' probabilities [B, C]; [B, 2] for a binary head."""
+    return of_classes(logits_BC).log_softmax(-1)
+
+
+def log_answers(logits_BC: Tensor, *, several: bool) -> Tensor:
+    """Return ``log_shares``, or those of yes and no to each class [B, 2 C] where an image may have several."""
+    if not several:
+        return log_shares(logits_BC)
+    return nn.functional.logsigmoid(torch.cat([logits_BC, -logits_BC], dim=1))
+
+
+def give_shares(logits_BC: Tensor) -> bool:
+    """Tell whether answers are probabilities already: non-negative, and one whole for every image.
+
+    >>> give_shares(torch.tensor([[0.25, 0.75]])), give_shares(torch.tensor([[-1.0, 2.0]]))
+    (True, False)
+    """
+    if logits_BC.shape[1] < 2 or bool((logits_BC < 0).any()):
+        return False
+    return bool(((logits_BC.double().sum(1) - 1).abs() < _SHARES_SUM_TO).all())
+
+
+def has_several(labels: Tensor) -> bool:
+    """Tell whether an image may have several classes: labels are [B, C], 0 or 1 for each."""
+    return labels.ndim == 2
+
+
+def check_label_range(labels: Tensor, num_outputs: int, what: str) -> None:
+    """Refuse labels that are missing or none of the model's classes.
+
+    Args:
+        labels: [B] (int64), or [B, C] (0 or 1) where an image may have several classes.
+        num_outputs: C.
+        what: is done with them, for the message.
+
+    Raises:
+        VitpruneError: naming the first that is wrong, and its batch.
+    """
+    where = where_read() or "a batch"
+    if has_several(labels):
+        if labels.shape[1] != num_outputs:
+            raise VitpruneError(f"labels of {where} are of {labels.shape[1]} classes, the model has {num_outputs}")
+        return
+    num_classes = 2 if num_outputs == 1 else num_outputs
+    if bool((labels == NO_LABEL).any()):
+        raise VitpruneError(f"{what} needs labels, and {where} has none; pass pairs of images and labels")
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if len(wrong):
+        raise VitpruneError(
+            f"label {int(wrong[0])} in {where} is none of the model's {num_classes} classes (0 to {num_classes - 1}); "
+            "number the classes as the model does"
+        )
+
+
+def check_one_class(labels: Tensor, what: str) -> None:
+    """Refuse labels of several classes for one image.
+
+    Raises:
+        VitpruneError: saying what has no meaning for them.
+    """
+    if has_several(labels):
+        raise VitpruneError(f"{what} is about one class for each image; these labels are of several (multi-label)")
+
+
+def loss_of(logits_BC: Tensor, labels: Tensor, what: str) -> Tensor:
+    """Return the summed cross-entropy with the labels given; over all outputs where an image may have several classes.
+
+    Raises:
+        VitpruneError: as ``check_label_range`` does.
+    """
+    check_label_range(labels, logits_BC.shape[1], what)
+    if has_several(labels):
+        return nn.functional.binary_cross_entropy_with_logits(logits_BC, labels.to(logits_BC.dtype), reduction="sum")
+    return nn.functional.cross_entropy(of_classes(logits_BC), labels, reduction="sum")
+
+
+def _name(model: Callable[[Tensor], Tensor]) -> str:
+    return type(model).__name__ if isinstance(model, nn.Module) else "the model"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
