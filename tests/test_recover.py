@@ -437,3 +437,29 @@ def test_the_command_line_refuses_in_one_line(arguments, message, saved_vit, ima
     told = capsys.readouterr().err.strip().splitlines()
     assert message in told[-1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module.", "student.backbone._orig_mod."])
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+def test_weights_that_were_trained_elsewhere_come_back(prefix, suffix, tmp_path):
+    from safetensors.torch import save_file
+
+    dense = make_vit().float()
+    dense.model_args = TINY
+    narrow = halved(split_attention(dense))
+    narrow.model_args = TINY
+    vitprune.save(narrow, tmp_path / "narrow")
+    trained = copy.deepcopy(narrow)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    state = {prefix + name: value for name, value in trained.state_dict().items()}
+    path = tmp_path / f"last.{suffix}"
+    save_file(state, path) if suffix == "safetensors" else torch.save({"epoch": 3, "state_dict": state}, path)
+    assert same(vitprune.load(tmp_path / "narrow", checkpoint=path), trained)
+    others = {prefix + name: value for name, value in dense.state_dict().items()}
+    save_file(others, tmp_path / "dense.safetensors")
+    with pytest.raises(VitpruneError, match="does not fit the model of the folder: .*fc1"):
+        vitprune.load(tmp_path / "narrow", checkpoint=tmp_path / "dense.safetensors")
+    with pytest.raises(VitpruneError, match="leave `model_args` out"):
+        vitprune.load(tmp_path / "narrow", model_args={"depth": 2})

@@ -98,6 +98,45 @@ def load_checkpoint(
     return tell_transform(model, told.transform)
 
 
+def refill(model: nn.Module, path: Path, *, key: str | None = None) -> nn.Module:
+    """Give a model, in place, the weights of a file: a pruned model's that was trained elsewhere, in any layout.
+
+    Args:
+        model: of the shapes that the file has.
+        path: .safetensors, or what ``torch.save`` wrote.
+        key: which of several sets of weights.
+
+    Returns:
+        The model.
+
+    Raises:
+        VitpruneError: if there is no such file, it is no plain state dict, or its weights are not this model's.
+
+    >>> import tempfile
+    >>> model, trained = (timm.create_model("vit_tiny_patch16_224", depth=1, mlp_ratio=2) for _ in range(2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     torch.save({"state_dict": {"model." + k: v for k, v in trained.state_dict().items()}}, f"{folder}/a.ckpt")
+    ...     bool((refill(model, Path(folder) / "a.ckpt").head.weight == trained.head.weight).all())
+    True
+    """
+    source, own = f"checkpoint {path}", model.state_dict()
+    checkpoint = read_checkpoint(path)
+    found = find_state(checkpoint.tensors, own.keys(), source, key)
+    state = dict(checkpoint.tensors) if found is None else found.state
+    problem = find_mismatch(model, {name: value for name, value in state.items() if name in own})
+    if problem:
+        raise VitpruneError(
+            f"{source} does not fit the model of the folder: {problem}{_name_layout(checkpoint)}; it takes weights of "
+            "this pruned model, trained"
+        )
+    others = [name for name in state if name not in own] + ([] if found is None else list(found.others))
+    if others:
+        told = f"{source}: left out {count_kinds(others)} tensors that are not of the model"
+        warnings.warn(told, VitpruneNote, stacklevel=3)
+    model.load_state_dict({name: state[name] for name in own})
+    return model
+
+
 def _build_reference(name: str) -> nn.Module:
     """Build a model of a name that has shapes and no numbers."""
     with torch.device("meta"):

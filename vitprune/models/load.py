@@ -13,7 +13,7 @@ from torch import nn
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.elastic_file import load_elastic
-from vitprune.models.fit_checkpoint import load_checkpoint
+from vitprune.models.fit_checkpoint import load_checkpoint, refill
 from vitprune.models.image_size import set_image_size
 from vitprune.models.merge_schedule import parse_schedule
 from vitprune.models.merging import check_merging, set_merging
@@ -51,7 +51,8 @@ def load(
             ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``, pruned or not, or an elastic file
             (``.safetensors``).
         checkpoint: weights for a timm name: .safetensors; .pth, .pt, .bin, .ckpt or .tar (tensors and plain data, read
-            without running pickled code); or the .npz of google-research ViT. Names may have any prefix.
+            without running pickled code); or the .npz of google-research ViT. Names may have any prefix. For a folder:
+            weights of its model that were trained elsewhere.
         device: where to put it.
         ratio: of an elastic file, the share of the units of every part to be gone, at least; in [0, 1). None: the
             dense model.
@@ -125,17 +126,19 @@ def _load(
     if checkpoint is None or is_elastic or is_folder:
         of_checkpoint = {"checkpoint": checkpoint, "checkpoint_key": checkpoint_key, "model_args": model_args}
         given = [key for key, value in of_checkpoint.items() if value is not None]
-        if given and (is_elastic or is_folder):
-            kind = "file" if is_elastic else "folder"
-            raise VitpruneError(f"{name} is a {kind} with its own weights; leave `{given[0]}` out")
-        if checkpoint_key is not None:
+        if given and is_elastic:
+            raise VitpruneError(f"{name} is a file with its own weights; leave `{given[0]}` out")
+        if model_args is not None and is_folder:
+            raise VitpruneError(f"{name} is a folder with a model of its own; leave `model_args` out")
+        if checkpoint_key is not None and checkpoint is None:
             raise VitpruneError("`checkpoint_key` is for a `checkpoint`, which is missing")
     if is_elastic:
         return load_elastic(Path(name), 0.0 if ratio is None else ratio)
     if ratio is not None:
         raise VitpruneError(f"{name} has one width only: ratio is for an elastic file (.safetensors); prune it instead")
     if is_folder:
-        return load_folder(Path(name))
+        loaded = load_folder(Path(name))
+        return loaded if checkpoint is None else refill(loaded, Path(checkpoint), key=checkpoint_key)
     if name.startswith(HUB):
         if checkpoint is not None:
             raise VitpruneError(f"{name} brings its own weights; leave `checkpoint` out, or pass a timm name")
