@@ -221,6 +221,11 @@ def _as_indices(root: Path, names: Sequence[str], num_classes: int, what: str) -
             f"{root}: the {what} {first} .. {last} are whole numbers but no indices of the model's outputs (0 .. "
             f"{num_classes - 1}); {_REMEDY}"
         )
+    if num_classes > 2 and sorted(by_index) == list(range(1, num_classes)):
+        raise VitpruneError(
+            f"{root}: the {what} 1 .. {num_classes - 1} may be the model's outputs without 0, or be counted from 1; "
+            f"{_REMEDY}"
+        )
     return index_of
 
 
