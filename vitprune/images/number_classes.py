@@ -125,7 +125,7 @@ def _by_class_map(
         if place_of.get(name, index) != index:
             raise VitpruneError(
                 f"{path}: '{name}' has index {index}, but the model's class '{name}' is {place_of[name]} of "
-                f"{_few(label_names)}; leave `class_map` out"
+                f"{_few(label_names)}; leave `class_map` out, or prune again with it"
             )
     known = tuple(label_names) or names_in_order(numbered, num_classes)
     return Numbering(index_of, f"{count}: by {path}", label_names=known)
