@@ -60,6 +60,7 @@ def test_some_indices_are_enough(tmp_path):
     ("names", "num_classes", "message"),
     [
         ([str(index) for index in range(1, 13)], 12, r"class folders 1 \.\. 12 .* no indices .* \(0 \.\. 11\); say"),
+        ([str(index) for index in range(1, 12)], 12, r"1 \.\. 11 may be .* without 0, or be counted from 1; say"),
         (["2017", "2018"], 2, r"2017 \.\. 2018 .* no indices"),
         (["1", "001", "2"], 12, "are both class 1"),
         ([str(index) for index in range(11)] + ["other"], 12, "order of its class folders is not sure"),

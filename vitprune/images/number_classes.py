@@ -125,7 +125,7 @@ def _by_class_map(
         if place_of.get(name, index) != index:
             raise VitpruneError(
                 f"{path}: '{name}' has index {index}, but the model's class '{name}' is {place_of[name]} of "
-                f"{_few(label_names)}; leave `class_map` out"
+                f"{_few(label_names)}; leave `class_map` out, or prune again with it"
             )
     known = tuple(label_names) or names_in_order(numbered, num_classes)
     return Numbering(index_of, f"{count}: by {path}", label_names=known)
@@ -220,6 +220,11 @@ def _as_indices(root: Path, names: Sequence[str], num_classes: int, what: str) -
         raise VitpruneError(
             f"{root}: the {what} {first} .. {last} are whole numbers but no indices of the model's outputs (0 .. "
             f"{num_classes - 1}); {_REMEDY}"
+        )
+    if num_classes > 2 and sorted(by_index) == list(range(1, num_classes)):
+        raise VitpruneError(
+            f"{root}: the {what} 1 .. {num_classes - 1} may be the model's outputs without 0, or be counted from 1; "
+            f"{_REMEDY}"
         )
     return index_of
 
