@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 
 from vitprune import options
 from vitprune.cli.arguments import add_device, add_images, listed
-from vitprune.cli.inputs import check_data, choose, find_images, pick_device, refuse_without_data, say_transform
+from vitprune.cli.inputs import check_data, choose, find_images, pick_device, refuse_without_data, track_images
 from vitprune.cli.terminal import note, show_table, track
 from vitprune.errors import VitpruneError
 
@@ -87,7 +87,6 @@ def run(
     first = next(iter(opened.values()))
     check_data(data, class_map)
     network = first.load(pick_device(device))
-    say_transform(network)
     others = None
     if data is not None:
         others = find_images(choose(data, class_map, classes, images_per_class, seed), network)
@@ -111,7 +110,7 @@ def run(
         folder=output,
         overwrite=overwrite,
         note=note,
-        track=track,
+        track=track_images(network),
     )
     if output is not None:
         save_analysis(analysis, output, runs=opened)

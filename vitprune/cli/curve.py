@@ -15,10 +15,10 @@ from vitprune.cli.inputs import (
     open_source,
     refuse_without_data,
     report_skipped,
-    say_transform,
+    track_images,
     warn_of_few_classes,
 )
-from vitprune.cli.terminal import print_table, track
+from vitprune.cli.terminal import print_table
 from vitprune.errors import VitpruneError
 
 SUMMARY = "measure accuracy at many sizes"
@@ -89,7 +89,6 @@ def run(
     calibration, evaluation = (
         make_batches(each, network, batch_size=batch_size, workers=workers, strict=strict) for each in (images, others)
     )
-    say_transform(network)
     calibrated = any(map(reads_images, compensations))
     for each, what in ((images, "calibration"), (others, "evaluation"))[0 if calibrated else 1 :]:
         warn_of_few_classes(network, each, what)
@@ -104,7 +103,7 @@ def run(
         found=None if run is None else run.found,
         source=None if run is None else source,
         overwrite=overwrite,
-        track=track,
+        track=track_images(network),
     )
     for batches in (calibration, evaluation):
         report_skipped(batches)

@@ -8,8 +8,8 @@ from jsonargparse import ArgumentParser
 
 from vitprune import options
 from vitprune.cli.arguments import add_checkpoint, add_device, add_images, add_output, listed
-from vitprune.cli.inputs import check_data, check_model, choose, find_images, load_model, pick_device, say_transform
-from vitprune.cli.terminal import note, print_table, track
+from vitprune.cli.inputs import check_data, check_model, choose, find_images, load_model, pick_device, track_images
+from vitprune.cli.terminal import note, print_table
 
 SUMMARY = "find the neuron paths of images and the scores of every class"
 
@@ -73,8 +73,6 @@ def run(
     with join_processes() as processes:
         network = load_model(model, checkpoint, pick_device(device, processes), opening=opening)
         images = find_images(choose(data, class_map, classes, images_per_class, seed), network)
-        if processes.rank == 0:
-            say_transform(network)
         discovered = discover_run(
             network,
             images,
@@ -88,7 +86,7 @@ def run(
             memory_gib=memory,
             overwrite=overwrite,
             processes=processes,
-            track=track,
+            track=track_images(network),
             note=note,
             method=method,
             top_k=top_k,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,7 @@ def run(
     batches = tracked = None
     if images is not None:
         batches = make_batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
-        tracked = Tracked(batches, "calibrate")
-        say_transform(network)
+        tracked = Tracked(batches, "calibrate", partial(say_transform, network))
         if reads_images(compensate):
             warn_of_few_classes(network, images, "calibration")
     started = time.perf_counter()

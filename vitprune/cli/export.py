@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -63,11 +64,10 @@ def run(
     else:
         images = _calibration_images(model, plan)
     batches = make_batches(images.head(num_images), network, batch_size=batch_size, workers=workers, strict=strict)
-    say_transform(network)
     report = export_onnx(
         network,
         output,
-        Tracked(batches, "parity"),
+        Tracked(batches, "parity", partial(say_transform, network)),
         plan=plan,
         precision="int8" if int8 else "float32",
         operators=operators,

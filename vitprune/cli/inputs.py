@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitprune.cli.terminal import note
+from vitprune.cli.terminal import note, track
 from vitprune.errors import VitpruneError
 
 
@@ -94,6 +94,19 @@ def say_transform(transform: Any, name: str | None = None) -> None:
         f"images{f' for {name}' if name else ''}: {height} x {width}, crop {config['crop_pct']:g}, "
         f"{config['interpolation']}, mean {mean}, std {std}"
     )
+
+
+def track_images(model) -> Callable[..., Iterable[Any]]:
+    """Return ``track`` for work on the images of a model, which says once how they are prepared when it begins."""
+    said: list[bool] = []
+
+    def track_saying(items: Iterable[Any], description: str, **counts: Any) -> Iterable[Any]:
+        if not said:
+            said.append(True)
+            say_transform(model)
+        return track(items, description, **counts)
+
+    return track_saying
 
 
 def choose(data: str, class_map=None, classes: Sequence[str] | None = None, images_per_class=None, seed: int = 0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from vitprune.cli.inputs import choose, find_images, make_batches, refuse_without_data, report_skipped, say_transform
@@ -43,14 +44,13 @@ def run_onnx(
             )
         network = open_onnx(source) if knows else load(plan)
         images = find_images(choose(data, class_map, classes, images_per_class, seed), network, labels_matter=False)
-        say_transform(network)
         batches = make_batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
     report = prune_onnx(
         source,
         given_plan,
         output,
         compensation=compensate,
-        batches=None if batches is None else Tracked(batches, "calibrate"),
+        batches=None if batches is None else Tracked(batches, "calibrate", partial(say_transform, network)),
         ridge=ridge,
         donor=donor,
         track=track,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from vitprune.table import Table
@@ -12,10 +12,13 @@ SECONDS_BETWEEN_LINES = 20
 
 
 class Tracked:
-    """Batches with progress on stderr each time they are read; otherwise as they are."""
+    """Batches with progress on stderr each time they are read; otherwise as they are.
 
-    def __init__(self, batches: Any, description: str) -> None:
-        self.batches, self.description = batches, description
+    ``begin`` is called before the first time.
+    """
+
+    def __init__(self, batches: Any, description: str, begin: Callable[[], None] | None = None) -> None:
+        self.batches, self.description, self._begin = batches, description, begin
         self.passes = 0
 
     def __len__(self) -> int:
@@ -25,6 +28,9 @@ class Tracked:
         return getattr(self.batches, name)
 
     def __iter__(self) -> Iterator[Any]:
+        if self._begin is not None:
+            self._begin()
+            self._begin = None
         batches = iter(self.batches)
         for first in batches:
             yield first
