@@ -49,8 +49,8 @@ def run(
     from vitprune.files import refuse_existing
     from vitprune.pruning.plan import find_plan
 
-    if Path(output).suffix != ".onnx":
-        raise VitpruneError(f"{output}: an ONNX file ends in .onnx")
+    if Path(output).suffix:
+        _check_suffix(output)
     refuse_existing(output, overwrite=overwrite)
     if num_images < 1:
         raise VitpruneError(f"num_images must be at least 1, got {num_images}")
@@ -64,6 +64,7 @@ def run(
     else:
         images = _calibration_images(model, plan)
     batches = make_batches(images.head(num_images), network, batch_size=batch_size, workers=workers, strict=strict)
+    _check_suffix(output)
     report = export_onnx(
         network,
         output,
@@ -100,6 +101,11 @@ def run(
             print(f"int8 runs {report.speedup.ratio:.2f} x as fast as float32 here ({low:.2f} .. {high:.2f})")
 
     return answer, show
+
+
+def _check_suffix(output: str) -> None:
+    if Path(output).suffix != ".onnx":
+        raise VitpruneError(f"{output}: an ONNX file ends in .onnx")
 
 
 def _calibration_images(model: str, plan):

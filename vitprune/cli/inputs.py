@@ -51,7 +51,7 @@ def check_model(model: str, checkpoint: str | None, opening: Mapping[str, Any]) 
 def check_data(data: str | None, class_map: str | None = None) -> None:
     """Refuse a folder of images or a file of classes that is not there, before a model is fetched or built."""
     if data is not None and not Path(data).exists():
-        raise VitpruneError(f"{data}: no such folder of images")
+        raise VitpruneError(f"{data}: no such data folder")
     if class_map is not None and not Path(class_map).is_file():
         raise VitpruneError(f"--class-map {class_map}: no such file")
 

@@ -14,7 +14,7 @@ SECONDS_BETWEEN_LINES = 20
 class Tracked:
     """Batches with progress on stderr each time they are read; otherwise as they are.
 
-    ``begin`` is called before the first time.
+    ``begin`` is called when the first of them is through for the first time.
     """
 
     def __init__(self, batches: Any, description: str, begin: Callable[[], None] | None = None) -> None:
@@ -28,15 +28,15 @@ class Tracked:
         return getattr(self.batches, name)
 
     def __iter__(self) -> Iterator[Any]:
-        if self._begin is not None:
-            self._begin()
-            self._begin = None
         batches = iter(self.batches)
         for first in batches:
             yield first
             break
         # A reader that only looked at the first batch made no pass.
         self.passes += 1
+        if self._begin is not None:
+            self._begin()
+            self._begin = None
         suffix = f" (pass {self.passes})" if self.passes > 1 else ""
         yield from track(batches, self.description + suffix, total=len(self.batches), done=1)
 
