@@ -69,6 +69,8 @@ CALLS = {
     "mask_neurons": lambda model, at: vitprune.mask_neurons(model, half(model)),
     "masked": lambda model, at: vitprune.masked(model, half(model)),
     "measure_statistics": lambda model, at: statistics(model)["blocks.1.mlp"].mean_H,
+    "new_classifier": lambda model, at: vitprune.new_classifier(model, ["a", "b"]),
+    "open_teacher": lambda model, at: vitprune.open_teacher(model, None),
     "parse_schedule": lambda model, at: vitprune.parse_schedule("constant:2", model),
     "plan_pruning": lambda model, at: half(model).widths,
     "prune": lambda model, at: vitprune.prune(model, make_batches(), step=1)[1].widths,
@@ -76,6 +78,9 @@ CALLS = {
     "record_curve": lambda model, at: vitprune.record_curve(
         model, make_batches(), make_batches(4), vitprune.Curve(["obs"], ["global"], ["ridge"]), at, ratios=[2.0]
     ),
+    "recover": lambda model, at: [
+        row.loss for row in vitprune.recover(model, write_photos(at), teacher=model, training=ONE_EPOCH).rows
+    ],
     "remove_neurons": lambda model, at: vitprune.remove_neurons(model, half(model)),
     "save": lambda model, at: vitprune.save(with_args(model), at / "saved"),
     "save_elastic": lambda model, at: vitprune.save_elastic(model, None, at / "elastic.safetensors"),
@@ -88,6 +93,18 @@ CALLS = {
     "target_neurons": lambda model, at: vitprune.target_neurons(model, 0.5),
     "target_parameters": lambda model, at: vitprune.target_parameters(model, 1e4),
 }
+
+
+ONE_EPOCH = vitprune.Training(epochs=1, batch_size=2, losses={"answers": 1.0}, held_back=0.0)
+
+
+def write_photos(folder):
+    from PIL import Image
+
+    (folder / "a").mkdir(parents=True)
+    for number in range(4):
+        Image.new("RGB", (40, 40), (60 * number, 0, 0)).save(folder / "a" / f"{number}.png")
+    return vitprune.find_images(folder, None)
 
 
 def statistics(model):

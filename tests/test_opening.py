@@ -162,7 +162,7 @@ def test_an_output_that_cannot_be_written_is_noticed_first(command, image_folder
 def test_images_that_are_not_there_are_noticed_first(command, tmp_path, capsys):
     status, _out, said = run(capsys, *commands(NAME, tmp_path / "o", tmp_path / "absent")[command])
     assert status == 2
-    assert "absent: no such folder" in said or command == "convert"
+    assert "absent: no such data folder" in said or command == "convert"
 
 
 def test_an_onnx_file_is_called_that(saved_vit, tmp_path, capsys):

@@ -33,7 +33,7 @@ from vitprune.cli import (
     report,
     run,
 )
-from vitprune.cli.terminal import forget_held, note, say_held
+from vitprune.cli.terminal import forget_held, note_at_work, say_held
 from vitprune.cli.wording import in_flags
 from vitprune.errors import VitpruneError, VitpruneNote
 from vitprune.processes import count_processes
@@ -161,7 +161,7 @@ def _notes_are_shown() -> Iterator[None]:
 
         def show(message, category, *where, **more):
             if issubclass(category, VitpruneNote):
-                note(in_flags(" ".join(str(message).split())))
+                note_at_work(in_flags(" ".join(str(message).split())))
             else:
                 others(message, category, *where, **more)
 

@@ -92,10 +92,10 @@ def run(
     calibration, evaluation = (
         make_batches(each, network, batch_size=batch_size, workers=workers, strict=strict) for each in (images, others)
     )
-    say_transform(network)
     calibrated = any(map(reads_images, compensations))
     for each, what in ((images, "calibration"), (others, "evaluation"))[0 if calibrated else 1 :]:
         warn_of_few_classes(network, each, what)
+    say_transform(network)
     record = record_curve(
         network,
         calibration,

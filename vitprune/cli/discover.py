@@ -73,8 +73,7 @@ def run(
     with join_processes() as processes:
         network = load_model(model, checkpoint, pick_device(device, processes), opening=opening)
         images = find_images(choose(data, class_map, classes, images_per_class, seed), network)
-        if processes.rank == 0:
-            say_transform(network)
+        say_transform(network)
         discovered = discover_run(
             network,
             images,

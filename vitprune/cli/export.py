@@ -48,8 +48,8 @@ def run(
     from vitprune.files import refuse_existing
     from vitprune.pruning.plan import find_plan
 
-    if Path(output).suffix != ".onnx":
-        raise VitpruneError(f"{output}: an ONNX file ends in .onnx")
+    if Path(output).suffix:
+        _check_suffix(output)
     refuse_existing(output, overwrite=overwrite)
     if num_images < 1:
         raise VitpruneError(f"num_images must be at least 1, got {num_images}")
@@ -65,6 +65,7 @@ def run(
     else:
         images = _calibration_images(model, plan)
     batches = make_batches(images.head(num_images), network, batch_size=batch_size, workers=workers, strict=strict)
+    _check_suffix(output)
     say_transform(network)
     report = export_onnx(
         network,
@@ -111,6 +112,11 @@ def _name_classes(network, class_map: str) -> None:
             f"{class_map} calls class {place} '{names[place]}', the model '{known[place]}'; leave --class-map out"
         )
     network.label_names = names
+
+
+def _check_suffix(output: str) -> None:
+    if Path(output).suffix != ".onnx":
+        raise VitpruneError(f"{output}: an ONNX file ends in .onnx")
 
 
 def _calibration_images(model: str, plan):

@@ -52,7 +52,7 @@ def check_model(model: str, checkpoint: str | None, opening: Mapping[str, Any]) 
 def check_data(data: str | None, class_map: str | None = None) -> None:
     """Refuse a folder of images or a file of classes that is not there, before a model is fetched or built."""
     if data is not None and not Path(data).exists():
-        raise VitpruneError(f"{data}: no such folder of images")
+        raise VitpruneError(f"{data}: no such data folder")
     if class_map is not None and not Path(class_map).is_file():
         raise VitpruneError(f"--class-map {class_map}: no such file")
 
@@ -91,7 +91,7 @@ def say_transform(transform: Any, name: str | None = None) -> None:
     config = transform if isinstance(transform, Mapping) else data_config(transform)
     _channels, height, width = config["input_size"]
     mean, std = (" ".join(f"{value:.3g}" for value in config[key]) for key in ("mean", "std"))
-    note(
+    note_at_work(
         f"images{f' for {name}' if name else ''}: {height} x {width}, crop {config['crop_pct']:g}, "
         f"{config['interpolation']}, mean {mean}, std {std}"
     )

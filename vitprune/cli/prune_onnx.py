@@ -43,8 +43,8 @@ def run_onnx(
             )
         network = open_onnx(source) if knows else load(plan)
         images = find_images(choose(data, class_map, classes, images_per_class, seed), network, labels_matter=False)
-        say_transform(network)
         batches = make_batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
+        say_transform(network)
     report = prune_onnx(
         source,
         given_plan,

@@ -31,6 +31,9 @@ from vitprune.models.sources import spell
 from vitprune.pruning.plan import find_plan
 from vitprune.seen_images import check_unseen, seen_by
 
+# What may be said of an ONNX file's images, where it does not say so itself.
+TOLD_OF_FILES = frozenset({"mean", "std", "crop_pct", "interpolation", "image_size"})
+
 
 @dataclass(frozen=True)
 class Source:
@@ -96,11 +99,22 @@ def open_model(source: Source, *, device: str | None = None) -> nn.Module | Onnx
         raise VitpruneError(f"{name}: which tokens merge is fixed in an ONNX file; leave `merge` out")
     if source.checkpoint is not None:
         raise VitpruneError(f"{name} holds its own weights; leave `checkpoint` out")
-    if source.opening:
-        raise VitpruneError(f"{name} is an ONNX file, where this is fixed; leave `{next(iter(source.opening))}` out")
+    fixed = [key for key in source.opening if key not in TOLD_OF_FILES]
+    if fixed:
+        raise VitpruneError(f"{name} is an ONNX file, where this is fixed; leave `{fixed[0]}` out")
     if device not in (None, "cpu"):
         raise VitpruneError(f"{name} runs on ONNX Runtime's CPU provider, not on '{device}'")
-    return open_onnx(name, transform=source.transform)
+    return open_onnx(name, transform=source.transform or _read_transform(source.opening))
+
+
+def _read_transform(opening: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what was said of a file's images as timm describes a transform; None where nothing was."""
+    transform = {key: value for key, value in opening.items() if key != "image_size"}
+    if "image_size" in opening:
+        size = opening["image_size"]
+        sizes = [size] if isinstance(size, int) else list(size)
+        transform["input_size"] = (len(opening.get("mean", (0, 0, 0))), sizes[0], sizes[-1])
+    return transform or None
 
 
 @entry

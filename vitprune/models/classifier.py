@@ -58,6 +58,7 @@ def keep_classes(model: nn.Module, classes: Sequence[int], *, label_names: Seque
     return result
 
 
+@entry
 def new_classifier(model: nn.Module, label_names: Sequence[str], *, seed: int = 0) -> nn.Module:
     """Return a copy with a fresh classifier for other classes, to be trained.
 

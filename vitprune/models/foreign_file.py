@@ -65,7 +65,7 @@ def explain_file(path: Path) -> str | None:
         return _explain_safetensors(path, start)
     if _is_text(start):
         begins = start.decode().split(maxsplit=1)[0][:20]
-        return f"is a text file (it begins with {begins!r}); download or copy it again"
+        return f"is a text file (it begins with {begins!r}), not a plain state dict; download or copy it again"
     return None
 
 

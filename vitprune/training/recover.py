@@ -14,6 +14,7 @@ from torch import nn
 
 from vitprune.calibration.layer_losses import measure_divergence
 from vitprune.data import Batches, ImageBatches, ImageSet, hash_images, on_device
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.files import open_resumable
 from vitprune.models.identity import hash_weights
@@ -53,6 +54,7 @@ class Recovered:
     sha256: frozenset[str]
 
 
+@entry
 def recover(
     model: nn.Module,
     images: ImageSet,

@@ -8,6 +8,7 @@ from typing import Any
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.classifier import keep_classes
 from vitprune.models.identity import hash_weights
@@ -17,6 +18,7 @@ from vitprune.pruning.plan import Plan
 from vitprune.views import data_config
 
 
+@entry
 def open_teacher(
     model: nn.Module,
     plan: Plan | None,
