@@ -50,9 +50,9 @@ def number_classes(
 ) -> Numbering:
     """Say which output of a model each class is; the first of these that applies decides.
 
-    A class map; the names that the model has for its classes; WordNet ids, or all English names, of ImageNet's classes;
-    names that are whole numbers, which are indices; sorted order, where there are as many names as outputs and timm and
-    torchvision would sort them alike.
+    A class map; the names that the model has for its classes; WordNet ids of ImageNet's classes; names that are whole
+    numbers, which are indices; sorted order, where there are as many names as outputs and timm and torchvision would
+    sort them alike.
 
     Args:
         root: where the names are from, for messages.
@@ -80,10 +80,6 @@ def number_classes(
         numbered = {name: index for index, name in enumerate(ImageNetInfo(subset).label_names())}
         _check_known(root, names, numbered, f"{subset}'s {num_classes} classes")
         return Numbering({name: numbered[name] for name in names}, f"{count}: by WordNet id")
-    if subset:
-        english = _by_english_names(root, names, subset)
-        if english is not None:
-            return Numbering(english, f"{count}: by ImageNet's English names")
     if all(map(_INTEGER.fullmatch, names)):
         return Numbering(_as_indices(root, names, num_classes, what), f"{count}: {_called(what)} are indices")
     return _in_order(root, names, num_classes, count, what)
@@ -177,26 +173,19 @@ def _by_label_names(root: Path, names: Sequence[str], label_names: Sequence[str]
     )
 
 
-def _by_english_names(root: Path, names: Sequence[str], subset: str) -> dict[str, int] | None:
-    """Return which of ImageNet's classes English names are; None where they are other names altogether."""
-    places: dict[str, set[int]] = {}
-    for index, description in enumerate(ImageNetInfo(subset).label_descriptions()):
-        for spelling in (description, *description.split(", ")):
-            places.setdefault(_spoken(spelling), set()).add(index)
-    found = {name: places.get(_spoken(name), set()) for name in names}
-    known = [name for name in names if found[name]]
-    unsure = [name for name in names if len(found[name]) != 1]
-    if not unsure:
-        index_of = {name: index for name in names for index in found[name]}
-        if len(set(index_of.values())) == len(names):
-            return index_of
-        unsure = [name for name in names if list(index_of.values()).count(index_of[name]) > 1]
-    if 2 * len(known) < len(names):
-        return None
-    raise VitpruneError(
-        f"{root}: {len(known)} of {len(names)} names are English names of {subset}'s classes, but '{unsure[0]}' is not "
-        f"the name of just one; {_REMEDY}"
-    )
+def _check_not_imagenets(root: Path, names: Sequence[str], num_classes: int) -> None:
+    """Refuse English names of most of ImageNet's classes, whose sorted order is not ImageNet's."""
+    subset = infer_imagenet_subset({"num_classes": num_classes})
+    if subset is None:
+        return
+    descriptions = ImageNetInfo(subset).label_descriptions()
+    known = {_spoken(spelling) for text in descriptions for spelling in (text, *text.split(", "))}
+    found = [name for name in names if _spoken(name) in known]
+    if 2 * len(found) > len(names):
+        raise VitpruneError(
+            f"{root}: {len(found)} of {len(names)} names ({_few(found)}) are of {subset}'s classes, which are not in "
+            f"sorted order; {_REMEDY}"
+        )
 
 
 def _spoken(name: str) -> str:
@@ -236,6 +225,7 @@ def _in_order(root: Path, names: Sequence[str], num_classes: int, count: str, wh
         raise VitpruneError(
             f"{root} has {len(names)} {what} ({plain[0]}, ...) but the model has {num_classes} outputs; {_REMEDY}"
         )
+    _check_not_imagenets(root, names, num_classes)
     natural = sorted(names, key=lambda name: natural_key(as_name(name)))
     if natural != plain:
         index = next(index for index in range(num_classes) if natural[index] != plain[index])
