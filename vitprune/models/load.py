@@ -16,7 +16,7 @@ from vitprune.models.saved_folder import load_folder
 from vitprune.models.sources import check_name, fetch, load_checkpoint
 
 
-@entry
+@entry(loads=True)
 def load(
     model: str | Path,
     *,
