@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vitprune.batches import NO_LABEL, where_read
+from vitprune.batches import NO_LABEL, inside_door, where_read
 from vitprune.errors import VitpruneError
 from vitprune.wrappers import input_size
 
@@ -56,7 +56,7 @@ def run(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     try:
         return model(images)
     except (AssertionError, RuntimeError, ValueError) as error:
-        if not isinstance(model, nn.Module) or tuple(images.shape[1:]) == input_size(model):
+        if not inside_door() or not isinstance(model, nn.Module) or tuple(images.shape[1:]) == input_size(model):
             raise
         raise VitpruneError(
             f"images are {list(images.shape[1:])}, {_name(model)} reads {list(input_size(model))} (channels, height, "

@@ -23,6 +23,13 @@ KEPT_BYTES = 2**29
 
 _EXPECTED = "a batch is a pair of images [B, channels, height, width] and labels [B]"
 _READ = threading.local()
+# Whether a verb is running, whose caller is told in one line what it cannot do.
+DOOR = threading.local()
+
+
+def inside_door() -> bool:
+    """Tell whether a verb is running in this thread."""
+    return getattr(DOOR, "inside", False)
 
 
 def where_read() -> str | None:

@@ -7,18 +7,16 @@ in eval mode while the verb runs, batches are checked as they are read, and warn
 from __future__ import annotations
 
 import inspect
-import threading
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import wraps
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from vitprune.batches import GivenBatches, given
+from vitprune.batches import DOOR, GivenBatches, given, inside_door
 from vitprune.errors import VitpruneError, VitpruneNote
 from vitprune.progress import Reported, report, untracked
 from vitprune.wrappers import check_unwrapped, evaluating, unwrap
@@ -28,15 +26,15 @@ Verb = TypeVar("Verb", bound=Callable[..., Any])
 # Parameters by the words of the command line, and as they were called before.
 RENAMED: Mapping[str, str] = {"ratio": "pruning_ratio", "compensate": "compensation"}
 _BATCHES = ("batches", "calibration", "evaluation")
-_OWN = threading.local()
 
 
-def entry(verb: Verb | None = None, *, any_module: bool = False) -> Verb:
+def entry(verb: Verb | None = None, *, any_module: bool = False, loads: bool = False) -> Verb:
     """Make a function one that users call.
 
     Args:
         verb: a function whose models and ``batches`` come from a user.
         any_module: whether a module that holds a timm model and does more than that is used as it is.
+        loads: whether the function returns a model with weights that nobody has looked at yet.
 
     Raises:
         VitpruneError: when the function is called, if weights hold NaN or infinity, or a wrapper does more than the
@@ -50,7 +48,7 @@ def entry(verb: Verb | None = None, *, any_module: bool = False) -> Verb:
     (False, True)
     """
     if verb is None:
-        return lambda function: entry(function, any_module=any_module)
+        return lambda function: entry(function, any_module=any_module, loads=loads)
     signature = inspect.signature(verb)
     takes_progress = "track" in signature.parameters or "batches" in signature.parameters
 
@@ -68,18 +66,18 @@ def entry(verb: Verb | None = None, *, any_module: bool = False) -> Verb:
                 bound.arguments[name] = Reported(bound.arguments[name], verb.__name__)
         with ExitStack() as stack:
             stack.enter_context(evaluating(*models))
-            outermost = not getattr(_OWN, "inside", False)
+            outermost = not inside_door()
             if outermost:
                 for model in models:
                     check_finite_weights(model)
-                _OWN.inside = True
-                stack.callback(setattr, _OWN, "inside", False)
+                DOOR.inside = True
+                stack.callback(setattr, DOOR, "inside", False)
                 stack.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("always", VitpruneNote)
             result = verb(*bound.args, **bound.kwargs)
-            if outermost and isinstance(result, nn.Module) and not any(result is model for model in models):
-                check_finite_weights(result, next((str(v) for v in args[:1] if isinstance(v, str | Path)), ""))
+            if loads:
+                check_finite_weights(result, str(next(iter(bound.arguments.values()))))
             return result
 
     called.__signature__ = _shown(signature, progress=takes_progress)

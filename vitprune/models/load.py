@@ -24,7 +24,7 @@ from vitprune.models.transform import set_transform
 from vitprune.views import data_config
 
 
-@entry
+@entry(loads=True)
 def load(
     model: str | Path,
     *,
