@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import inspect
+import shutil
+import tempfile
 import warnings
+from pathlib import Path
 
 import pytest
 import timm
@@ -79,7 +84,7 @@ CALLS = {
         model, make_batches(), make_batches(4), vitprune.Curve(["obs"], ["global"], ["ridge"]), at, ratios=[2.0]
     ),
     "recover": lambda model, at: [
-        row.loss for row in vitprune.recover(model, write_photos(at), teacher=model, training=ONE_EPOCH).rows
+        row.loss for row in vitprune.recover(model, photos(), teacher=model, training=ONE_EPOCH).rows
     ],
     "remove_neurons": lambda model, at: vitprune.remove_neurons(model, half(model)),
     "save": lambda model, at: vitprune.save(with_args(model), at / "saved"),
@@ -87,6 +92,7 @@ CALLS = {
     "score_neurons": lambda model, at: vitprune.score_neurons(model, "obs", batches=make_batches())["blocks.0.mlp"],
     "set_image_size": lambda model, at: vitprune.set_image_size(model, 16),
     "set_merging": lambda model, at: vitprune.set_merging(model, [2, 0, 0]),
+    "set_transform": lambda model, at: vitprune.set_transform(model, mean=0.4),
     "split_attention": lambda model, at: vitprune.split_attention(model),
     "target_latency": lambda model, at: vitprune.target_latency(model, 1.0, total=2.0, tables={}),
     "target_macs": lambda model, at: vitprune.target_macs(model, 1e5),
@@ -98,10 +104,13 @@ CALLS = {
 ONE_EPOCH = vitprune.Training(epochs=1, batch_size=2, losses={"answers": 1.0}, held_back=0.0)
 
 
-def write_photos(folder):
+@functools.cache
+def photos():
     from PIL import Image
 
-    (folder / "a").mkdir(parents=True)
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / "a").mkdir()
     for number in range(4):
         Image.new("RGB", (40, 40), (60 * number, 0, 0)).save(folder / "a" / f"{number}.png")
     return vitprune.find_images(folder, None)

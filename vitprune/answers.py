@@ -145,7 +145,7 @@ def check_label_range(labels: Tensor, num_outputs: int, what: str) -> None:
             raise VitpruneError(f"labels of {where} are of {labels.shape[1]} classes, the model has {num_outputs}")
         return
     num_classes = 2 if num_outputs == 1 else num_outputs
-    if bool((labels == NO_LABEL).any()):
+    if len(labels) and bool((labels == NO_LABEL).all()):
         raise VitpruneError(f"{what} needs labels, and {where} has none; pass pairs of images and labels")
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if len(wrong):

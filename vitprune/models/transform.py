@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError, VitpruneNote
 from vitprune.views import data_config
 
@@ -31,6 +32,7 @@ class Told:
     transform: Mapping[str, Any]
 
 
+@entry
 def set_transform(
     model: nn.Module,
     *,
