@@ -385,6 +385,27 @@ def test_a_bug_keeps_its_traceback(saved_vit, monkeypatch):
         main(["evaluate", str(saved_vit), "--data", "."])
 
 
+def test_images_are_answered_by_name(saved_vit, image_folder, tmp_path, capsys):
+    model = vitprune.load(saved_vit)
+    model.label_names = tuple(f"class{index}" for index in range(5))
+    vitprune.save(model, tmp_path / "named")
+    photo, folder = image_folder / "class1" / "1.png", image_folder / "class2"
+    assert main(["predict", str(tmp_path / "named"), str(photo), str(folder), "--top-k", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["predictions"]
+    assert [Path(each["file"]).parent.name for each in found] == ["class1", *["class2"] * 4]
+    images = vitprune.find_images(image_folder, 5).only(["class1/1.png"])
+    ((pixels, _labels),) = vitprune.ImageBatches(images, model)
+    with torch.no_grad():
+        shares = model(pixels)[0].softmax(0)
+    assert found[0]["classes"] == shares.topk(2).indices.tolist()
+    assert found[0]["probabilities"] == pytest.approx(shares.topk(2).values.tolist())
+    assert found[0]["names"] == [f"class{index}" for index in found[0]["classes"]]
+    assert main(["predict", str(saved_vit), str(photo)]) == 0
+    assert capsys.readouterr().out.startswith(f"{photo}: 0.")
+    assert main(["predict", str(saved_vit), str(tmp_path / "absent.jpg")]) == 2
+    assert "absent.jpg: no such image or folder" in capsys.readouterr().err
+
+
 def test_people_get_tables(run_folder, pruned_folder, saved_vit, image_folder, tmp_path, capsys):
     images = other_images(image_folder, tmp_path / "images")
     assert main(["evaluate", str(pruned_folder), "--data", str(images)]) == 0

@@ -78,6 +78,9 @@ CALLS = {
     "open_teacher": lambda model, at: vitprune.open_teacher(model, None),
     "parse_schedule": lambda model, at: vitprune.parse_schedule("constant:2", model),
     "plan_pruning": lambda model, at: half(model).widths,
+    "predict": lambda model, at: [
+        each.probabilities for each in vitprune.predict(model, [photos().root / "a" / "1.png"])
+    ],
     "prune": lambda model, at: vitprune.prune(model, make_batches(), step=1)[1].widths,
     "prune_onnx": lambda model, at: vitprune.prune_onnx(at / "absent.onnx", half(model), at / "b.onnx", donor=model),
     "record_curve": lambda model, at: vitprune.record_curve(

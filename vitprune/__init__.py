@@ -70,6 +70,8 @@ _HOME_OF = {
     "save_recovery": "vitprune.training.recovery_folder",
     "Accuracy": "vitprune.evaluation.accuracy",
     "evaluate": "vitprune.evaluation.accuracy",
+    "predict": "vitprune.evaluation.predict",
+    "Prediction": "vitprune.evaluation.predict",
     "compare": "vitprune.evaluation.accuracy",
     "judge": "vitprune.evaluation.judge",
     "Source": "vitprune.evaluation.judge",
