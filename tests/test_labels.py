@@ -341,3 +341,20 @@ def test_a_model_whose_names_are_not_one_for_each_class_is_refused(tmp_path):
     model.label_names = NAMES[:3]
     with pytest.raises(VitpruneError, match="names for 3 classes, but the model has 4 outputs"):
         vitprune.ImageChoice(photos(tmp_path, NAMES)).find(model)
+
+
+def test_two_folders_are_the_classes_of_one_output(image_folder, tmp_path, capsys):
+    binary = make_vit(num_classes=1).float()
+    binary.model_args = {**TINY, "num_classes": 1}
+    vitprune.save(binary, tmp_path / "binary")
+    for name in ("class1", "class4"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / name).symlink_to(image_folder / name)
+    assert main(["evaluate", str(tmp_path / "binary"), "--data", str(tmp_path / "data"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    images = vitprune.find_images(tmp_path / "data", 1)
+    assert images.labels == (0,) * 4 + (1,) * 4
+    batches = list(vitprune.ImageBatches(images, binary))
+    with torch.no_grad():
+        right = sum(int(((binary(pixels)[:, 0] > 0) == (labels == 1)).sum()) for pixels, labels in batches)
+    assert found["top1"] == right / 8

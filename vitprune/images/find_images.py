@@ -81,7 +81,8 @@ def find_images(
         root: folder of class folders, whose images may lie deeper; a text or CSV file that lists images, relative to
             its own folder, with labels or without; or an uncompressed .tar with class folders, or with labels in
             webdataset's manner (``1.jpg``, ``1.cls``).
-        num_classes: outputs of the model; None where labels will not be used: folders are then numbered as sorted.
+        num_classes: outputs of the model, where a single one stands for two classes; None where labels will not be
+            used: folders are then numbered as sorted.
         class_map: a text file with one class name per line (line number = class index), a table of names and indices,
             or JSON: {class name: index}, {index: class name}, or a list of names.
         label_names: names of the model's classes, in order, where it knows them (``label_names_of``); other folders are
@@ -159,6 +160,8 @@ def _number(
 ) -> Numbering:
     if num_classes is None:
         return Numbering({name: index for index, name in enumerate(listing.classes)}, "")
+    if num_classes == 1:  # one sigmoid, two classes
+        num_classes = 2
     return number_classes(
         root, listing.classes, num_classes, class_map=class_map, label_names=label_names, what=listing.what
     )
