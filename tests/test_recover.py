@@ -463,3 +463,26 @@ def test_weights_that_were_trained_elsewhere_come_back(prefix, suffix, tmp_path)
         vitprune.load(tmp_path / "narrow", checkpoint=tmp_path / "dense.safetensors")
     with pytest.raises(VitpruneError, match="leave `model_args` out"):
         vitprune.load(tmp_path / "narrow", model_args={"depth": 2})
+
+
+def test_the_plan_knows_where_its_dense_model_was(image_folder, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    from vitprune.cli import main
+
+    dense = make_vit().float()
+    dense.model_args = TINY
+    vitprune.save(dense, tmp_path / "dense")
+    shared = ["--data", str(image_folder), "--json"]
+    pruned = ["--criterion", "magnitude", "--compensate", "none", "-o"]
+    assert main(["prune", str(tmp_path / "dense"), *shared, *pruned, str(tmp_path / "half")]) == 0
+    assert main(["recover", str(tmp_path / "half"), *shared, "--epochs", "1", "-o", str(tmp_path / "first")]) == 0
+    changed = {key: value + 1 for key, value in dense.state_dict().items()}
+    save_file(changed, tmp_path / "dense" / "model.safetensors")
+    capsys.readouterr()
+    again = ["recover", str(tmp_path / "half"), *shared, "--epochs", "1", "-o", str(tmp_path / "second")]
+    assert main(again) == 2
+    assert "is not the model that was pruned" in capsys.readouterr().err
+    (tmp_path / "dense").rename(tmp_path / "gone")
+    assert main(again) == 2
+    assert "vitprune: teacher: " in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ def hash_weights(model: nn.Module) -> str:
 
 
 def how_opened(model: nn.Module) -> dict[str, Any] | None:
-    """Return what ``load`` was told of a model beside its name; None where there was nothing, or it was not loaded."""
+    """Return what ``load`` was told of a model; None where that was a name alone, or it was not loaded."""
     opened = getattr(model, "opened", None) or {}
-    return dict(opened) if opened.keys() - {"model"} else None
+    return dict(opened) if opened.keys() - {"model"} or Path(opened.get("model", "")).is_absolute() else None
 
 
 def said_beside(model: nn.Module) -> dict[str, Any]:

@@ -35,8 +35,8 @@ def open_teacher(
     Args:
         model: that is taught.
         plan: of the model; None where it has none.
-        name: as ``load`` takes it; None: the architecture that the plan names, whose weights must be those that were
-            pruned.
+        name: as ``load`` takes it; None: the model that was pruned, as it was loaded then, whose weights must be the
+            same.
         checkpoint: weights of the teacher.
         device: where to put it.
 
@@ -52,7 +52,14 @@ def open_teacher(
     """
     if name is None and (plan is None or plan.facts.architecture is None):
         raise VitpruneError("the model has no plan that names the one it came from; pass `teacher`")
-    teacher = load(plan.facts.architecture if name is None else name, checkpoint=checkpoint, device=device)
+    opened = dict(plan.facts.opened or {}) if name is None else {}
+    known = opened.pop("model", None if plan is None else plan.facts.architecture)
+    opened = {key: value for key, value in opened.items() if key != "checkpoint" or checkpoint is None}
+    try:
+        told = {"checkpoint": checkpoint, "device": device, **opened}
+        teacher = load(known if name is None else name, **told)
+    except VitpruneError as error:
+        raise VitpruneError(f"teacher: {str(error).replace('`checkpoint`', '`teacher_checkpoint`')}") from error
     found = hash_weights(teacher)
     if teacher.num_classes != model.num_classes and getattr(model, "label_names", None):
         teacher = _keep_named(teacher, model.label_names)
