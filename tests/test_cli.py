@@ -230,7 +230,7 @@ MISTAKES = [
     ("discover {vit} --data {data} --quadrature x:3 -o {out}", "quadrature must be"),
     ("discover {vit} --data {data} --images-per-class 0 -o {out}", "images_per_class must be at least 1"),
     ("discover {vit} --data {data} --batch-size 0 -o {out}", "batch_size must be at least 1"),
-    ("discover {vit} --data {data} --checkpoint {vit}/model.safetensors -o {out}", "leave --checkpoint out"),
+    ("discover {vit} --data {data} --model-args depth=2 -o {out}", "leave --model-args out"),
     ("discover {vit} --data {data} --device cuda:77 -o {out}", "device 'cuda:77' cannot be used here"),
     ("discover resnet18 --checkpoint {resnet} --data {data} --class-map {map} -o {out}", "no supported FFN"),
     ("discover vit_tiny_patch16_224 --checkpoint {resnet} --data {data} -o {out}", "does not fit"),

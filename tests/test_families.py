@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,8 @@ def test_masking_equals_removal_on_stock_models_or_they_are_refused(name):
             vitprune.find_feed_forwards(model)
         return
     images, plan = example(model), half_plan(model)
+    if name == "caformer_s18":  # whose float32 rounds by more than this
+        model, images = copy.deepcopy(model).double(), images.double()
     expected = hook_mask(model, plan, images)
     removed = vitprune.remove_neurons(model, plan)
     torch.testing.assert_close(removed(images), expected, rtol=1e-5, atol=1e-6)

@@ -149,7 +149,8 @@ def _take_apart(batch: Any, where: str) -> tuple[Any, Any]:
 
 def _check_images(images: Any, where: str) -> Tensor:
     images = _as_tensor(images, f"images of {where}")
-    if images.ndim != 4:
+    # Rows of features are what callables that are no vision models read.
+    if images.ndim not in (2, 4):
         raise VitpruneError(f"images of {where} are {list(images.shape)}; {_EXPECTED}")
     if not images.is_floating_point():
         raise VitpruneError(

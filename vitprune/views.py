@@ -36,8 +36,10 @@ def data_config(model: Any) -> dict[str, Any]:
 
 
 def _num_channels(model: nn.Module) -> int | None:
-    projection = getattr(getattr(model, "patch_embed", None), "proj", None)
-    return projection.in_channels if isinstance(projection, nn.Conv2d) else None
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv")
+    known = isinstance(name, str) and any(name == each for each, _module in model.named_modules())
+    first = model.get_submodule(name) if known else getattr(getattr(model, "patch_embed", None), "proj", None)
+    return first.in_channels if isinstance(first, nn.Conv2d) else None
 
 
 def has_classifier(model: nn.Module) -> bool:

@@ -241,8 +241,8 @@ def mean_divergence(dense: nn.Module, other: nn.Module, images: Sequence[Tensor]
 
     >>> import timm
     >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5).eval()
-    >>> mean_divergence(model, model, [torch.randn(2, 3, 32, 32)])
-    0.0
+    >>> mean_divergence(model, model, [torch.randn(2, 3, 32, 32)]) < 1e-6
+    True
     """
     losses = [measure_divergence(log_shares(dense(each)), other(each)) for each in images]
     return float(torch.cat(losses).mean())

@@ -64,10 +64,10 @@ def run(
         allow_overlap=allow_overlap,
     )
     reference = evaluation.against
+    say_found(images, evaluation.judged.model.num_classes)
     say_transform(evaluation.judged.model.transform)
     if reference is not None and reference.model.transform != evaluation.judged.model.transform:
         say_transform(reference.model.transform, against)
-    say_found(images, evaluation.judged.model.num_classes)
     if evaluation.skipped:
         note(f"skipped {len(evaluation.skipped)} images that cannot be decoded (first: {evaluation.skipped[0]})")
     if evaluation.judged.answers.are_shares:

@@ -277,6 +277,7 @@ def groups_left(groups: Sequence[Group], widths: Mapping[str, int]) -> list[Grou
         groups: of the dense model.
         widths: group name -> units kept.
 
+    >>> from vitprune.models.units import Slice
     >>> group = Group("a.qk", "qk", 4, (Slice("a.q", axis=0, copies=3),), "a.q")
     >>> groups_left([group], {"a.qk": 4, "a.heads": 2})[0].owned[0].copies
     2
