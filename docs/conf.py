@@ -1,6 +1,7 @@
 """How the site is built: ``python -m sphinx -W --keep-going docs SITE``."""
 
 import sys
+from importlib import import_module
 from importlib.metadata import version as version_of
 from pathlib import Path
 
@@ -42,14 +43,5 @@ html_show_sphinx = False
 html_show_copyright = False
 html_copy_source = False
 
-
-def show_written_parameters(_app, verb, _bound) -> None:
-    """Show a verb's parameters as its source has them; every verb with a long loop also takes ``progress``."""
-    if getattr(verb, "is_entry", False) and "progress" in verb.__signature__.parameters:
-        written = [each for name, each in verb.__signature__.parameters.items() if name != "progress"]
-        verb.__signature__ = verb.__signature__.replace(parameters=written)
-
-
-def setup(app) -> None:
-    """Connect what is done here before Sphinx looks up defaults in the source."""
-    app.connect("autodoc-before-process-signature", show_written_parameters, priority=100)
+# Sphinx looks up defaults in the source, where ``progress``, which every verb with a long loop takes, is not.
+import_module("vitprune.entry")._shown = lambda signature, *, progress: signature
