@@ -485,3 +485,20 @@ def test_the_plan_knows_where_its_dense_model_was(image_folder, tmp_path, capsys
     (tmp_path / "dense").rename(tmp_path / "gone")
     assert main(again) == 2
     assert "vitprune: teacher: " in capsys.readouterr().err
+
+
+def test_a_report_shows_how_it_was_trained(images, tmp_path):
+    from vitprune.cli import main
+
+    dense = make_vit().float()
+    dense.model_args = TINY
+    plan = half_plan(dense)
+    training = replace(QUICK, losses={"labels": 1.0})
+    got = recover(remove_neurons(dense, plan), images, training=training, plan=plan)
+    save_recovery(got, training, tmp_path / "out")
+    assert main(["report", str(tmp_path / "out"), "-o", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert (
+        f"the loss of images held back went from {got.before[0]:.4f} to {got.rows[got.best - 1].held_back:.4f}" in page
+    )
+    assert "pruned-1-recovery" in page

@@ -13,6 +13,7 @@ from vitprune.models.macs import measure_sizes
 from vitprune.models.saved_folder import build_dense
 from vitprune.models.units import FFN, KINDS
 from vitprune.pruning.plan import Plan, read_plan
+from vitprune.training.recovery_folder import Recovery, load_recovery
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class PrunedModel:
             which the plan was applied to.
         dense_widths: FFN name -> its neurons in ``dense``.
         label_names: folder names of its classes, where it knows them; else empty.
+        recovery: how it was trained afterwards; None where it was not.
     """
 
     plan: Plan
@@ -33,6 +35,7 @@ class PrunedModel:
     dense: ModelFacts
     dense_widths: Mapping[str, int]
     label_names: tuple[str, ...]
+    recovery: Recovery | None = None
 
 
 def load_pruned(folder: str | Path) -> PrunedModel:
@@ -53,6 +56,7 @@ def load_pruned(folder: str | Path) -> PrunedModel:
         dense=replace(model, weights_sha256=plan.facts.weights_sha256 or "", **asdict(sizes)),
         dense_widths={name: len(keep) for name, keep in plan.only(FFN).keep.items()},
         label_names=tuple(getattr(network, "label_names", None) or ()),
+        recovery=load_recovery(folder),
     )
 
 

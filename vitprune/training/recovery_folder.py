@@ -3,20 +3,52 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vitprune.figures.recovery_figure import draw_recovery
 from vitprune.figures.style import save_figure
-from vitprune.files import FORMAT_VERSION, atomic_folder, write_json
+from vitprune.files import FORMAT_VERSION, atomic_folder, read_json, write_json
 from vitprune.models.saved_folder import FOLDER_FILES, save
-from vitprune.training.loop import STEPS_FILE
+from vitprune.training.loop import STEPS_FILE, EpochRow
 from vitprune.training.recover import Recovered
 from vitprune.training.settings import Training
 
 RECOVERY_FILE, PICTURE_FILE = "recovery.json", "recovery.png"
 RECOVERED_FILES = FOLDER_FILES | {RECOVERY_FILE, PICTURE_FILE, STEPS_FILE}
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How a folder's model was trained.
+
+    Attributes:
+        rows: one for each epoch.
+        best: the number of the one that was kept.
+        before: what held-back images cost before training, and their accuracy.
+        num_images: that had a say.
+    """
+
+    rows: tuple[EpochRow, ...]
+    best: int
+    before: tuple[float | None, float | None]
+    num_images: int
+
+
+def load_recovery(folder: str | Path) -> Recovery | None:
+    """Read how a folder's model was trained; None where it was not.
+
+    >>> load_recovery("nowhere") is None
+    True
+    """
+    path = Path(folder) / RECOVERY_FILE
+    if not path.is_file():
+        return None
+    content = read_json(path, kind="recovery")
+    before = content["before"]
+    rows = tuple(EpochRow(**row) for row in content["epochs"])
+    return Recovery(rows, content["best"], (before["held_back"], before["accuracy"]), content["num_images"])
 
 
 def describe_recovery(recovered: Recovered, training: Training) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from vitprune import options
 from vitprune.data import describe_class
 from vitprune.discovery.discover import class_paths
+from vitprune.figures.recovery_figure import draw_recovery
 from vitprune.figures.widths_figure import draw_widths
 from vitprune.report.page_blocks import Cell, Column, Grid, Row, Section
 from vitprune.report.pictures import embed_figure
@@ -19,6 +20,7 @@ from vitprune.report.pruned_folder import (
 )
 from vitprune.report.shown_folder import Artefact, card_id, of_kind, part_name
 from vitprune.report.text import percent, plural
+from vitprune.training.recovery_folder import Recovery
 
 
 def pruned_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Section:
@@ -64,9 +66,26 @@ def pruned_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Section
         )
         columns = (Column("part"), Column("dense"), Column("kept"))
         blocks.append(Grid(f"{artefact.key}-parts", "Attention and layers", columns, rows, sorted_by=(0, False)))
+    if content.recovery is not None and content.recovery.rows:
+        lead.append(_describe_recovery(content.recovery))
+        drawn = draw_recovery(content.recovery.rows, before=content.recovery.before)
+        caption = "Training afterwards: the losses, and what images say that were held back."
+        blocks.append(embed_figure(drawn, id=f"{artefact.key}-recovery", caption=caption))
     title = f"{artefact.name}: what was removed"
     name = part_name(artefact, artefacts, "Neurons removed")
     return Section(artefact.key, name, "pruned model", title, tuple(lead), tuple(blocks), card_id(artefact))
+
+
+def _describe_recovery(recovery: Recovery) -> str:
+    """Say how a model was trained after pruning."""
+    told = f"Then it was trained on {recovery.num_images:,} images, {plural(len(recovery.rows), 'epoch')}"
+    best = next((row for row in recovery.rows if row.epoch == recovery.best), None)
+    if best is None or best.held_back is None or recovery.before[0] is None:
+        return f"{told}."
+    return (
+        f"{told}: the loss of images held back went from {recovery.before[0]:.4f} to {best.held_back:.4f} in epoch "
+        f"{recovery.best}, which was kept."
+    )
 
 
 def _describe_shape(pruned: PrunedModel) -> list[str]:
