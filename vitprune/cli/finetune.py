@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 from jsonargparse import ArgumentParser
 
 from vitprune.cli.arguments import add_checkpoint, add_device, add_output
-from vitprune.cli.inputs import check_data, check_model, load_model, pick_device, say_transform
-from vitprune.cli.terminal import note, track
-from vitprune.cli.training_options import UNFINISHED, add_training, describe_epoch, make_training, show_training
+from vitprune.cli.inputs import check_data, check_model, load_model, pick_device
+from vitprune.cli.training_options import add_training, make_training, show_training, train_and_save
 
 SUMMARY = "train a model with a new classifier on one's own classes"
 
@@ -33,9 +29,7 @@ def run(
     from vitprune.models.classifier import new_classifier
     from vitprune.processes import join_processes
     from vitprune.pruning.plan import find_plan
-    from vitprune.training.loop import STEPS_FILE
-    from vitprune.training.recover import recover
-    from vitprune.training.recovery_folder import RECOVERED_FILES, describe_recovery, save_recovery
+    from vitprune.training.recovery_folder import RECOVERED_FILES, describe_recovery
 
     training = make_training({"labels": 1.0}, options)
     refuse_existing(output, overwrite=overwrite, owned=RECOVERED_FILES)
@@ -45,29 +39,16 @@ def run(
     }  # fmt: skip
     check_model(model, checkpoint, opening)
     check_data(data)
-    unfinished = Path(f"{output}{UNFINISHED}")
     with join_processes(for_training=True) as processes:
         images = find_images(data, None)
         names = [images.class_names[index] for index in sorted(images.class_names)]
         network = load_model(model, checkpoint, pick_device(device, processes), opening=opening)
-        say_transform(network)
         network = new_classifier(network, names, seed=training.seed)
-        first = processes.rank == 0
-        trained = recover(
-            network,
-            images,
-            training=training,
-            plan=find_plan(model),
-            folder=unfinished,
-            overwrite=overwrite,
-            processes=processes,
-            log_epoch=lambda row: note(describe_epoch(row)),
-            track=track if first else lambda items, _description: items,
+        trained = train_and_save(
+            network, images, training, output, overwrite=overwrite, processes=processes, plan=find_plan(model)
         )
-        if not first:
-            return None
-        save_recovery(trained, training, output, steps=unfinished / STEPS_FILE)
-    shutil.rmtree(unfinished)
+    if trained is None:
+        return None
     answer = {"output": output, "classes": names, **describe_recovery(trained, training)}
 
     def show() -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
 from vitprune import options
 from vitprune.cli.arguments import add_device, add_output, listed
-from vitprune.cli.inputs import check_data, choose, find_images, load_model, pick_device, say_transform
-from vitprune.cli.terminal import note, track
-from vitprune.cli.training_options import UNFINISHED, add_training, describe_epoch, make_training, show_training
+from vitprune.cli.inputs import check_data, choose, find_images, load_model, pick_device
+from vitprune.cli.training_options import add_training, make_training, show_training, train_and_save
 from vitprune.errors import VitpruneError
 
 SUMMARY = "train a pruned model towards the dense one"
@@ -55,9 +53,7 @@ def run(
     from vitprune.files import refuse_existing
     from vitprune.processes import join_processes
     from vitprune.pruning.plan import find_plan
-    from vitprune.training.loop import STEPS_FILE
-    from vitprune.training.recover import recover
-    from vitprune.training.recovery_folder import RECOVERED_FILES, describe_recovery, save_recovery
+    from vitprune.training.recovery_folder import RECOVERED_FILES, describe_recovery
     from vitprune.training.settings import DEFAULT_LOSSES
     from vitprune.training.teacher import open_teacher
 
@@ -71,35 +67,26 @@ def run(
     if Path(model).suffix in (".safetensors", ".onnx"):
         raise VitpruneError(f"{model}: only a folder can be trained; prune to one ratio, or save one, first")
     check_data(data, class_map)
-    unfinished = Path(f"{output}{UNFINISHED}")
     with join_processes(for_training=True) as processes:
         where = pick_device(device, processes)
         network = load_model(model, None, where)
         plan = find_plan(model)
-        needs_teacher = set(weights) != {"labels"}
         taught_by = None
-        if needs_teacher or teacher is not None:
+        if set(weights) != {"labels"} or teacher is not None:
             taught_by = open_teacher(network, plan, teacher, checkpoint=teacher_checkpoint, device=where)
         images = find_images(choose(data, class_map), network, labels_matter="labels" in weights)
-        first = processes.rank == 0
-        if first:
-            say_transform(network)
-        recovered = recover(
+        recovered = train_and_save(
             network,
             images,
-            teacher=taught_by,
-            training=training,
-            plan=plan,
-            folder=unfinished,
+            training,
+            output,
             overwrite=overwrite,
             processes=processes,
-            log_epoch=lambda row: note(describe_epoch(row)),
-            track=track if first else lambda items, _description: items,
+            teacher=taught_by,
+            plan=plan,
         )
-        if not first:
-            return None
-        save_recovery(recovered, training, output, steps=unfinished / STEPS_FILE)
-    shutil.rmtree(unfinished)
+    if recovered is None:
+        return None
     answer = {"output": output, **describe_recovery(recovered, training)}
 
     def show() -> None:

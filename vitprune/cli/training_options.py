@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from vitprune.cli.terminal import print_table
+from vitprune.cli.inputs import say_transform
+from vitprune.cli.terminal import note, print_table, track
 
 UNFINISHED = ".unfinished"
 # Options that are settings of ``Training`` and of ``Augmentation`` by another name.
@@ -53,6 +56,33 @@ def make_training(losses: dict[str, float], options: dict[str, Any], **more: Any
     training = Training(losses=losses, augmentation=Augmentation(**augmentation), **others, **more)
     check_training(training)
     return training
+
+
+def train_and_save(network: Any, images: Any, training: Any, output: str, *, overwrite: bool, processes: Any, **taught):
+    """Train a model and write its folder; None in all processes but the first."""
+    from vitprune.training.loop import STEPS_FILE
+    from vitprune.training.recover import recover
+    from vitprune.training.recovery_folder import save_recovery
+
+    unfinished, first = Path(f"{output}{UNFINISHED}"), processes.rank == 0
+    if first:
+        say_transform(network)
+    trained = recover(
+        network,
+        images,
+        training=training,
+        folder=unfinished,
+        overwrite=overwrite,
+        processes=processes,
+        log_epoch=lambda row: note(describe_epoch(row)),
+        track=track if first else lambda items, _description: items,
+        **taught,
+    )
+    if not first:
+        return None
+    save_recovery(trained, training, output, steps=unfinished / STEPS_FILE)
+    shutil.rmtree(unfinished)
+    return trained
 
 
 def describe_epoch(row: Any) -> str:

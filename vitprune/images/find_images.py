@@ -160,7 +160,7 @@ def _number(
 ) -> Numbering:
     if num_classes is None:
         return Numbering({name: index for index, name in enumerate(listing.classes)}, "")
-    if num_classes == 1:  # one sigmoid, two classes
+    if num_classes == 1 and len(listing.classes) > 1:  # one sigmoid, two classes
         num_classes = 2
     return number_classes(
         root, listing.classes, num_classes, class_map=class_map, label_names=label_names, what=listing.what
