@@ -153,6 +153,18 @@ def saved_vit(tmp_path_factory):
     return make_once(tmp_path_factory, "models", lambda root: vitprune.save(model, root / "vit")) / "vit"
 
 
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """The folder of a small model of four classes that knows no names."""
+    import vitprune
+
+    model = make_vit(num_classes=4).float()
+    model.model_args = {**TINY, "num_classes": 4}
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    vitprune.save(model, folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def shown_folders(saved_vit, tmp_path_factory):
     """Folders of every kind that a report shows, by name, and the images they are of."""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import TINY, make_vit
+from conftest import make_vit
 from PIL import Image, features
 
 import vitprune
@@ -182,16 +182,6 @@ def test_orientation_is_left_as_timm_leaves_it(tmp_path):
     exif[0x0112] = 6
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     assert read_image(tmp_path / "a.png").size == (8, 4)
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    """The folder of a small model of four classes that knows no names."""
-    model = make_vit(num_classes=4).float()
-    model.model_args = {**TINY, "num_classes": 4}
-    folder = tmp_path_factory.mktemp("models") / "dense"
-    vitprune.save(model, folder)
-    return folder
 
 
 def flat(root):

@@ -228,16 +228,6 @@ def test_python_is_warned_and_refused_as_well(tmp_path):
         vitprune.prune(model.float(), ImageBatches(one, model), criterion="variance", compensation="ridge", step=1)
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    """The folder of a small model of four classes that knows no names."""
-    model = make_vit(num_classes=4).float()
-    model.model_args = {**TINY, "num_classes": 4}
-    folder = tmp_path_factory.mktemp("models") / "dense"
-    vitprune.save(model, folder)
-    return folder
-
-
 def run(*arguments, capsys):
     status = main([*map(str, arguments)])
     return status, capsys.readouterr().err

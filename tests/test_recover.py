@@ -502,3 +502,25 @@ def test_a_report_shows_how_it_was_trained(images, tmp_path):
         f"the loss of images held back went from {got.before[0]:.4f} to {got.rows[got.best - 1].held_back:.4f}" in page
     )
     assert "pruned-1-recovery" in page
+
+
+@pytest.mark.parametrize("losses", [{"answers": 1.0}, {"labels": 1.0}], ids="+".join)
+def test_one_output_is_trained_as_two_classes(losses, image_folder, tmp_path):
+    """As the model of two outputs that answers the same: [0, z]."""
+    for name in ("class1", "class4"):
+        (tmp_path / name).symlink_to(image_folder / name)
+    images = find_images(tmp_path, 2)
+    one, two = make_vit(num_classes=1), make_vit(num_classes=2)
+    with torch.no_grad():
+        two.load_state_dict({**one.state_dict(), "head.weight": two.head.weight, "head.bias": two.head.bias})
+        for parameter, own in zip(two.head.parameters(), one.head.parameters(), strict=True):
+            parameter.copy_(torch.cat([torch.zeros_like(own), own]))
+    training = replace(QUICK, losses=losses, epochs=1)
+    first, second = (recover(halved(each), images, teacher=each, training=training) for each in (one, two))
+    assert first.before[0] > 0
+    assert first.before[0] == pytest.approx(second.before[0], rel=1e-9)
+    assert first.rows[0].losses != dict.fromkeys(losses, 0.0)
+    steps = [[], []]
+    for each, log in zip((one, two), steps, strict=True):
+        recover(halved(each), images, teacher=each, training=training, log_step=log.append)
+    assert steps[0][0]["loss"] == pytest.approx(steps[1][0]["loss"], rel=1e-9)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,8 +92,7 @@ def choose_merging(
     """
     if target.kind != "macs":
         raise VitpruneError("part tokens saves multiply-accumulates; for another target name a schedule (set_merging)")
-    dense_macs = count_macs(model)
-    share = target.limit / dense_macs
+    share = target.limit / count_macs(model)
     fitted, kept_back = keep_back(batches, NUM_IMAGES)
     shares = [share**way for way in (SHARES if parts else (1.0,))]
     found = choose_schedules(
@@ -102,18 +102,17 @@ def choose_merging(
     mixtures = [pair for pair in zip(shares, schedules, strict=True) if pair[0] == 1 or pair[1] is not None]
     images = [each for each, _labels in on_device(model, kept_back)]
     reason = "no schedule goes that far"
-    if not parts:
-        tried = [Mixed(share, each, mean_divergence(model, set_merging(model, each), images)) for _, each in mixtures]
-    else:
+    make = partial(set_merging, model)
+    if parts:
         make = _make_candidates(model, fitted, kept_back, target, parts, ridge=ridge, seed=seed, track=track, **options)
-        tried = []
-        for macs_share, schedule in track(mixtures, "mixtures"):
-            try:
-                merged = make(schedule)
-            except VitpruneError as error:
-                reason = str(error)  # units cannot go that far beside so little merging
-                continue
-            tried.append(Mixed(macs_share, schedule, mean_divergence(model, merged, images)))
+    tried = []
+    for macs_share, schedule in track(mixtures, "mixtures"):
+        try:
+            candidate = make(schedule)
+        except VitpruneError as error:
+            reason = str(error)  # units cannot go that far beside so little merging
+            continue
+        tried.append(Mixed(macs_share, schedule, mean_divergence(model, candidate, images)))
     if not tried:
         raise VitpruneError(f"neither merging nor units can meet the target; {reason}")
     return sorted(tried, key=lambda each: each.loss)

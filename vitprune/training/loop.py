@@ -171,7 +171,7 @@ class _Run:
                 mixup_alpha=augmentation.mixup,
                 cutmix_alpha=augmentation.cutmix,
                 label_smoothing=0.0,  # cross-entropy smooths
-                num_classes=model.num_classes or 1,
+                num_classes=max(model.num_classes, 2),  # one output stands for two classes
             )
         self.micro_batches = 1
         self.wrapped: nn.Module = student

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from vitprune.answers import log_shares, of_classes
 from vitprune.errors import VitpruneError
 from vitprune.models.merging import describe_merging
 from vitprune.training.settings import Training
@@ -113,7 +114,7 @@ def sum_losses(
     parts: dict[str, Tensor] = {}
     if "answers" in training.losses:
         t = training.temperature
-        of_student, of_teacher = ((_wide(each["logits"]) / t).log_softmax(-1) for each in (student, teacher))
+        of_student, of_teacher = (log_shares(_wide(each["logits"]) / t) for each in (student, teacher))
         parts["answers"] = t**2 * nn.functional.kl_div(of_student, of_teacher, reduction="batchmean", log_target=True)
     if "features" in training.losses:
         parts["features"] = _relative_error(student["features"], teacher["features"])
@@ -122,7 +123,7 @@ def sum_losses(
         parts["blocks"] = torch.stack(errors).mean()
     if "labels" in training.losses:
         parts["labels"] = nn.functional.cross_entropy(
-            _wide(student["logits"]), labels, label_smoothing=training.smoothing
+            of_classes(_wide(student["logits"])), labels, label_smoothing=training.smoothing
         )
     total = sum(training.losses[name] * part for name, part in parts.items())
     return total, {name: part.item() for name, part in parts.items()}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitprune.answers import of_classes
 from vitprune.calibration.layer_losses import measure_divergence
 from vitprune.data import Batches, ImageBatches, ImageSet, hash_images, on_device
 from vitprune.entry import entry
@@ -238,7 +239,7 @@ def _make_judge(teacher: nn.Module, batches: Batches, labelled: bool):
     def judge(model: nn.Module) -> tuple[float | None, float | None]:
         losses, right = [], []
         for images, labels in on_device(model, batches):
-            answers, wanted = model(images), teacher(images)
+            answers, wanted = (of_classes(each(images)) for each in (model, teacher))
             if not has_classifier(teacher):
                 losses.append(1 - torch.cosine_similarity(answers.double(), wanted.double(), dim=-1))
             elif labelled:
