@@ -45,13 +45,13 @@ def test_the_mixture_of_least_loss_on_images_kept_back_wins():
     assert [each.loss for each in tried] == sorted(each.loss for each in tried)
     for each in tried:
         if each.schedule is not None:
-            assert count_macs(set_merging(model, each.schedule)) <= each.macs_share * count_macs(model)
+            assert count_macs(set_merging(model, each.schedule)) <= each.share * count_macs(model)
 
 
 def test_merging_alone_is_measured_on_the_images_kept_back():
     model, batches = make_model(), make_batches(4)
     (only,) = choose_merging(model, batches, make_target(model, 0.7), (), **OPTIONS)
-    assert only.macs_share == pytest.approx(0.7)
+    assert only.share == pytest.approx(0.7)
     assert only.loss == mean_divergence(model, set_merging(model, only.schedule), [batches[3][0]])
 
 

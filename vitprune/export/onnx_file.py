@@ -189,6 +189,20 @@ def export_onnx(
     )
 
 
+def write_unchecked(model: nn.Module, path: Path, *, operators: str) -> None:
+    """Write the file that ``export_onnx`` would, only to be timed: nothing is compared, and it says nothing of itself.
+
+    Args:
+        model: a torch model in eval mode; stays as it is.
+        path: the file to write.
+        operators: key of ``OPERATORS``.
+    """
+    model = copy.deepcopy(model).cpu().float().eval()
+    with plain_attention(model):
+        drop_unread_merge(model)
+        write_graph(_trace(model, None, operators), path)
+
+
 def _compare_speed(first: Path, second: Path) -> Speedup:
     """Time two files in turns and return how many times faster the second is."""
     runners = {path: make_session_runner(open_session(path), 1) for path in (first, second)}

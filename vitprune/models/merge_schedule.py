@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,8 @@ def _clamped(model: nn.Module, schedule: Sequence[int]) -> tuple[int, ...]:
 
 # Block -> how many tokens merge there, beside the other blocks.
 _Shape = dict[int, float]
+# Schedule -> what it leaves, as a share of what the model costs without merging.
+ShareOf = Callable[[Sequence[int]], float]
 
 
 @dataclass(frozen=True)
@@ -134,16 +137,17 @@ class _Costs:
             total += block.ffn * left
         return total
 
-    def fit(self, shape: _Shape, macs_share: float) -> tuple[int, ...] | None:
+    def fit(self, shape: _Shape, share: float, share_of: ShareOf | None = None) -> tuple[int, ...] | None:
         """Return the smallest schedule of a shape that meets a share; None where there is none."""
         if any(self.blocks[block].compared is None for block in shape):
             return None
+        share_of = share_of or self.share
         for scale in range(1, self.num_patches + 1):
             left, schedule = self.num_patches, [0] * len(self.blocks)
             for block, weight in shape.items():
                 schedule[block] = min(round(scale * weight), left // 2)
                 left -= schedule[block]
-            if self.share(schedule) <= macs_share:
+            if share_of(schedule) <= share:
                 return tuple(schedule)
         return None
 
@@ -202,6 +206,7 @@ def choose_schedules(
     batches: Batches,
     macs_shares: Sequence[float],
     *,
+    share_of: ShareOf | None = None,
     max_merges: int = 3,
     max_candidates: int = 40,
     max_varied: int = 8,
@@ -213,6 +218,7 @@ def choose_schedules(
         model: as in ``choose_schedule``, as are ``batches``, ``max_merges`` and ``track``.
         batches: calibration images.
         macs_shares: what merging may leave; each in (0, 1).
+        share_of: what a schedule leaves, where that is measured otherwise than in multiply-accumulates.
         max_merges: at most so many blocks merge.
         max_candidates: so many schedules are measured for the first share, at most.
         max_varied: so many for each other one.
@@ -251,7 +257,8 @@ def choose_schedules(
     found: list[tuple[int, ...] | None] = []
     guesses, limit = _first_guesses(len(dense.blocks), max_merges), max_candidates
     for share in macs_shares:
-        shape, schedule = _search(share, guesses, costs, measure, len(dense.blocks), limit, track)
+        fit = partial(costs.fit, share=share, share_of=share_of)
+        shape, schedule = _search(fit, guesses, measure, len(dense.blocks), limit, track)
         found.append(schedule)
         if schedule is not None:
             guesses, limit = [shape], max_varied
@@ -259,9 +266,8 @@ def choose_schedules(
 
 
 def _search(
-    macs_share: float,
+    fit: Callable[[_Shape], tuple[int, ...] | None],
     guesses: Sequence[_Shape],
-    costs: _Costs,
     measure: Callable[[Sequence[int]], float],
     num_blocks: int,
     max_candidates: int,
@@ -272,7 +278,7 @@ def _search(
     best: _Shape = {}
     waiting, guessing = list(guesses), True
     for _number in track(range(max_candidates), "schedules"):
-        shape, schedule = _next_new(waiting, costs, macs_share, losses)
+        shape, schedule = _next_new(waiting, fit, losses)
         if schedule is None:
             break
         losses[schedule] = measure(schedule)
@@ -316,12 +322,14 @@ def _neighbours(shape: _Shape, num_blocks: int) -> list[_Shape]:
 
 
 def _next_new(
-    waiting: list[_Shape], costs: _Costs, macs_share: float, known: Mapping[tuple[int, ...], float]
+    waiting: list[_Shape],
+    fit: Callable[[_Shape], tuple[int, ...] | None],
+    known: Mapping[tuple[int, ...], float],
 ) -> tuple[_Shape, tuple[int, ...] | None]:
     """Take shapes from a list until one gives a schedule that meets the share and is not known."""
     while waiting:
         shape = waiting.pop(0)
-        schedule = costs.fit(shape, macs_share)
+        schedule = fit(shape)
         if schedule is not None and schedule not in known:
             return shape, schedule
     return {}, None

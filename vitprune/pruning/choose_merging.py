@@ -19,16 +19,17 @@ from vitprune.calibration.layer_losses import mean_divergence
 from vitprune.data import Batches, on_device, take_evenly
 from vitprune.errors import VitpruneError
 from vitprune.models.attention import QK, VO, split_attention
-from vitprune.models.macs import count_macs
 from vitprune.models.merge_schedule import choose_schedules
 from vitprune.models.merging import set_merging
 from vitprune.models.units import FFN, find_groups
+from vitprune.options import TARGETS
 from vitprune.progress import Track, untracked
 from vitprune.pruning.decide import TOKENS
 from vitprune.pruning.decide_parts import keep_back, multiple_of, propose
-from vitprune.pruning.rank_parts import rank_parts
-from vitprune.pruning.target import Target, target_macs
-from vitprune.pruning.turn import turn_attention
+from vitprune.pruning.meters import MACS, Meter
+from vitprune.pruning.rank_parts import Worth, rank_parts
+from vitprune.pruning.target import Target
+from vitprune.pruning.turn import Turned, turn_attention
 
 # How many of the calibration images it is decided on; what goes is decided anew on more of them.
 NUM_IMAGES = 256
@@ -43,14 +44,50 @@ class Mixed:
     """One mixture of merging and units that was tried.
 
     Attributes:
-        macs_share: multiply-accumulates that merging alone leaves, at most, as a share of those of the dense model.
+        share: what merging alone leaves, at most, as a share of what the dense model costs.
         schedule: tokens that disappear in each block; None where none do.
         loss: KL(dense || candidate) on images kept back, nats per image, everything refitted at once.
     """
 
-    macs_share: float
+    share: float
     schedule: tuple[int, ...] | None
     loss: float
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """What it takes to propose candidates for any target.
+
+    Attributes:
+        fitted: images that it was measured on.
+        kept_back: images to try candidates on.
+        turned: the model with its attention in order; None where no units may go.
+        worth: what every unit and layer is worth; None likewise.
+    """
+
+    fitted: Batches
+    kept_back: Batches
+    turned: Turned | None = None
+    worth: Worth | None = None
+
+
+@torch.no_grad()
+def weigh(
+    model: nn.Module,
+    batches: Batches,
+    parts: Sequence[str],
+    *,
+    ridge: float,
+    seed: int = 0,
+    track: Track = untracked,
+) -> Weighed:
+    """Measure, on some of the images, what every unit of a model is worth; arguments as in ``choose_merging``."""
+    fitted, kept_back = keep_back(batches, NUM_IMAGES)
+    if not parts:
+        return Weighed(fitted, kept_back)
+    turned = turn_attention(model, fitted, parts, ridge=ridge, seed=seed)
+    worth = rank_parts(turned, fitted, parts, kept_back, ridge=ridge, seed=seed, track=track)
+    return Weighed(fitted, kept_back, turned, worth)
 
 
 @torch.no_grad()
@@ -62,6 +99,8 @@ def choose_merging(
     *,
     ridge: float,
     seed: int = 0,
+    meter: Meter = MACS,
+    weighed: Weighed | None = None,
     track: Track = untracked,
     **options: Any,
 ) -> list[Mixed]:
@@ -70,10 +109,12 @@ def choose_merging(
     Args:
         model: timm Vision Transformer in eval mode with a classifier, whose tokens do not merge.
         batches: calibration images and labels, readable more than once.
-        target: of multiply-accumulates.
+        target: of what ``meter`` measures.
         parts: of units that may go, from ``check_parts``; none where merging is to meet the target alone.
         ridge: λ of what stands in.
         seed: of everything drawn at random.
+        meter: what the target is told in.
+        weighed: from ``weigh`` with these arguments, where it is there already.
         track: wraps (items, description) of long loops, for progress.
         options: ``allocation``, ``round_to`` and ``floor``, as ``decide_parts`` takes them.
 
@@ -81,59 +122,63 @@ def choose_merging(
         What was tried, the best first.
 
     Raises:
-        VitpruneError: if the target is none of multiply-accumulates, or cannot be met.
+        VitpruneError: if the target is of something else than the meter measures, or cannot be met.
 
     >>> import timm
     >>> model = timm.create_model("vit_tiny_patch16_224", depth=3, embed_dim=24, img_size=64).eval()
     >>> batches = [(torch.randn(2, 3, 64, 64), torch.zeros(2, dtype=torch.int64)) for _ in range(2)]
-    >>> target = target_macs(model, 0.9 * count_macs(model))
+    >>> target = MACS.target(model, 0.9)
     >>> [mixed.schedule is None for mixed in choose_merging(model, batches, target, [], ridge=1e-3)]
     [False]
     """
-    if target.kind != "macs":
-        raise VitpruneError("part tokens saves multiply-accumulates; for another target name a schedule (set_merging)")
-    share = target.limit / count_macs(model)
-    fitted, kept_back = keep_back(batches, NUM_IMAGES)
+    if target.kind != meter.kind:
+        raise VitpruneError(
+            f"part tokens saves {TARGETS[meter.kind]}; for a target of {TARGETS[target.kind]} name a schedule "
+            "(set_merging)"
+        )
+    share = target.limit / meter.count(model)
+    weighed = weighed or weigh(model, batches, parts, ridge=ridge, seed=seed, track=track)
     shares = [share**way for way in (SHARES if parts else (1.0,))]
     found = choose_schedules(
-        model, take_evenly(fitted, NUM_SCHEDULE_IMAGES), [each for each in shares if each < 1], track=track
+        model,
+        take_evenly(weighed.fitted, NUM_SCHEDULE_IMAGES),
+        [each for each in shares if each < 1],
+        share_of=None if meter.share_of is None else meter.share_of(model),
+        track=track,
     )
     schedules = [None] * (len(shares) - len(found)) + list(found)
     mixtures = [pair for pair in zip(shares, schedules, strict=True) if pair[0] == 1 or pair[1] is not None]
-    images = [each for each, _labels in on_device(model, kept_back)]
+    images = [each for each, _labels in on_device(model, weighed.kept_back)]
     reason = "no schedule goes that far"
-    make = partial(set_merging, model)
-    if parts:
-        make = _make_candidates(model, fitted, kept_back, target, parts, ridge=ridge, seed=seed, track=track, **options)
+    make = make_candidates(model, target, parts, weighed, meter=meter, ridge=ridge, **options)
     tried = []
-    for macs_share, schedule in track(mixtures, "mixtures"):
+    for left, schedule in track(mixtures, "mixtures"):
         try:
             candidate = make(schedule)
         except VitpruneError as error:
             reason = str(error)  # units cannot go that far beside so little merging
             continue
-        tried.append(Mixed(macs_share, schedule, mean_divergence(model, candidate, images)))
+        tried.append(Mixed(left, schedule, mean_divergence(model, candidate, images)))
     if not tried:
         raise VitpruneError(f"neither merging nor units can meet the target; {reason}")
     return sorted(tried, key=lambda each: each.loss)
 
 
-def _make_candidates(
+def make_candidates(
     model: nn.Module,
-    fitted: Batches,
-    kept_back: Batches,
     target: Target,
     parts: Sequence[str],
+    weighed: Weighed,
     *,
+    meter: Meter = MACS,
     ridge: float,
-    seed: int,
-    track: Track,
-    round_to: int,
+    round_to: int = 1,
     **options: Any,
 ) -> Callable[[Sequence[int] | None], nn.Module]:
-    """Return what makes the candidate of a schedule, refitted at once."""
-    turned = turn_attention(model, fitted, parts, ridge=ridge, seed=seed)
-    worth = rank_parts(turned, fitted, parts, kept_back, ridge=ridge, seed=seed, track=track)
+    """Return what makes the candidate of a schedule that meets a target, refitted at once; as in ``choose_merging``."""
+    if not parts:
+        return partial(set_merging, model)
+    turned, worth = weighed.turned, weighed.worth
     split = split_attention(model)
     multiples = {
         group.name: round_to if group.kind == FFN else multiple_of(group.num_units)
@@ -142,12 +187,12 @@ def _make_candidates(
 
     def make(schedule: Sequence[int] | None) -> nn.Module:
         shaped = split if schedule is None else set_merging(split, schedule)
-        if count_macs(shaped) <= target.limit:
+        if meter.count(shaped) <= target.limit:
             return shaped
         # Tokens are matched by the keys of attention, which must not go as a whole there.
         merging = {f"blocks.{block}.attn" for block, r in enumerate(schedule or ()) if r}
         of_others = replace(worth, stand_ins=[each for each in worth.stand_ins if each.layer not in merging])
-        within = target_macs(shaped, target.limit, kinds=[FFN, QK, VO])
+        within = meter.target(shaped, target.limit, kinds=[FFN, QK, VO])
         trial = propose(turned, parts, of_others, within, shaped, ridge=ridge, round_to=multiples, **options)
         narrow = trial.model(trial.decide(trial.factors))
         return narrow if schedule is None else set_merging(narrow, schedule)
@@ -156,15 +201,16 @@ def _make_candidates(
 
 
 def merge_first(
-    model: nn.Module, batches: Batches, target: Target, parts: Sequence[str], **options: Any
+    model: nn.Module, batches: Batches, target: Target, parts: Sequence[str], *, meter: Meter = MACS, **options: Any
 ) -> tuple[nn.Module, Target, tuple[str, ...]]:
     """Let tokens merge as far as that is the best part of the way to a target.
 
     Args:
         model: as in ``choose_merging``, as is all else.
         batches: calibration images and labels, readable more than once.
-        target: of multiply-accumulates.
+        target: of what ``meter`` measures.
         parts: that may go, with ``tokens`` or without.
+        meter: what the target is told in.
         options: as ``choose_merging`` takes them.
 
     Returns:
@@ -174,16 +220,31 @@ def merge_first(
     >>> import timm
     >>> model = timm.create_model("vit_tiny_patch16_224", depth=3, embed_dim=24, img_size=64).eval()
     >>> batches = [(torch.randn(2, 3, 64, 64), torch.zeros(2, dtype=torch.int64)) for _ in range(2)]
-    >>> merged, _target, parts = merge_first(model, batches, target_macs(model, 0.8), ["tokens"], ridge=1e-3)
-    >>> count_macs(merged) <= 0.8 * count_macs(model), parts
+    >>> merged, _target, parts = merge_first(model, batches, MACS.target(model, 0.8), ["tokens"], ridge=1e-3)
+    >>> MACS.count(merged) <= 0.8 * MACS.count(model), parts
     (True, ('ffn',))
     """
     units = tuple(part for part in parts if part != TOKENS)
-    schedule = choose_merging(model, batches, target, units, **options)[0].schedule
+    schedule = choose_merging(model, batches, target, units, meter=meter, **options)[0].schedule
+    return go_on(model, schedule, target, units, meter)
+
+
+def go_on(
+    model: nn.Module, schedule: Sequence[int] | None, target: Target, units: Sequence[str], meter: Meter = MACS
+) -> tuple[nn.Module, Target, tuple[str, ...]]:
+    """Return what is left to do once a schedule is chosen; as ``merge_first`` returns it.
+
+    Args:
+        model: whose tokens do not merge.
+        schedule: tokens that disappear in each block; None where none do.
+        target: of the whole way.
+        units: kinds of units that may go.
+        meter: what the target is told in.
+    """
     shaped = model if schedule is None else set_merging(model, schedule)
-    macs = count_macs(shaped)
-    if macs <= target.limit:
-        return shaped, replace(target_macs(shaped, macs, total=macs), limit=target.limit), (FFN,)
-    if units == (FFN,):
-        return shaped, target_macs(shaped, target.limit, total=macs), units
-    return shaped, target_macs(split_attention(shaped), target.limit, total=macs, kinds=[FFN, QK, VO]), units
+    cost = meter.count(shaped)
+    if cost <= target.limit or not units:
+        return shaped, replace(meter.target(shaped, cost), limit=max(target.limit, cost)), (FFN,)
+    if tuple(units) == (FFN,):
+        return shaped, meter.target(shaped, target.limit), tuple(units)
+    return shaped, meter.target(split_attention(shaped), target.limit, kinds=[FFN, QK, VO]), tuple(units)

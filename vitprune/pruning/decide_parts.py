@@ -296,6 +296,8 @@ def _decide_by_ratio(worth: Worth, parts: Sequence[str], ratio: float, options: 
 
 def _cost_of_map(target: Target, model: nn.Module, layer: str) -> float:
     """Return what a linear map of tokens costs where a layer was: neurons and dimensions tell the price of a weight."""
+    if layer in target.maps:
+        return target.maps[layer]
     of_layer = [group for group in find_groups(model, [FFN, QK, VO]) if group.module == layer and group.kind != QK]
     group = of_layer[0]
     dim = model.get_submodule(group.read_by).out_features

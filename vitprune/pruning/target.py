@@ -6,7 +6,7 @@ Letters: H units of a group (hidden neurons of an FFN).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -29,12 +29,14 @@ class Target:
         limit: what the model may cost at most, in the unit of the kind.
         fixed: what the model costs beside its units.
         costs: group name -> cost at 0, 1 .. H units [H + 1]; float64, non-decreasing.
+        maps: name of an attention or FFN -> cost of a linear map of each token in its place, where that is told.
     """
 
     kind: str
     limit: float
     fixed: float
     costs: Mapping[str, Tensor]
+    maps: Mapping[str, float] = field(default_factory=dict)
 
     def predict(self, widths: Mapping[str, int]) -> float:
         """Return what a model of these widths costs."""
@@ -53,7 +55,7 @@ class Target:
     def partly(self, share: float) -> Target:
         """Return a milder target, where only this share of what the units cost has to go."""
         limit = self.dense - share * (self.dense - self.fixed)
-        return Target(self.kind, max(limit, self.limit), self.fixed, self.costs)
+        return replace(self, limit=max(limit, self.limit))
 
 
 @entry
@@ -210,7 +212,7 @@ def target_latency(
         grid = np.interp(np.arange(group.num_units + 1), widths, np.minimum.accumulate(times[::-1])[::-1])
         costs[group.name] = torch.from_numpy(grid).double()
     fixed = total - sum(float(cost_H[-1]) for cost_H in costs.values())
-    return _check(Target("latency", limit, fixed, costs))
+    return check_target(Target("latency", limit, fixed, costs))
 
 
 def _linear(per_unit: Mapping[Group, float]) -> dict[str, Tensor]:
@@ -222,10 +224,15 @@ def _linear(per_unit: Mapping[Group, float]) -> dict[str, Tensor]:
 def _checked(kind: str, limit: float, total: float, per_unit: Mapping[Group, float]) -> Target:
     costs = _linear(per_unit)
     limit = limit * total if 0 < limit <= 1 else limit
-    return _check(Target(kind, limit, total - sum(float(cost_H[-1]) for cost_H in costs.values()), costs))
+    return check_target(Target(kind, limit, total - sum(float(cost_H[-1]) for cost_H in costs.values()), costs))
 
 
-def _check(target: Target) -> Target:
+def check_target(target: Target) -> Target:
+    """Return a target that can be met.
+
+    Raises:
+        VitpruneError: if the model cannot be that small, or is smaller already.
+    """
     smallest = target.predict(dict.fromkeys(target.costs, 1))
     what = TARGETS[target.kind]
     if target.limit > target.dense:

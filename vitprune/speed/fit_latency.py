@@ -1,0 +1,242 @@
+"""Time a model in a dozen shapes on a machine, and fit what its blocks cost there."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitprune.entry import entry
+from vitprune.errors import VitpruneError
+from vitprune.export.onnx_file import write_unchecked
+from vitprune.export.quantize import quantize
+from vitprune.export.runtime import PROVIDERS
+from vitprune.models.attention import QK, VO, split_attention
+from vitprune.models.merging import check_merging, set_merging
+from vitprune.models.units import FFN, LAYERS, find_groups
+from vitprune.options import BACKENDS, check_choice
+from vitprune.progress import Track, untracked
+from vitprune.pruning.apply import remove_neurons
+from vitprune.pruning.decide_parts import multiple_of
+from vitprune.pruning.latency_model import LatencyModel, fit_rates, shape_of
+from vitprune.pruning.plan import Plan
+from vitprune.speed.bench import Runner, Setting, make_backend_runner, operators_for
+from vitprune.timing import Latency, measure_latency, paired_speedup
+from vitprune.views import num_patches
+
+NUM_SAMPLES = 12
+SECONDS_EACH = 1.0
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a model is run as.
+
+    Attributes:
+        backend: key of ``BACKENDS``.
+        precision: of the products with weights; key of ``PRECISIONS_ONNX`` for files, or ``float32``.
+    """
+
+    backend: str
+    precision: str = "float32"
+
+    def __str__(self) -> str:
+        return f"{self.backend} {self.precision}"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How long a model takes in some formats, by its shape.
+
+    Attributes:
+        dense_ms: of the dense model in the first format in float32, at the first batch size.
+        models: format -> its latencies, in the time of the reference: ``dense_ms`` times the share of the dense run
+            that a run takes, averaged over batch sizes.
+    """
+
+    dense_ms: float
+    models: Mapping[Format, LatencyModel]
+
+
+@entry
+def fit_latency(
+    model: nn.Module,
+    formats: Sequence[Format],
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    num_threads: int | None = None,
+    num_samples: int = NUM_SAMPLES,
+    seed: int = 0,
+    track: Track = untracked,
+) -> Fitted:
+    """Time a model whole and in random shapes, all formats in turn, and fit what each of its parts takes.
+
+    The shapes have narrower FFNs and attention, layers that are gone, and merged tokens. Weights play no part in it.
+
+    Args:
+        model: timm Vision Transformer in eval mode whose tokens can merge.
+        formats: to time; the first one's float32 is what all times refer to.
+        batch_sizes: images per run, each at least 1.
+        num_threads: of the operators; None takes torch's.
+        num_samples: shapes beside the dense one.
+        seed: of the shapes.
+        track: wraps (shapes, description), for progress.
+
+    Raises:
+        VitpruneError: if a format is unknown or absent here, or the model is of another kind.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=48, img_size=64).eval()
+    >>> eager = Format("torch-eager")
+    >>> fit_latency(model, [eager], num_samples=3).models[eager].predict(model) > 0
+    True
+    """
+    check_merging(model)
+    for each in formats:
+        check_choice("backend", each.backend, BACKENDS)
+    if min(batch_sizes, default=0) < 1:
+        raise VitpruneError(f"batch sizes must be at least 1, got {list(batch_sizes)}")
+    reference = Format(formats[0].backend)
+    wanted = list(dict.fromkeys([reference, *formats]))
+    samples = list(sample_shapes(model, num_samples, seed=seed))
+    with tempfile.TemporaryDirectory() as folder:
+        writer = Writer(Path(folder))
+        sources = {}
+        for number, sample in enumerate(track(samples, "prepare shapes")):
+            for each in wanted if number == 0 else formats:
+                sources[each, number] = writer.source(sample, each, f"{number}")
+        first = (reference, 0)
+        measured = [
+            time_sources(sources, batch_size, num_threads)
+            for batch_size in track(list(batch_sizes), f"time {len(sources)} models")
+        ]
+    dense_ms = measured[0][first].median_ms
+    shares = [
+        {key: 1 / paired_speedup(of_size[first], latency).ratio for key, latency in of_size.items()}
+        for of_size in measured
+    ]
+    models = {}
+    for each in formats:
+        on_graph = each.backend in PROVIDERS
+        shapes = [shape_of(sample, reads_last_block=not on_graph) for sample in samples]
+        times = [dense_ms * fmean(of_size[each, number] for of_size in shares) for number in range(len(samples))]
+        rates, error = fit_rates(shapes, times)
+        models[each] = LatencyModel(each.backend, each.precision, rates, not on_graph, error)
+    return Fitted(dense_ms, models)
+
+
+def time_sources(
+    sources: Mapping[tuple[Format, Any], nn.Module | Path], batch_size: int, num_threads: int | None = None
+) -> dict[tuple[Format, Any], Latency]:
+    """Time in turns what a ``Writer`` wrote.
+
+    Args:
+        sources: (format, name) -> a torch model, or a file that the format's backend runs.
+        batch_size: images per run.
+        num_threads: of the operators; None takes torch's.
+    """
+    runners: dict[Any, Runner] = {}
+    for key, source in sources.items():
+        each = key[0]
+        precision = "float32" if each.backend in PROVIDERS else each.precision
+        setting = Setting(each.backend, precision, batch_size, num_threads or torch.get_num_threads())
+        runners[key] = make_backend_runner(source, setting)
+        runners[key]()
+    return measure_latency(runners, seconds=SECONDS_EACH * len(runners))
+
+
+class Writer:
+    """Writes models as what a format runs, into a folder; a float32 file that several formats need is written once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def source(self, model: nn.Module, wanted: Format, name: str) -> nn.Module | Path:
+        """Return what ``make_backend_runner`` takes: the model itself for torch, a file for others."""
+        if wanted.backend not in PROVIDERS:
+            return model
+        operators = operators_for([wanted.backend])
+        path = self.folder / f"{name}-{operators}.onnx"
+        if not path.exists():
+            write_unchecked(model, path, operators=operators)
+        if wanted.precision == "float32":
+            return path
+        quantised = path.with_name(f"{path.stem}-{wanted.precision}.onnx")
+        if not quantised.exists():
+            quantize(path, quantised, {})
+        return quantised
+
+
+def sample_shapes(model: nn.Module, num_samples: int, *, seed: int = 0) -> Iterator[nn.Module]:
+    """Yield the model itself, then models of other shapes: one part changed at a time first, then all together.
+
+    Args:
+        model: timm Vision Transformer in eval mode whose tokens can merge.
+        num_samples: how many others.
+        seed: of what is drawn.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=2).eval()
+    >>> [sum(p.numel() for p in each.parameters()) <= 2_000_000 for each in sample_shapes(model, 2)]
+    [True, True, True]
+    """
+    yield model
+    drawn = random.Random(seed)
+    split, depth, patches = split_attention(model), len(model.blocks), num_patches(model)
+    third = max(1, depth // 3)
+    spread = dict.fromkeys(range(0, depth - 1, third), patches // 4)
+    steady = {block: max(1, patches // (2 * depth)) for block in range(depth)}
+    designed: list[tuple[dict[str, float], dict[int, int], int]] = [
+        ({FFN: 0.5}, {}, 0),
+        ({}, spread, 0),
+        ({QK: 0.5}, {}, 0),
+        ({}, steady, 0),
+        ({VO: 0.5}, {}, 0),
+        ({}, {}, max(1, depth // 4)),
+        ({FFN: 0.5, QK: 0.5, VO: 0.75}, spread, 0),
+    ]
+    for number in range(num_samples):
+        if number < len(designed):
+            shares, merges, gone = designed[number]
+        else:
+            shares = {kind: drawn.choice((0.25, 0.5, 0.75, 1.0)) for kind in (FFN, QK, VO)}
+            blocks = drawn.sample(range(depth), min(depth, drawn.randint(0, 4)))
+            merges = {block: drawn.randint(1, max(1, patches // 5)) for block in blocks}
+            gone = drawn.randint(0, max(1, depth // 6))
+        left_out = {f"blocks.{block}.{drawn.choice(('attn', 'mlp'))}" for block in drawn.sample(range(depth), gone)}
+        narrow = remove_neurons(split, _plan(split, shares, left_out, drawn))
+        yield set_merging(narrow, _fit(merges, depth, patches, left_out)) if merges else narrow
+
+
+def _plan(model: nn.Module, shares: Mapping[str, float], left_out: set[str], drawn: random.Random) -> Plan:
+    keep, kinds = {}, {}
+    for group in find_groups(model, [FFN, QK, VO, LAYERS]):
+        if group.kind == LAYERS:
+            keep[group.name] = torch.tensor([group.module not in left_out])
+        else:
+            step = multiple_of(group.num_units)
+            share = min(1.0, shares.get(group.kind, 1.0) * drawn.uniform(0.8, 1.25)) if group.kind in shares else 1.0
+            width = max(step, round(group.num_units * share / step) * step)
+            gone = group.module in left_out
+            keep[group.name] = (
+                torch.zeros(group.num_units, dtype=torch.bool) if gone else (torch.arange(group.num_units) < width)
+            )
+        if group.kind != FFN:
+            kinds[group.name] = group.kind
+    return Plan(keep, kinds=kinds)
+
+
+def _fit(merges: Mapping[int, int], depth: int, patches: int, left_out: set[str]) -> list[int]:
+    schedule, left = [], patches
+    for block in range(depth):
+        r = 0 if f"blocks.{block}.attn" in left_out else min(merges.get(block, 0), left // 2)
+        schedule.append(r)
+        left -= r
+    return schedule
