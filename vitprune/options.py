@@ -116,6 +116,9 @@ PRECISIONS_ONNX: Mapping[str, str] = {
     "int8": "8-bit products with weights, quantised as they come",
 }
 
+# What a model may be run in, beside float32, to be as fast as asked for.
+ALLOWED_PRECISIONS: Mapping[str, str] = {"int8": "8-bit products with weights"}
+
 OPERATORS: Mapping[str, str] = {
     "onnxruntime": "attention as one operator of ONNX Runtime's own, the fastest there",
     "standard": "ONNX alone, for other runtimes",

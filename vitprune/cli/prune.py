@@ -20,6 +20,7 @@ from vitprune.cli.inputs import (
     report_skipped,
     say_transform,
 )
+from vitprune.cli.prune_for_speed import check_export, check_images_for, run_for_speed
 from vitprune.cli.prune_onnx import run_onnx
 from vitprune.cli.terminal import Tracked, note, print_table, track
 from vitprune.errors import VitpruneError
@@ -52,6 +53,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--target-latency", type=float, help="ms per run on --backend instead, measured here")
     parser.add_argument(
+        "--speedup", type=float, help="how many times as fast as the dense float32 model on --backend instead: 2"
+    )
+    parser.add_argument(
+        "--allow",
+        nargs="+",
+        choices=tuple(options.ALLOWED_PRECISIONS),
+        help=f"beside float32, for --speedup and --target-latency: {listed(options.ALLOWED_PRECISIONS)}",
+    )
+    parser.add_argument("--export", type=str, help="of --speedup and --target-latency: file to write as well, exported")
+    parser.add_argument(
         "--parts",
         nargs="+",
         choices=tuple(options.PARTS),
@@ -66,9 +77,18 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--image-size", type=int, nargs="+", help="feed images of this height and width instead")
     parser.add_argument(
-        "--backend", type=str, help=f"of --target-latency and --round-to auto: {listed(options.BACKENDS)}"
+        "--backend",
+        type=str,
+        nargs="+",
+        help=f"of --speedup, --target-latency and --round-to auto: {listed(options.BACKENDS)}; of several the best is "
+        "taken, and speed-ups refer to the first",
     )
-    parser.add_argument("--latency-batch-size", type=int, help="images per run of --target-latency (1)")
+    parser.add_argument(
+        "--latency-batch-size",
+        type=int,
+        nargs="+",
+        help="images per run of --speedup and --target-latency (1); a speed-up is reached at each of several",
+    )
     parser.add_argument(
         "--keep-classes",
         type=str,
@@ -111,7 +131,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(
     source, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, ratio,
-    target_params, target_macs, target_latency, parts, merge, image_size, backend, latency_batch_size, keep_classes,
+    target_params, target_macs, target_latency, speedup, allow, export, parts, merge, image_size, backend,
+    latency_batch_size, keep_classes,
     criterion, allocation, compensate, mode, round_to, floor, step, ridge, plan, device, output, overwrite, **opening,
 ):  # fmt: skip
     import time
@@ -125,6 +146,7 @@ def run(
     from vitprune.pruning.prune import prune, prune_as_planned, shape_as_planned
     from vitprune.pruning.schedule import needs_steps
     from vitprune.pruning.specialise import specialise
+    from vitprune.speed.fit_latency import list_formats
     from vitprune.speed.latency_target import default_backend, measure_reached
 
     is_onnx = Path(source).suffix == ".onnx"
@@ -138,19 +160,26 @@ def run(
     decisions = {**decisions, "round_to": round_to, "floor": floor, "step": step}
     decisions = {name: value for name, value in decisions.items() if value is not None}
     targets = {"target_params": target_params, "target_macs": target_macs, "target_latency": target_latency}
+    targets["speedup"] = speedup
     targets = {name: value for name, value in targets.items() if value is not None}
     given_plan = None if plan is None else read_plan(plan)
     shapes = {"parts": parts, "merge": merge, "image_size": image_size}
     shapes = {name: value for name, value in shapes.items() if value is not None}
     if given_plan is not None and (decisions or targets or shapes):
         raise VitpruneError(f"--plan decides what stays; leave {', '.join({**decisions, **targets, **shapes})} out")
-    timed = target_latency is not None or round_to == "auto"
+    for_speed = target_latency is not None or speedup is not None
+    timed = for_speed or round_to == "auto"
     if not timed and (backend, latency_batch_size) != (None, None):
-        raise VitpruneError("--backend and --latency-batch-size go with --target-latency or --round-to auto")
-    if latency_batch_size is not None and latency_batch_size < 1:
-        raise VitpruneError(f"latency_batch_size must be at least 1, got {latency_batch_size}")
-    if target_latency is not None and mode == "mask":
-        raise VitpruneError("--target-latency is for --mode remove; a masked model is as slow as the dense one")
+        raise VitpruneError("--backend and --latency-batch-size go with --speedup, --target-latency or --round-to auto")
+    if not for_speed and (allow, export) != (None, None):
+        raise VitpruneError("--allow and --export go with --speedup or --target-latency")
+    if min(latency_batch_size or [1]) < 1:
+        raise VitpruneError(f"latency_batch_size must be at least 1, got {min(latency_batch_size)}")
+    if for_speed and mode == "mask":
+        name = "--speedup" if target_latency is None else "--target-latency"
+        raise VitpruneError(f"{name} is for --mode remove; a masked model is as slow as the dense one")
+    if export is not None:
+        check_export(export, overwrite=overwrite)
     if is_onnx:
         if given_plan is None:
             raise VitpruneError(f"{source}: an ONNX file is pruned by a plan; pass --plan (a file, or a pruned folder)")
@@ -167,8 +196,10 @@ def run(
         raise VitpruneError(
             f"one target at a time, got {', '.join([*targets, *(['ratio'] if ratio is not None else [])])}"
         )
-    if target_latency is not None and parts not in (None, ["ffn"]):
-        raise VitpruneError("--target-latency times FFNs alone; leave --parts out, or ask for --target-macs")
+    if for_speed and (merge, image_size) != (None, None):
+        raise VitpruneError("--speedup and --target-latency choose how tokens merge; leave --merge, --image-size out")
+    if for_speed and backend:
+        list_formats(backend, allow or [])
     if floor is not None and allocation == "uniform":
         raise VitpruneError("--floor is for --allocation global; uniform leaves every FFN the same share")
     if step not in (None, 1) and not needs_steps(criterion or options.DEFAULT_CRITERION):
@@ -195,11 +226,25 @@ def run(
         tracked = Tracked(batches, "calibrate")
         say_transform(network)
     applied = {"compensation": compensate, "mode": mode, "ridge": ridge, "seed": seed, "track": track}
-    timing = {
-        "backend": backend or (default_backend(network) if timed else None),
-        "batch_size": latency_batch_size or 1,
-    }
+    backends = backend or ([default_backend(network)] if timed else [])
     started = time.perf_counter()
+    whole = for_speed and given_plan is None and _follows_shapes(network, parts, round_to)
+    if whole:
+        check_images_for(tracked, "--speedup" if target_latency is None else "--target-latency")
+        sizes = {name: value for name, value in decisions.items() if name in ("allocation", "floor", "round_to")}
+        others = {name: value for name, value in decisions.items() if name in ("criterion", "step")}
+        return run_for_speed(
+            network, tracked, batches, output, export,
+            speedup=speedup, latency_ms=target_latency, backends=backends, allow=allow or [],
+            parts=_choose_parts(network, parts, targets, shaped=False), batch_sizes=latency_batch_size or [1],
+            ridge=ridge, seed=seed, compensate=compensate, **sizes, **others,
+        )  # fmt: skip
+    if len(backends) > 1 or len(latency_batch_size or []) > 1 or allow or export:
+        raise VitpruneError(
+            "several backends or batch sizes, --allow and --export are for models whose tokens can merge, and for all "
+            "their parts; name one backend"
+        )
+    timing = {"backend": backends[0] if backends else None, "batch_size": (latency_batch_size or [1])[0]}
     if merge is not None:
         network = set_merging(network, _find_schedule(merge, network, tracked))
     if given_plan is None:
@@ -221,7 +266,7 @@ def run(
     save(pruned, output, plan=made)
     facts = made.facts
     latency = None
-    if target_latency is not None:
+    if for_speed:
         latency = vars(measure_reached(network, pruned, facts.target, **timing, track=track))
     answer = {
         "output": output,
@@ -254,6 +299,22 @@ def run(
     return answer, show
 
 
+def _follows_shapes(network, parts: Sequence[str] | None, round_to: int | str | None) -> bool:
+    """Tell whether a model's time can be told from its shape; else its FFNs alone are timed."""
+    from vitprune.models.merging import check_merging
+
+    if round_to == "auto" or parts == ["ffn"]:
+        return False
+    try:
+        check_merging(network)
+    except VitpruneError as error:
+        if parts is not None:
+            raise
+        note(f"neurons alone go: {error}")
+        return False
+    return True
+
+
 def _show(answer: dict[str, Any], made: Any, *, mode: str, targeted: bool) -> None:
     from vitprune.data import describe_class
 
@@ -262,12 +323,9 @@ def _show(answer: dict[str, Any], made: Any, *, mode: str, targeted: bool) -> No
         rows = [(name, str(answer["widths_dense"][name]), str(width)) for name, width in made.widths.items()]
         print_table("neurons", ("FFN", "dense", "kept"), rows)
         print(f"removed {made.pruning_ratio:.1%} of {made.num_neurons_dense} FFN neurons ({mode}) in {seconds:.0f} s")
+        show_merging(answer["merge"])
     else:
-        print_table("units kept, of those of the dense model", *_tabulate_parts(made))
-        print(f"removed {_count_removed(made)} in {seconds:.0f} s")
-    if answer["merge"]:
-        merged = ", ".join(f"{r} in block {block}" for block, r in enumerate(answer["merge"]) if r)
-        print(f"tokens that merge: {merged}")
+        show_parts(made, seconds=seconds, merge=answer["merge"])
     if answer["image_size"]:
         print(f"images of {answer['image_size'][0]} x {answer['image_size'][1]} pixels")
     if targeted:
@@ -288,6 +346,17 @@ def _show(answer: dict[str, Any], made: Any, *, mode: str, targeted: bool) -> No
     )
     print(f"(the FFNs of the dense model are {answer['ffn_share']:.0%} of its multiply-accumulates)")
     print(f"wrote {answer['output']}")
+
+
+def show_parts(made: Any, *, seconds: float, merge: Sequence[int] | None) -> None:
+    print_table("units kept, of those of the dense model", *_tabulate_parts(made))
+    print(f"removed {_count_removed(made)} in {seconds:.0f} s")
+    show_merging(merge)
+
+
+def show_merging(merge: Sequence[int] | None) -> None:
+    if merge:
+        print("tokens that merge: " + ", ".join(f"{r} in block {block}" for block, r in enumerate(merge) if r))
 
 
 def _classes_to_keep(wanted: Sequence[str], images: Any, *, data_given: bool) -> list[str] | None:
@@ -398,7 +467,7 @@ def _choose_parts(network, parts: Sequence[str] | None, targets: dict[str, float
 
     if parts is not None:
         return list(parts)
-    if not {"target_macs", "target_params"} & set(targets):
+    if not set(targets):
         return ["ffn"]
     chosen = ["ffn", "qk", "vo", "layers"]
     try:
@@ -406,7 +475,7 @@ def _choose_parts(network, parts: Sequence[str] | None, targets: dict[str, float
     except VitpruneError as error:
         note(f"of units, neurons alone go: {error}")
         chosen = ["ffn"]
-    if "target_macs" in targets and not shaped:
+    if "target_params" not in targets and not shaped:
         try:
             check_merging(network)
             chosen.append("tokens")
@@ -436,10 +505,11 @@ def _make_target(network, timing: dict[str, Any], parts: Sequence[str], **target
         return None
     ((name, limit),) = targets.items()
     kinds = ["ffn"]
-    if list(parts) != ["ffn"] and name != "target_latency":
+    if list(parts) != ["ffn"] and name not in ("target_latency", "speedup"):
         network, kinds = split_attention(network), ["ffn", "qk", "vo"]
     if name == "target_params":
         return target_parameters(network, limit, kinds=kinds)
     if name == "target_macs":
         return target_macs(network, limit, kinds=kinds)
-    return measure_target(network, limit, **timing, track=track)
+    asked = {"speedup": limit} if name == "speedup" else {"limit": limit}
+    return measure_target(network, **asked, **timing, track=track)

@@ -17,11 +17,11 @@ from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.export.onnx_file import write_unchecked
 from vitprune.export.quantize import quantize
-from vitprune.export.runtime import PROVIDERS
+from vitprune.export.runtime import PROVIDERS, check_provider
 from vitprune.models.attention import QK, VO, split_attention
 from vitprune.models.merging import check_merging, set_merging
 from vitprune.models.units import FFN, LAYERS, find_groups
-from vitprune.options import BACKENDS, check_choice
+from vitprune.options import ALLOWED_PRECISIONS, BACKENDS, check_choice
 from vitprune.progress import Track, untracked
 from vitprune.pruning.apply import remove_neurons
 from vitprune.pruning.decide_parts import multiple_of
@@ -49,6 +49,11 @@ class Format:
 
     def __str__(self) -> str:
         return f"{self.backend} {self.precision}"
+
+    @property
+    def is_file(self) -> bool:
+        """Whether a file is run, and no model of torch."""
+        return self.backend in PROVIDERS
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,33 @@ def fit_latency(
         rates, error = fit_rates(shapes, times)
         models[each] = LatencyModel(each.backend, each.precision, rates, not on_graph, error)
     return Fitted(dense_ms, models)
+
+
+def list_formats(backends: Sequence[str], allow: Sequence[str] = ()) -> list[Format]:
+    """Return what a model may be run as: float32 on each backend first, then what is allowed where a backend has it.
+
+    Args:
+        backends: keys of ``BACKENDS``.
+        allow: keys of ``ALLOWED_PRECISIONS``.
+
+    Raises:
+        VitpruneError: if a name is unknown, a backend is absent, or none has a precision that is allowed.
+
+    >>> [str(each) for each in list_formats(["onnxruntime-cpu"], ["int8"])]
+    ['onnxruntime-cpu float32', 'onnxruntime-cpu int8']
+    """
+    for backend in backends:
+        check_choice("backend", backend, BACKENDS)
+        if backend in PROVIDERS:
+            check_provider(backend)
+    formats = [Format(backend) for backend in dict.fromkeys(backends)]
+    for precision in dict.fromkeys(allow):
+        check_choice("allow", precision, ALLOWED_PRECISIONS)
+        having = [backend for backend in backends if backend in PROVIDERS]
+        if not having:
+            raise VitpruneError(f"{', '.join(backends)} has no {precision}; name a backend of files, onnxruntime-cpu")
+        formats += [Format(backend, precision) for backend in having]
+    return formats
 
 
 def time_sources(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from vitprune.errors import VitpruneError
 from vitprune.models.facts import Asked
 from vitprune.progress import Track, untracked
 from vitprune.pruning.target import Target, target_latency
@@ -43,13 +44,20 @@ def default_backend(model: nn.Module) -> str:
 
 
 def measure_target(
-    model: nn.Module, limit: float, *, backend: str, batch_size: int = 1, track: Track = untracked
+    model: nn.Module,
+    limit: float | None = None,
+    *,
+    speedup: float | None = None,
+    backend: str,
+    batch_size: int = 1,
+    track: Track = untracked,
 ) -> Target:
     """Ask for a latency: time the model over the widths of its FFNs here.
 
     Args:
         model: timm Vision Transformer in eval mode.
         limit: ms per run.
+        speedup: how many times as fast as it is now instead.
         backend: key of ``BACKENDS``.
         batch_size: images per run.
         track: wraps (items, description), for progress.
@@ -57,10 +65,14 @@ def measure_target(
     Raises:
         VitpruneError: if the backend is absent, or the model cannot be that fast or is faster already.
     """
+    if (limit is None) == (speedup is None):
+        raise VitpruneError("say how fast: either `limit` or `speedup`")
+    if speedup is not None and not 1 < speedup < float("inf"):
+        raise VitpruneError(f"speedup must be above 1, got {speedup:g}")
     total, tables = measure_ffn_latency(
         model, backend=backend, batch_size=batch_size, device=_device(model), track=track
     )
-    return target_latency(model, limit, total=total, tables=tables)
+    return target_latency(model, total / speedup if limit is None else limit, total=total, tables=tables)
 
 
 def find_multiple(model: nn.Module, share: float, *, backend: str, batch_size: int = 1) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,13 @@ from vitprune.calibration.layer_losses import mean_divergence, measure_divergenc
 from vitprune.data import Batches, on_device
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
-from vitprune.models.macs import amdahl_ceiling, count_macs
 from vitprune.options import DEFAULT_ALLOCATION, DEFAULT_FLOOR, DEFAULT_RIDGE
 from vitprune.progress import Track, untracked
 from vitprune.pruning.choose_merging import Weighed, choose_merging, go_on, make_candidates, weigh
 from vitprune.pruning.decide import TOKENS, check_parts
-from vitprune.pruning.latency_model import LatencyModel
+from vitprune.pruning.latency_model import AttentionShape, LatencyModel, Shape, shape_of
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.prune import prune
-from vitprune.pruning.target import target_macs
 from vitprune.seen_images import watch
 from vitprune.speed.fit_latency import Fitted, Format, Writer, fit_latency, time_sources
 from vitprune.timing import paired_speedup
@@ -37,6 +36,10 @@ DEFAULT_PARTS = ("ffn", "qk", "vo", "layers", TOKENS)
 # A result that is slower than asked for by more than this is pruned again, so many times at most.
 TOLERANCE = 0.985
 MAX_ROUNDS = 3
+
+
+# Model and format -> how many times faster than the dense model, at each batch size.
+Measure = Callable[[nn.Module, Format], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,9 @@ class PrunedForSpeed:
 def prune_for_speed(
     model: nn.Module,
     batches: Batches,
-    speedup: float,
+    speedup: float | None = None,
     *,
+    latency_ms: float | None = None,
     formats: Sequence[Format] = (Format("onnxruntime-cpu"),),
     parts: Sequence[str] = DEFAULT_PARTS,
     batch_sizes: Sequence[int] = (1,),
@@ -114,6 +118,7 @@ def prune_for_speed(
     ridge: float = DEFAULT_RIDGE,
     seed: int = 0,
     fitted: Fitted | None = None,
+    measure: Measure | None = None,
     track: Track = untracked,
     **options: Any,
 ) -> PrunedForSpeed:
@@ -123,6 +128,7 @@ def prune_for_speed(
         model: timm Vision Transformer in eval mode, whose tokens can merge; stays as it is.
         batches: calibration images and labels, readable more than once; labels are not used.
         speedup: how many times faster than the dense float32 model on the first backend, above 1.
+        latency_ms: how long a run of the first batch size may take instead.
         formats: that the result may be run as; the best is taken.
         parts: keys of ``PARTS``: what may go.
         batch_sizes: images per run; the speed-up is reached at each of them.
@@ -133,6 +139,8 @@ def prune_for_speed(
         ridge: λ of what stands in.
         seed: of everything drawn at random.
         fitted: from ``fit_latency`` with the same formats and batch sizes, where it is there already.
+        measure: model and format -> how many times faster it is than the dense one at each batch size, where the model
+            is for another machine than this one; goes with ``fitted``.
         track: wraps (items, description) of long loops, for progress.
         options: ``criterion``, ``compensate`` and ``step``, as ``prune`` takes them.
 
@@ -140,71 +148,67 @@ def prune_for_speed(
         VitpruneError: if the speed-up is out of reach, an argument is unknown, or a backend is absent.
 
     >>> import timm
-    >>> model = timm.create_model("vit_tiny_patch16_224", depth=4, embed_dim=48, img_size=64, num_classes=5).eval()
-    >>> batches = [(torch.randn(4, 3, 64, 64), torch.zeros(4, dtype=torch.int64)) for _ in range(2)]
-    >>> result = prune_for_speed(model, batches, 1.2, formats=[Format("torch-eager")], parts=["ffn", "tokens"])
-    >>> result.backend, len(result.candidates) > 0
-    ('torch-eager', True)
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1).eval()
+    >>> prune_for_speed(model, [], 1.0)
+    Traceback (most recent call last):
+        ...
+    vitprune.errors.VitpruneError: speedup must be above 1, got 1
     """
-    if not speedup > 1:
-        raise VitpruneError(f"speedup must be above 1, got {speedup}")
+    if (speedup is None) == (latency_ms is None):
+        raise VitpruneError("say how fast: either `speedup` or `latency_ms`")
+    if speedup is not None and not 1 < speedup < float("inf"):
+        raise VitpruneError(f"speedup must be above 1, got {speedup:g}")
+    if latency_ms is not None and not 0 < latency_ms < float("inf"):
+        raise VitpruneError(f"latency_ms must be above 0, got {latency_ms:g}")
+    if not formats:
+        raise VitpruneError("no `formats` to choose from")
     parts = check_parts(model, parts)
     units = tuple(part for part in parts if part != TOKENS)
-    _check_reach(model, speedup, parts, formats)
     batches = watch(batches)
     if fitted is None:
         fitted = fit_latency(model, formats, batch_sizes=batch_sizes, num_threads=num_threads, seed=seed, track=track)
+    if latency_ms is not None:
+        speedup = fitted.dense_ms / latency_ms
+        if speedup <= 1:
+            raise VitpruneError(f"latency_ms {latency_ms:g}: the dense model takes {fitted.dense_ms:.2f} ms already")
     limit = fitted.dense_ms / speedup
+    _check_reach(model, speedup, parts, fitted, floor)
     weighed = weigh(model, batches, units, ridge=ridge, seed=seed, track=track)
     widths = {"allocation": allocation, "round_to": round_to, "floor": floor}
+    shared = {"ridge": ridge, "seed": seed, "track": track, **widths}
+    of_target = {"limit": limit, "dense_ms": fitted.dense_ms, "parts": parts}
+    propose = partial(_propose, model, batches, weighed=weighed, **of_target, **shared)
     with tempfile.TemporaryDirectory() as folder:
-        timer = _Timer(model, Path(folder), formats[0], tuple(batch_sizes), num_threads)
-        looked_at: list[Candidate] = []
-        best: tuple[float, LatencyModel, Candidate, nn.Module] | None = None
-        reasons = []
+        timer = _Timer(model, Path(folder), formats[0], tuple(batch_sizes), num_threads, measure)
+        looked_at, reasons = [], []
         for wanted in formats:
-            latency = fitted.models[wanted]
             try:
-                found, make = _propose(
-                    model, batches, limit, latency, parts, weighed, ridge=ridge, seed=seed, track=track, **widths
-                )
+                looked_at.append(_look(propose(fitted.models[wanted]), fitted.models[wanted], timer, weighed, model))
             except VitpruneError as error:
                 reasons.append(f"{wanted}: {error}")
-                continue
-            first = make(found[0].merge)
-            source = timer.writer.source(first, wanted, f"candidate-{len(looked_at)}")
-            loss = found[0].loss if wanted.precision == "float32" else _measure_file(model, source, weighed.kept_back)
-            measured = min(timer.speedups(source, wanted))
-            found[0] = replace(found[0], loss=loss, measured_speedup=measured)
-            looked_at += found
-            if best is None or loss < best[0]:
-                best = (loss, latency.scaled(found[0].predicted_speedup / measured), found[0], first)
-        if best is None:
-            raise VitpruneError(f"{speedup:g} times as fast is out of reach; {'; '.join(reasons)}")
-        _loss, latency, chosen, _model = best
+        if not looked_at:
+            raise VitpruneError(f"{speedup:.4g} times as fast is out of reach; {'; '.join(reasons)}")
+        best, latency = min(looked_at, key=lambda each: each[0][0].loss)
+        candidates = [candidate for found, _latency in looked_at for candidate in found]
+        chosen = best[0]
         wanted = Format(chosen.backend, chosen.precision)
-        for number in range(MAX_ROUNDS):
+        for _round in range(MAX_ROUNDS):
             meter = latency.meter()
-            shaped, target, left = go_on(model, chosen.merge, _target_of(meter, model, limit), units, meter)
+            try:
+                shaped, target, left = go_on(model, chosen.merge, _target_of(meter, model, limit), units, meter)
+            except VitpruneError:
+                # The fit was further off than this schedule leaves room for: others, with what was measured.
+                again, latency = _look(propose(latency), latency, timer, weighed, model)
+                candidates, chosen = [*candidates, *again], again[0]
+                meter = latency.meter()
+                shaped, target, left = go_on(model, chosen.merge, _target_of(meter, model, limit), units, meter)
             kept = {"ratio": 0.0} if target.dense <= target.limit else {"target": target}
-            pruned, plan = prune(
-                shaped,
-                batches,
-                parts=left,
-                dense=model,
-                ridge=ridge,
-                seed=seed,
-                track=track,
-                **kept,
-                **widths,
-                **options,
-            )
+            pruned, plan = prune(shaped, batches, parts=left, dense=model, **kept, **shared, **options)
             predicted = fitted.dense_ms / latency.predict(pruned)
-            speedups = timer.speedups(timer.writer.source(pruned, wanted, f"pruned-{number}"), wanted)
+            speedups = timer.speedups(pruned, wanted)
             if min(speedups) >= TOLERANCE * speedup:
                 break
             latency = latency.scaled(predicted / min(speedups))
-    looked_at = [replace(each, chosen=each == chosen) for each in looked_at]
     return PrunedForSpeed(
         pruned,
         plan,
@@ -216,8 +220,25 @@ def prune_for_speed(
         tuple(batch_sizes),
         fitted.dense_ms,
         fitted.models[wanted].error,
-        tuple(sorted(looked_at, key=lambda each: each.loss)),
+        tuple(replace(each, chosen=each is chosen) for each in sorted(candidates, key=lambda each: each.loss)),
     )
+
+
+def _look(
+    proposed: tuple[list[Candidate], Callable[[Sequence[int] | None], nn.Module]],
+    latency: LatencyModel,
+    timer: _Timer,
+    weighed: Weighed,
+    model: nn.Module,
+) -> tuple[list[Candidate], LatencyModel]:
+    """Time the best candidate of a format, in it, and return all with the fit corrected by that."""
+    found, make = proposed
+    best, wanted = found[0], Format(latency.backend, latency.precision)
+    candidate = make(best.merge)
+    if wanted.precision != "float32":
+        best = replace(best, loss=_measure_file(model, timer.write(candidate, wanted), weighed.kept_back))
+    best = replace(best, measured_speedup=min(timer.speedups(candidate, wanted)))
+    return [best, *found[1:]], latency.scaled(best.predicted_speedup / best.measured_speedup)
 
 
 def _target_of(meter, model: nn.Module, limit: float):
@@ -227,8 +248,10 @@ def _target_of(meter, model: nn.Module, limit: float):
 def _propose(
     model: nn.Module,
     batches: Batches,
-    limit: float,
     latency: LatencyModel,
+    *,
+    limit: float,
+    dense_ms: float,
     parts: Sequence[str],
     weighed: Weighed,
     **options: Any,
@@ -238,33 +261,58 @@ def _propose(
     target = _target_of(meter, model, limit)
     widths = {name: options[name] for name in ("ridge", "allocation", "round_to", "floor")}
     make = make_candidates(model, target, units, weighed, meter=meter, **widths)
-    dense_ms = latency.predict(model)
-    if TOKENS in parts and dense_ms > limit:
+    if TOKENS in parts and latency.predict(model) > limit:
         tried = choose_merging(model, batches, target, units, meter=meter, weighed=weighed, **options)
         of_each = [(each.schedule, each.loss) for each in tried]
     else:
         images = [images for images, _labels in on_device(model, weighed.kept_back)]
         of_each = [(None, mean_divergence(model, make(None), images))]
     return [
-        Candidate(latency.backend, latency.precision, schedule, loss, limit / latency.predict(make(schedule)))
+        Candidate(latency.backend, latency.precision, schedule, loss, dense_ms / latency.predict(make(schedule)))
         for schedule, loss in of_each
     ], make
 
 
-def _check_reach(model: nn.Module, speedup: float, parts: Sequence[str], formats: Sequence[Format]) -> None:
-    """Refuse, before anything is timed, what even no unit at all of what may go would not reach."""
-    if TOKENS in parts or any(each.precision != "float32" or each.backend != formats[0].backend for each in formats):
-        return
-    kinds = [part for part in parts if part in ("ffn", "qk", "vo")] or ["ffn", "qk", "vo"]
-    macs = count_macs(model)
-    target = target_macs(model, macs, kinds=[kind for kind in kinds if kind == "ffn"] or ["ffn"], total=macs)
-    if "layers" not in parts and kinds == ["ffn"]:
-        most = amdahl_ceiling(macs, target.fixed)
-        if speedup > most:
-            raise VitpruneError(
-                f"speedup {speedup:g}: without any FFN neurons the model would be {most:.2f} times as fast at most; "
-                "let other `parts` go (qk, vo, layers, tokens)"
+def _check_reach(model: nn.Module, speedup: float, parts: Sequence[str], fitted: Fitted, floor: float) -> None:
+    """Refuse what would not be reached by taking all that may go, before anything is measured on images."""
+    most = {
+        wanted: fitted.dense_ms / latency.of_shape(_least(model, latency, parts, floor))
+        for wanted, latency in fitted.models.items()
+    }
+    best = max(most, key=lambda wanted: most[wanted])
+    if speedup > most[best]:
+        others = [part for part in DEFAULT_PARTS if part not in parts]
+        more = f"let {', '.join(others)} go as well, or ask for less" if others else "ask for less"
+        raise VitpruneError(
+            f"{speedup:.4g} times as fast is out of reach: with next to nothing left of {', '.join(parts)} the model "
+            f"would be about {most[best]:.3g} times as fast ({best}); {more}"
+        )
+
+
+def _least(model: nn.Module, latency: LatencyModel, parts: Sequence[str], floor: float) -> Shape:
+    """Return the shape of a model that lost all it could."""
+    shape = shape_of(model, reads_last_block=latency.reads_last_block)
+    blocks = []
+    for block in shape.blocks:
+        attention = block.attention
+        if isinstance(attention, AttentionShape):
+            qk, vo = (
+                max(1, round(floor * width)) if part in parts else width
+                for part, width in (("qk", attention.qk), ("vo", attention.vo))
             )
+            attention = replace(attention, qk=qk, vo=vo)
+        if "layers" in parts:
+            attention = None
+        ffn = 0.0 if "layers" in parts else block.ffn * floor if "ffn" in parts else block.ffn
+        blocks.append(replace(block, attention=attention, ffn=ffn))
+    shape = replace(shape, blocks=tuple(blocks))
+    if TOKENS not in parts:
+        return shape
+    schedule, left = [], shape.num_tokens - shape.num_prefix
+    for _block in blocks:
+        schedule.append(left // 2)
+        left -= left // 2
+    return shape.with_merging(schedule)
 
 
 @torch.no_grad()
@@ -282,20 +330,34 @@ def _measure_file(model: nn.Module, path: Path, batches: Batches) -> float:
 
 
 class _Timer:
-    """Times files in turns with the dense model, which is written once."""
+    """Times models in turns with the dense one, which is written once."""
 
     def __init__(
-        self, dense: nn.Module, folder: Path, first: Format, batch_sizes: tuple[int, ...], num_threads: int | None
+        self,
+        dense: nn.Module,
+        folder: Path,
+        first: Format,
+        batch_sizes: tuple[int, ...],
+        num_threads: int | None,
+        measure: Measure | None,
     ) -> None:
-        self.writer, self.reference = Writer(folder), Format(first.backend)
-        self.dense = self.writer.source(dense, self.reference, "dense")
+        self.writer, self.reference, self.written = Writer(folder), Format(first.backend), {}
+        self.dense, self.measure = dense, measure
         self.batch_sizes, self.num_threads = batch_sizes, num_threads
 
-    def speedups(self, source: nn.Module | Path, wanted: Format) -> tuple[float, ...]:
+    def write(self, model: nn.Module, wanted: Format) -> nn.Module | Path:
+        """Return what runs a model in a format; the same model is written once."""
+        _model, number = self.written.setdefault(id(model), (model, len(self.written)))
+        return self.writer.source(model, wanted, f"{number}")
+
+    def speedups(self, model: nn.Module, wanted: Format) -> tuple[float, ...]:
         """Return how many times faster than the dense model a candidate is at each batch size."""
-        sources = {(self.reference, "dense"): self.dense, (wanted, "candidate"): source}
+        if self.measure is not None:
+            return tuple(self.measure(model, wanted))
+        dense = self.write(self.dense, self.reference)
+        sources = {(self.reference, "dense"): dense, (wanted, "candidate"): self.write(model, wanted)}
         result = []
         for batch_size in self.batch_sizes:
-            dense, candidate = time_sources(sources, batch_size, self.num_threads).values()
-            result.append(paired_speedup(dense, candidate).ratio)
+            first, second = time_sources(sources, batch_size, self.num_threads).values()
+            result.append(paired_speedup(first, second).ratio)
         return tuple(result)

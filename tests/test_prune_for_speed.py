@@ -1,0 +1,169 @@
+"""As fast as asked for: times follow from shapes, the least loss is taken, and what cannot be is refused beforehand."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_vit
+
+import vitprune
+from vitprune import VitpruneError
+from vitprune.models.attention import split_attention
+from vitprune.models.left_out import describe_left_out
+from vitprune.models.merging import describe_merging, set_merging
+from vitprune.pruning.latency_model import RATES, LatencyModel, fit_rates, shape_of, target_time
+from vitprune.pruning.meters import MACS
+from vitprune.speed.fit_latency import Fitted, Format, list_formats, sample_shapes
+from vitprune.speed.prune_for_speed import prune_for_speed
+
+SIZES = {"embed_dim": 48, "patch_size": 4, "depth": 4}
+EAGER = Format("torch-eager")
+KINDS = ["ffn", "qk", "vo"]
+
+
+def make_latency(seed=0, **changed):
+    rates = dict(zip(RATES, np.random.default_rng(seed).uniform(0.5, 2, len(RATES)), strict=True))
+    sizes = {"model": 1, "layers": 0.1, "merges": 0.1, "steps": 1e-5, "softmax": 1e-5}
+    rates = {name: float(value) * sizes.get(name, 1e-6) for name, value in rates.items()} | changed
+    return LatencyModel("torch-eager", "float32", tuple(rates[name] for name in RATES), reads_last_block=True)
+
+
+def test_rates_are_found_again_from_the_times_of_the_shapes_that_are_sampled():
+    latency = make_latency()
+    samples = list(sample_shapes(make_vit(**SIZES), 24))
+    shapes = [shape_of(each, reads_last_block=True) for each in samples]
+    rates, error = fit_rates(shapes, [latency.of_shape(shape) for shape in shapes])
+    assert error < 1e-6
+    others = [shape_of(each, reads_last_block=True) for each in sample_shapes(make_vit(**SIZES), 12, seed=5)]
+    fitted = LatencyModel("torch-eager", "float32", rates, reads_last_block=True)
+    for shape in others:
+        assert fitted.of_shape(shape) == pytest.approx(latency.of_shape(shape), rel=1e-4)
+
+
+def test_rates_of_products_alone_count_multiply_accumulates():
+    """With the price of a multiply-accumulate for every product, time differs from MACs by what never changes."""
+    products = dict.fromkeys(("projections", "attention", "ffn"), 1.0)
+    rates = {name: products.get(name, 0.0) for name in RATES}
+    latency = LatencyModel("torch-eager", "float32", tuple(rates.values()), reads_last_block=True)
+    samples = [each for each in sample_shapes(make_vit(**SIZES), 12) if describe_merging(each) is None]
+    assert len(samples) > 3
+    beside = {round(vitprune.count_macs(each) - latency.predict(each)) for each in samples}
+    assert len(beside) == 1
+
+
+@pytest.mark.parametrize("schedule", [None, [10, 0, 7, 0]])
+def test_a_target_costs_what_the_whole_model_is_predicted_to_take(schedule):
+    latency, model = make_latency(1), split_attention(make_vit(**SIZES))
+    model = model if schedule is None else set_merging(model, schedule)
+    target = target_time(model, latency.predict(model) * 0.9, latency=latency, kinds=KINDS)
+    assert target.dense == pytest.approx(latency.predict(model))
+    whole = [each for each in sample_shapes(make_vit(**SIZES), 20) if not describe_left_out(each)]
+    for narrow in (each for each in whole if describe_merging(each) is None):
+        narrow = split_attention(narrow if schedule is None else set_merging(narrow, schedule))
+        groups = vitprune.find_groups(narrow, KINDS)
+        predicted = target.predict({group.name: group.num_units for group in groups})
+        assert predicted == pytest.approx(latency.predict(narrow))
+
+
+def test_the_share_of_a_schedule_is_that_of_the_merged_model():
+    latency, model = make_latency(2), make_vit(**SIZES)
+    share = latency.meter().share_of(model)
+    for schedule in ([0, 0, 0, 0], [20, 0, 10, 0], [5, 5, 5, 5]):
+        merged = latency.predict(set_merging(model, schedule))
+        assert share(schedule) == pytest.approx(merged / latency.predict(model))
+    assert MACS.share_of is None
+
+
+def make_batches(num_batches=2, num_images=16):
+    generator = torch.Generator().manual_seed(3)
+    return [
+        (torch.randn(num_images, 3, 32, 32, dtype=torch.float64, generator=generator), torch.arange(num_images) % 5)
+        for _ in range(num_batches)
+    ]
+
+
+@pytest.fixture(scope="module")
+def fast():
+    """A model pruned for a machine that takes longer for merging, and less for FFNs, than the fit believes."""
+    model, believed = make_vit(**SIZES), make_latency(3)
+    rates = dict(zip(RATES, believed.rates, strict=True))
+    true = make_latency(3, ffn=rates["ffn"] * 0.9, merges=rates["merges"] * 2)
+
+    def measure(other, _format):
+        return [true.predict(model) / true.predict(other)] * 2
+
+    options = {"formats": [EAGER], "batch_sizes": [1, 8], "fitted": Fitted(believed.predict(model), {EAGER: believed})}
+    return model, true, prune_for_speed(model, make_batches(), 1.3, step=0.5, measure=measure, **options)
+
+
+def test_the_speed_is_reached_though_the_fit_was_wrong(fast):
+    model, true, result = fast
+    assert true.predict(model) / true.predict(result.model) >= 1.3 * 0.985
+    assert result.speedup == pytest.approx(true.predict(model) / true.predict(result.model))
+    assert result.predicted_speedup == pytest.approx(result.speedup, rel=0.03)
+
+
+def test_the_first_candidates_meet_the_speed_by_the_fit_and_the_least_loss_is_taken(fast):
+    model, _true, result = fast
+    assert len(result.candidates) > 1
+    assert [each.loss for each in result.candidates] == sorted(each.loss for each in result.candidates)
+    assert all(each.predicted_speedup >= 1.3 * (1 - 1e-9) for each in result.candidates)
+    (chosen,) = (each for each in result.candidates if each.chosen)
+    assert chosen.measured_speedup is not None
+    assert result.plan.facts.merge == chosen.merge
+    assert result.plan.facts.sizes_dense.macs == vitprune.count_macs(model)
+    assert result.speedup == min(result.speedups)
+
+
+@pytest.mark.parametrize(
+    ("speedup", "options", "message"),
+    [
+        (1.0, {}, "speedup must be above 1"),
+        (float("nan"), {}, "speedup must be above 1"),
+        (None, {}, "either `speedup` or `latency_ms`"),
+        (2.0, {"latency_ms": 3.0}, "either `speedup` or `latency_ms`"),
+        (None, {"latency_ms": -1.0}, "latency_ms must be above 0"),
+        (None, {"latency_ms": 1e6}, "the dense model takes .* already"),
+        (1000.0, {}, "out of reach: with next to nothing left .* ask for less"),
+        (4.0, {"parts": ["qk"]}, "out of reach: .* let ffn, vo, layers, tokens go as well"),
+        (2.0, {"parts": ["nothing"]}, "parts must be one of"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_images_are_read(speedup, options, message):
+    model, latency = make_vit(**SIZES), make_latency(3)
+    fitted = Fitted(latency.predict(model), {EAGER: latency})
+
+    class Unread:
+        def __iter__(self):
+            raise AssertionError("images were read")
+
+    with pytest.raises(VitpruneError, match=message):
+        prune_for_speed(model, Unread(), speedup, formats=[EAGER], fitted=fitted, **options)
+
+
+def test_formats_are_float32_first_and_then_what_a_backend_of_files_has():
+    assert list_formats(["torch-eager", "onnxruntime-cpu"], ["int8"]) == [
+        EAGER,
+        Format("onnxruntime-cpu"),
+        Format("onnxruntime-cpu", "int8"),
+    ]
+    with pytest.raises(VitpruneError, match="torch-eager has no int8"):
+        list_formats(["torch-eager"], ["int8"])
+
+
+def test_candidates_are_kept_beside_the_model(fast, tmp_path):
+    from vitprune.speed.speed_folder import SPEED_FILES, load_speed, save_for_speed
+
+    _model, _true, result = fast
+    save_for_speed(result, tmp_path / "fast")
+    assert {path.name for path in (tmp_path / "fast").iterdir()} == SPEED_FILES
+    record = load_speed(tmp_path / "fast")
+    assert record.candidates == result.candidates
+    assert record.facts["asked_speedup"] == 1.3
+    image = make_batches()[0][0]
+    with torch.no_grad():
+        assert torch.equal(vitprune.load(tmp_path / "fast")(image), result.model(image))
+    json.loads((tmp_path / "fast" / "speed.json").read_text())

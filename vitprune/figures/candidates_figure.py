@@ -1,0 +1,51 @@
+"""Picture: the ways to a speed that were looked at, and what each of them loses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from vitprune.errors import VitpruneError
+from vitprune.figures.style import COLOURS, PAGE, new_figure, styled
+
+
+@styled
+def draw_candidates(candidates: Sequence[Any], *, asked: float) -> Figure:
+    """Draw the loss of each candidate as a bar; the one that was taken is coloured.
+
+    Args:
+        candidates: ``Candidate`` values, at least one.
+        asked: how many times as fast the result was to be.
+
+    Raises:
+        VitpruneError: if there are no candidates.
+    """
+    if not candidates:
+        raise VitpruneError("speed: no candidates to draw")
+    figure = new_figure(PAGE, 0.9 + 0.3 * len(candidates))
+    axes = figure.subplots()
+    places = range(len(candidates))
+    colours = [COLOURS[0] if each.chosen else "0.75" for each in candidates]
+    axes.barh(places, [each.loss for each in candidates], color=colours)
+    axes.set_yticks(places, [describe_candidate(each) for each in candidates])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"loss of a first refit at {asked:.3g} x as fast: KL(dense || candidate), nats per image")
+    axes.grid(True, axis="x")
+    return figure
+
+
+def describe_candidate(candidate: Any) -> str:
+    """Say in a few words what a candidate takes.
+
+    >>> from types import SimpleNamespace
+    >>> describe_candidate(SimpleNamespace(backend="onnxruntime-cpu", precision="int8", merge=(0, 60, 0, 36)))
+    'onnxruntime-cpu int8, merging 60 in block 1, 36 in 3'
+    """
+    merged = [(block, r) for block, r in enumerate(candidate.merge or ()) if r]
+    if not merged:
+        return f"{candidate.backend} {candidate.precision}, units alone"
+    first, *others = merged
+    said = ", ".join([f"{first[1]} in block {first[0]}", *(f"{r} in {block}" for block, r in others)])
+    return f"{candidate.backend} {candidate.precision}, merging {said}"
