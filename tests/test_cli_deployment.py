@@ -158,7 +158,7 @@ def test_what_a_latency_target_made_is_timed_beside_the_dense_model(tiny_vit):
         (["--round-to", "some"], "round_to must be a number of at least 1, or auto; got some"),
         (["--target-latency", 1, "--mode", "mask"], "--target-latency is for --mode remove"),
         (["--target-latency", 1, "--latency-batch-size", 0], "latency_batch_size must be at least 1"),
-        (["--backend", "torch-eager"], "go with --target-latency or --round-to auto"),
+        (["--backend", "torch-eager"], "go with --target-latency, --speedup or --round-to auto"),
     ],
 )
 def test_latency_targets_that_make_no_sense_are_refused(arguments, message, saved_vit, image_folder, tmp_path, capsys):

@@ -307,3 +307,42 @@ def test_bench_draws_its_rows_and_writes_them(tmp_path):
 def test_bench_refuses(arguments, message, tiny_vit):
     with pytest.raises(vitprune.VitpruneError, match=message):
         vitprune.bench({"a": tiny_vit}, **arguments)
+
+
+def find_tie(model):
+    """Return two images next to each other between which the choice of what merges changes, and the answer with it."""
+    first, second = torch.randn(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        for _halving in range(40):
+            middle = (first + second) / 2
+            to_first, to_second = ((model(middle) - model(end)).abs().max() for end in (first, second))
+            first, second = (middle, second) if to_second > to_first else (first, middle)
+        assert (model(first) - model(second)).abs().max() > 1e-2
+    return first, second
+
+
+def test_an_image_where_rounding_decides_what_merges_is_counted_and_nothing_else_passes():
+    model = set_merging(make_vit(depth=3), [4, 4, 4]).float()
+    first, second = find_tie(model)
+    others = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(8))
+    batches = [(torch.cat([others[:3], first, others[3:]]), torch.zeros(7, dtype=torch.int64))]
+
+    def other_kernel(images):
+        """What a runtime answers that rounds to the other side of the tie."""
+        same = (images == first).flatten(1).all(1)
+        with torch.no_grad():
+            return model(torch.where(same[:, None, None, None], second, images))
+
+    parity = onnx_file._measure_parity(model, other_kernel, batches, exact=True)
+    assert (parity.near_ties, parity.num_images) == (1, 7)
+    assert parity.max_abs_diff < 1e-4
+    assert "rounding decides" in str(parity)
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.head.bias += 1e-2
+    unmerged = set_merging(model, [0, 0, 0])
+    for another, of in ((wrong, batches), (unmerged, batches), (unmerged, [(first, torch.zeros(1))])):
+        with pytest.raises(vitprune.VitpruneError, match="differs from torch"):
+            onnx_file._measure_parity(another, other_kernel, of, exact=True)
+    with pytest.raises(vitprune.VitpruneError, match="differs from torch"):
+        onnx_file._measure_parity(model, other_kernel, [(first, torch.zeros(1))], exact=True)

@@ -84,6 +84,7 @@ def run(
         "top1": report.top1,
         "size_bytes": report.size_bytes,
         "num_images": report.num_images,
+        "near_ties": report.near_ties,
         "float32": None if report.float32 is None else vars(report.float32),
         "speedup": None if report.speedup is None else vars(report.speedup),
         "skipped": report_skipped(batches),

@@ -20,7 +20,14 @@ from vitprune.cli.inputs import (
     report_skipped,
     say_transform,
 )
-from vitprune.cli.prune_for_speed import check_export, check_images_for, run_for_speed
+from vitprune.cli.prune_for_speed import (
+    check_export,
+    check_images_for,
+    export_for_speed,
+    run_for_speed,
+    show_candidates,
+    show_speed,
+)
 from vitprune.cli.prune_onnx import run_onnx
 from vitprune.cli.terminal import Tracked, note, print_table, track
 from vitprune.errors import VitpruneError
@@ -141,16 +148,17 @@ def run(
     from vitprune.files import refuse_existing
     from vitprune.models.image_size import set_image_size
     from vitprune.models.merging import describe_merging, set_merging
-    from vitprune.models.saved_folder import FOLDER_FILES, save
+    from vitprune.models.saved_folder import save
     from vitprune.pruning.plan import read_plan
     from vitprune.pruning.prune import prune, prune_as_planned, shape_as_planned
     from vitprune.pruning.schedule import needs_steps
     from vitprune.pruning.specialise import specialise
     from vitprune.speed.fit_latency import list_formats
     from vitprune.speed.latency_target import default_backend, measure_reached
+    from vitprune.speed.speed_folder import SPEED_FILES, describe_speed, save_for_speed
 
     is_onnx = Path(source).suffix == ".onnx"
-    refuse_existing(output, overwrite=overwrite, owned=None if is_onnx else FOLDER_FILES)
+    refuse_existing(output, overwrite=overwrite, owned=None if is_onnx else SPEED_FILES)
     if criterion is not None:
         options.check_choice("criterion", criterion, options.CRITERIA)
     if Path(output).resolve() == Path(source).resolve():
@@ -170,7 +178,7 @@ def run(
     for_speed = target_latency is not None or speedup is not None
     timed = for_speed or round_to == "auto"
     if not timed and (backend, latency_batch_size) != (None, None):
-        raise VitpruneError("--backend and --latency-batch-size go with --speedup, --target-latency or --round-to auto")
+        raise VitpruneError("--backend and --latency-batch-size go with --target-latency, --speedup or --round-to auto")
     if not for_speed and (allow, export) != (None, None):
         raise VitpruneError("--allow and --export go with --speedup or --target-latency")
     if min(latency_batch_size or [1]) < 1:
@@ -228,18 +236,19 @@ def run(
     applied = {"compensation": compensate, "mode": mode, "ridge": ridge, "seed": seed, "track": track}
     backends = backend or ([default_backend(network)] if timed else [])
     started = time.perf_counter()
-    whole = for_speed and given_plan is None and _follows_shapes(network, parts, round_to)
+    result = report = None
+    whole = for_speed and _follows_shapes(network, parts, round_to)
     if whole:
         check_images_for(tracked, "--speedup" if target_latency is None else "--target-latency")
-        sizes = {name: value for name, value in decisions.items() if name in ("allocation", "floor", "round_to")}
-        others = {name: value for name, value in decisions.items() if name in ("criterion", "step")}
-        return run_for_speed(
-            network, tracked, batches, output, export,
-            speedup=speedup, latency_ms=target_latency, backends=backends, allow=allow or [],
-            parts=_choose_parts(network, parts, targets, shaped=False), batch_sizes=latency_batch_size or [1],
-            ridge=ridge, seed=seed, compensate=compensate, **sizes, **others,
+        decided = {name: value for name, value in decisions.items() if name != "pruning_ratio"}
+        result = run_for_speed(
+            network, tracked, backends=backends, allow=allow or [], export=export, speedup=speedup,
+            latency_ms=target_latency, parts=_choose_parts(network, parts, targets, shaped=False),
+            batch_sizes=latency_batch_size or [1], ridge=ridge, seed=seed, compensate=compensate, found=found,
+            **decided,
         )  # fmt: skip
-    if len(backends) > 1 or len(latency_batch_size or []) > 1 or allow or export:
+        pruned, made = result.model, result.plan
+    elif len(backends) > 1 or len(latency_batch_size or []) > 1 or allow or export:
         raise VitpruneError(
             "several backends or batch sizes, --allow and --export are for models whose tokens can merge, and for all "
             "their parts; name one backend"
@@ -247,7 +256,7 @@ def run(
     timing = {"backend": backends[0] if backends else None, "batch_size": (latency_batch_size or [1])[0]}
     if merge is not None:
         network = set_merging(network, _find_schedule(merge, network, tracked))
-    if given_plan is None:
+    if given_plan is None and result is None:
         merges = describe_merging(network) is not None
         parts = _choose_parts(dense, parts, targets, shaped=network is not dense or merges)
         target = _make_target(network, timing, parts, **_in_units(dense, **targets))
@@ -259,18 +268,24 @@ def run(
             tracked.description = _describe_passes(network, ratio, target, criterion, step, compensate)
         shape = {"parts": parts, "dense": dense}
         pruned, made = prune(network, tracked, **decisions, target=target, found=found, **shape, **applied)
-    else:
+    elif result is None:
         pruned, made = prune_as_planned(dense, given_plan, tracked, **applied)
     seconds = time.perf_counter() - started
     skipped = report_skipped(batches) if tracked is not None and tracked.passes else []
-    save(pruned, output, plan=made)
+    if result is None:
+        save(pruned, output, plan=made)
+    else:
+        save_for_speed(result, output)
+        report = None if export is None else export_for_speed(result, export, batches)
     facts = made.facts
     latency = None
-    if for_speed:
+    if for_speed and result is None:
         latency = vars(measure_reached(network, pruned, facts.target, **timing, track=track))
     answer = {
         "output": output,
+        "export": export,
         "latency": latency,
+        "speed": None if result is None else describe_speed(result),
         "widths": made.widths,
         "widths_dense": {name: len(keep) for name, keep in made.keep.items()},
         "parts": made.parts,
@@ -294,7 +309,11 @@ def run(
     }
 
     def show() -> None:
-        _show(answer, made, mode=mode, targeted=bool(targets))
+        if result is not None:
+            show_candidates(result)
+        _show(answer, made, mode=mode, targeted=bool(targets) and result is None)
+        if result is not None:
+            show_speed(result, answer["output"], report)
 
     return answer, show
 
@@ -323,9 +342,12 @@ def _show(answer: dict[str, Any], made: Any, *, mode: str, targeted: bool) -> No
         rows = [(name, str(answer["widths_dense"][name]), str(width)) for name, width in made.widths.items()]
         print_table("neurons", ("FFN", "dense", "kept"), rows)
         print(f"removed {made.pruning_ratio:.1%} of {made.num_neurons_dense} FFN neurons ({mode}) in {seconds:.0f} s")
-        show_merging(answer["merge"])
     else:
-        show_parts(made, seconds=seconds, merge=answer["merge"])
+        print_table("units kept, of those of the dense model", *_tabulate_parts(made))
+        print(f"removed {_count_removed(made)} in {seconds:.0f} s")
+    if answer["merge"]:
+        merged = ", ".join(f"{r} in block {block}" for block, r in enumerate(answer["merge"]) if r)
+        print(f"tokens that merge: {merged}")
     if answer["image_size"]:
         print(f"images of {answer['image_size'][0]} x {answer['image_size'][1]} pixels")
     if targeted:
@@ -346,17 +368,6 @@ def _show(answer: dict[str, Any], made: Any, *, mode: str, targeted: bool) -> No
     )
     print(f"(the FFNs of the dense model are {answer['ffn_share']:.0%} of its multiply-accumulates)")
     print(f"wrote {answer['output']}")
-
-
-def show_parts(made: Any, *, seconds: float, merge: Sequence[int] | None) -> None:
-    print_table("units kept, of those of the dense model", *_tabulate_parts(made))
-    print(f"removed {_count_removed(made)} in {seconds:.0f} s")
-    show_merging(merge)
-
-
-def show_merging(merge: Sequence[int] | None) -> None:
-    if merge:
-        print("tokens that merge: " + ", ".join(f"{r} in block {block}" for block, r in enumerate(merge) if r))
 
 
 def _classes_to_keep(wanted: Sequence[str], images: Any, *, data_given: bool) -> list[str] | None:

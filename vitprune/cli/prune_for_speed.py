@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vitprune.cli.inputs import report_skipped
 from vitprune.cli.terminal import Tracked, print_table, track
 from vitprune.errors import VitpruneError
+
+NUM_PARITY_IMAGES = 64
 
 
 def check_export(path: str, *, overwrite: bool) -> None:
@@ -25,69 +26,33 @@ def check_images_for(batches: Any, option: str) -> None:
 
 
 def run_for_speed(
-    network: Any,
-    batches: Any,
-    parity: Any,
-    output: str,
-    export: str | None,
-    *,
-    backends: Sequence[str],
-    allow: Sequence[str],
-    **asked: Any,
+    network: Any, batches: Any, *, backends: Sequence[str], allow: Sequence[str], export: str | None, **asked: Any
 ):
-    import time
-
-    from vitprune.data import take_evenly
-    from vitprune.export.onnx_file import export_onnx
-    from vitprune.speed.bench import operators_for
     from vitprune.speed.fit_latency import list_formats
     from vitprune.speed.prune_for_speed import prune_for_speed
-    from vitprune.speed.speed_folder import describe_speed, save_for_speed
 
     formats = list_formats(backends, allow)
     if export is not None and not any(each.is_file for each in formats):
         raise VitpruneError(f"--export writes a file for ONNX Runtime, not for {', '.join(backends)}; name its backend")
-    started = time.perf_counter()
-    result = prune_for_speed(network, batches, formats=formats, track=track, **asked)
-    seconds = time.perf_counter() - started
-    skipped = report_skipped(parity)
-    save_for_speed(result, output)
-    report = None
-    if export is not None:
-        report = export_onnx(
-            result.model,
-            export,
-            Tracked(take_evenly(parity, 64), "parity"),
-            plan=result.plan,
-            precision=result.precision,
-            operators=operators_for([result.backend]),
-        )
-    facts = result.plan.facts
-    answer = {
-        "output": output,
-        "export": export,
-        "speed": describe_speed(result),
-        "widths": result.plan.widths,
-        "widths_dense": {name: len(keep) for name, keep in result.plan.keep.items()},
-        "parts": result.plan.parts,
-        "stand_ins": facts.stand_ins,
-        "merge": facts.merge,
-        "num_parameters": facts.sizes.num_parameters,
-        "num_parameters_dense": facts.sizes_dense.num_parameters,
-        "macs": facts.sizes.macs,
-        "macs_dense": facts.sizes_dense.macs,
-        "seconds": seconds,
-        "skipped": skipped,
-    }
-
-    def show() -> None:
-        _show(result, answer, report)
-
-    return answer, show
+    return prune_for_speed(network, batches, formats=formats, track=track, **asked)
 
 
-def _show(result: Any, answer: dict[str, Any], report: Any) -> None:
-    from vitprune.cli.prune import show_parts
+def export_for_speed(result: Any, path: str, batches: Any):
+    from vitprune.data import take_evenly
+    from vitprune.export.onnx_file import export_onnx
+    from vitprune.speed.bench import operators_for
+
+    return export_onnx(
+        result.model,
+        path,
+        Tracked(take_evenly(batches, NUM_PARITY_IMAGES), "parity"),
+        plan=result.plan,
+        precision=result.precision,
+        operators=operators_for([result.backend]),
+    )
+
+
+def show_candidates(result: Any) -> None:
     from vitprune.figures.candidates_figure import describe_candidate
 
     rows = [
@@ -101,7 +66,9 @@ def _show(result: Any, answer: dict[str, Any], report: Any) -> None:
     ]
     print_table("candidates, each refitted at once", ("candidate", "loss", "predicted x", "measured x"), rows)
     print("loss: KL(dense || candidate), nats per image, on calibration images that nothing was fitted to")
-    show_parts(result.plan, seconds=answer["seconds"], merge=answer["merge"])
+
+
+def show_speed(result: Any, output: str, report: Any) -> None:
     measured = ", ".join(
         f"{speedup:.2f} x at batch {size}" for size, speedup in zip(result.batch_sizes, result.speedups, strict=True)
     )
@@ -109,12 +76,7 @@ def _show(result: Any, answer: dict[str, Any], report: Any) -> None:
         f"asked {result.asked_speedup:.2f} x, predicted {result.predicted_speedup:.2f} x, measured {measured} "
         f"(dense {result.dense_ms:.2f} ms): {result.backend}, {result.precision}"
     )
-    print(f"parameters {answer['num_parameters_dense']:,} -> {answer['num_parameters']:,}")
-    print(f"multiply-accumulates {answer['macs_dense'] / 1e6:,.1f} -> {answer['macs'] / 1e6:,.1f} M")
-    print(f"wrote {answer['output']}")
     if report is not None:
         print(report)
     elif result.precision != "float32":
-        print(
-            f"it is that fast in {result.precision}: vitprune export {answer['output']} FILE.onnx --{result.precision}"
-        )
+        print(f"it is that fast in {result.precision}: 'vitprune export {output} FILE.onnx --int8' writes it")

@@ -46,6 +46,9 @@ from vitprune.views import data_config, has_classifier
 
 # Tolerances for float32 kernels that sum in another order.
 PARITY_RTOL, PARITY_ATOL = 1e-3, 1e-4
+# Changes of normalised images, a grey level being about 0.02, that show which answers rounding decides about; how often
+# each is drawn, and how many times the tolerance the answers to such images may be apart.
+NOISE, NUM_DRAWS, NEAR = (1e-6, 1e-5), 12, 5
 # A protobuf message ends at 2 GiB; the graph itself needs some of it.
 LARGEST_FILE_BYTES = 2**31 - 2**24
 # To spend on comparing an int8 file with the float32 graph it was made from.
@@ -63,17 +66,23 @@ class Parity:
         top1_agreement: share of images with the same first answer, in [0, 1]; None for features, which are none.
         top1: share of images that the file answers as their label says, in [0, 1]; None where they have no label each.
         num_images: images compared.
+        near_ties: of these, images that rounding decides about: which tokens merge there is so close that torch gives
+            the file's answer itself once the image changes by a thousandth of a grey level. They do not count in
+            ``max_abs_diff``.
     """
 
     max_abs_diff: float
     top1_agreement: float | None
     top1: float | None
     num_images: int
+    near_ties: int = 0
 
     def __str__(self) -> str:
         text = f"largest logit difference to torch {self.max_abs_diff:.2e}"
         if self.top1_agreement is not None:
             text += f", same first answer on {self.top1_agreement:.2%} of {self.num_images} images"
+        if self.near_ties:
+            text += f" (on {self.near_ties} of them rounding decides which tokens merge)"
         return text if self.top1 is None else f"{text}, top-1 {self.top1:.4f}"
 
     def __repr__(self) -> str:
@@ -90,6 +99,7 @@ class ExportReport:
         top1_agreement: share of parity images with the same first answer, in [0, 1]; None for features.
         top1: share of parity images that the file answers as their label says, in [0, 1]; None without one label each.
         num_images: parity images.
+        near_ties: of these, images where rounding decides which tokens merge, as in ``Parity``.
         size_bytes: of the file, and of the one beside it that holds the weights of a model above 2 GB.
         precision: of the matrix products with weights.
         float32: how close the float32 graph was that an int8 file was made from; None for float32 files.
@@ -105,9 +115,10 @@ class ExportReport:
     precision: str = "float32"
     float32: Parity | None = None
     speedup: Speedup | None = None
+    near_ties: int = 0
 
     def __str__(self) -> str:
-        own = Parity(self.max_abs_diff, self.top1_agreement, self.top1, self.num_images)
+        own = Parity(self.max_abs_diff, self.top1_agreement, self.top1, self.num_images, self.near_ties)
         lines = [] if self.float32 is None else [f"float32: {self.float32}"]
         lines += [f"{self.precision}: {own}", f"wrote {self.path} ({self.size_bytes / 1e6:.1f} MB)"]
         if self.speedup is not None:
@@ -317,17 +328,29 @@ def _one_image_first(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
 
 @torch.inference_mode()
 def _measure_parity(model: nn.Module, exported: OnnxModel, batches: Batches, *, exact: bool) -> Parity:
-    largest, agreed, right, labelled, count = 0.0, 0, 0, 0, 0
+    largest, agreed, right, labelled, count, near_ties = 0.0, 0, 0, 0, 0, 0
+    merges = any(describe_merging(model) or [])
     for images, labels in _one_image_first(batches):
         expected, got = ask(model, images), ask(exported, images)
         difference = (expected - got).abs()
-        worst = difference.argmax()
-        if exact and not bool((difference <= PARITY_ATOL + PARITY_RTOL * expected.abs()).all()):
-            raise VitpruneError(
-                "the ONNX graph differs from torch: a logit is "
-                f"{got.flatten()[worst]:.6g} in ONNX Runtime and {expected.flatten()[worst]:.6g} in torch"
-            )
-        largest = max(largest, float(difference.max()))
+        beyond = (difference > PARITY_ATOL + PARITY_RTOL * expected.abs()).flatten(1).any(
+            1
+        ) | ~difference.isfinite().flatten(1).all(1)
+        if exact and bool(beyond.any()):
+            wrong = beyond
+            if merges:
+                wrong = beyond.clone()
+                wrong[beyond] = ~_decided_by_rounding(model, images[beyond], expected[beyond], got[beyond])
+            if bool(wrong.any()):
+                worst = difference[wrong].argmax()
+                raise VitpruneError(
+                    "the ONNX graph differs from torch: a logit is "
+                    f"{got[wrong].flatten()[worst]:.6g} in ONNX Runtime and {expected[wrong].flatten()[worst]:.6g} in "
+                    "torch"
+                )
+            near_ties += int(beyond.sum())
+            difference = difference[~beyond]
+        largest = max(largest, float(difference.max()) if len(difference) else 0.0)
         answers = of_classes(got).argmax(1)
         agreed += int((of_classes(expected).argmax(1) == answers).sum())
         if not has_several(labels):
@@ -337,6 +360,29 @@ def _measure_parity(model: nn.Module, exported: OnnxModel, batches: Batches, *, 
         count += len(images)
     if count == 0:
         raise VitpruneError("no images to compare ONNX Runtime with torch on")
+    if near_ties == count:
+        raise VitpruneError(
+            f"the ONNX graph differs from torch on all {count} images, where rounding may decide which tokens merge; "
+            "compare more images"
+        )
     if not has_classifier(model):
-        return Parity(largest, None, None, count)
-    return Parity(largest, agreed / count, right / labelled if labelled else None, count)
+        return Parity(largest, None, None, count, near_ties)
+    return Parity(largest, agreed / count, right / labelled if labelled else None, count, near_ties)
+
+
+def _decided_by_rounding(model: nn.Module, images: Tensor, expected: Tensor, got: Tensor) -> Tensor:
+    """Tell of which images [B] torch itself gives the file's answer once they change by a thousandth of a grey level.
+
+    Which tokens merge is a choice between numbers that may be nearly equal, and kernels that sum in another order then
+    choose otherwise. Torch has to arrive at the very same answer by another tiny change, so no wrong graph passes.
+    """
+    generator = torch.Generator().manual_seed(0)
+    explained = torch.zeros(len(images), dtype=torch.bool)
+    for scale in NOISE:
+        for _draw in range(NUM_DRAWS):
+            moved = ask(model, images + scale * torch.randn(images.shape, generator=generator))
+            near = (moved - got).abs() <= NEAR * (PARITY_ATOL + PARITY_RTOL * expected.abs())
+            explained |= near.flatten(1).all(1)
+            if bool(explained.all()):
+                return explained
+    return explained
