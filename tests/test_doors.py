@@ -64,6 +64,7 @@ CALLS = {
     "evaluate": lambda model, at: vitprune.evaluate(model, make_batches()).correct,
     "export_onnx": lambda model, at: vitprune.export_onnx(model, at / "a.onnx", make_batches()).top1,
     "ffn_share": lambda model, at: vitprune.ffn_share(model),
+    "fit_latency": lambda model, at: vitprune.fit_latency(model, []),
     "find_feed_forwards": lambda model, at: vitprune.find_feed_forwards(model),
     "find_groups": lambda model, at: vitprune.find_groups(model),
     "find_top_images": lambda model, at: [
@@ -82,6 +83,7 @@ CALLS = {
         each.probabilities for each in vitprune.predict(model, [photos().root / "a" / "1.png"])
     ],
     "prune": lambda model, at: vitprune.prune(model, make_batches(), step=1)[1].widths,
+    "prune_for_speed": lambda model, at: vitprune.prune_for_speed(model, make_batches(), 1.0),
     "prune_onnx": lambda model, at: vitprune.prune_onnx(at / "absent.onnx", half(model), at / "b.onnx", donor=model),
     "record_curve": lambda model, at: vitprune.record_curve(
         model, make_batches(), make_batches(4), vitprune.Curve(["obs"], ["global"], ["ridge"]), at, ratios=[2.0]

@@ -85,6 +85,10 @@ _HOME_OF = {
     "prune_onnx": "vitprune.export.onnx_prune",
     "open_onnx": "vitprune.export.runtime",
     "bench": "vitprune.speed.bench",
+    "Format": "vitprune.speed.fit_latency",
+    "fit_latency": "vitprune.speed.fit_latency",
+    "prune_for_speed": "vitprune.speed.prune_for_speed",
+    "PrunedForSpeed": "vitprune.speed.prune_for_speed",
 }
 
 __all__ = sorted(_HOME_OF)

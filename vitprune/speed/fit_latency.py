@@ -104,6 +104,8 @@ def fit_latency(
     True
     """
     check_merging(model)
+    if not formats:
+        raise VitpruneError("no `formats` to time")
     for each in formats:
         check_choice("backend", each.backend, BACKENDS)
     if min(batch_sizes, default=0) < 1:
