@@ -16,6 +16,7 @@ from vitprune.evaluation.judge import Source, open_model
 from vitprune.export import onnx_file
 from vitprune.export.openvino_file import make_openvino_runner, open_openvino
 from vitprune.seen_images import hash_pixels
+from vitprune.speed.alignment import FfnShape, find_round_to
 from vitprune.speed.bench import Setting, make_backend_runner
 from vitprune.views import data_config
 
@@ -151,3 +152,8 @@ def test_without_the_package_one_line_says_how_to_install_it(tmp_path, monkeypat
         export_onnx(model, tmp_path / "m.xml", batches_for(model))
     with pytest.raises(VitpruneError, match="pip install"):
         bench({"a": model}, backends=["openvino"])
+
+
+def test_widths_asked_for_openvino_are_not_timed_elsewhere():
+    with pytest.raises(VitpruneError, match="not measured on openvino"):
+        find_round_to(FfnShape(4, 8, 16), 0.5, backend="openvino")
