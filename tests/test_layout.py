@@ -42,6 +42,8 @@ ONLY_IN = {
     "onnx": {"export", "speed"},
     "onnx_ir": {"export", "speed"},
     "onnxruntime": {"export", "speed"},
+    "openvino": {"export"},
+    "nncf": {"export"},
     "torch_pruning": {"pruning"},
     "timm": {"models", "images", "views", "interop", "demo", "training"},
     "matplotlib": {"figures", "report", "analysis"},

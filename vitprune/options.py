@@ -131,6 +131,7 @@ BACKENDS: Mapping[str, str] = {
     "onnxruntime-cuda": "its CUDA provider",
     "onnxruntime-tensorrt": "its TensorRT provider",
     "onnxruntime-openvino": "its OpenVINO provider",
+    "openvino": "OpenVINO's own runtime, CPU",
 }
 
 # What rows of a curve and of top-K masking are of.

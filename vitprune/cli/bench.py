@@ -22,14 +22,15 @@ def add_arguments(parser: ArgumentParser) -> None:
         "models",
         type=str,
         nargs="+",
-        help="timm names, folders or .onnx files; a single pruned folder is timed against its dense model",
+        help="timm names, folders, .onnx or .xml files; a single pruned folder is timed against its dense model",
     )
     add_checkpoint(parser)
     parser.add_argument(
         "--backend",
         type=str,
         nargs="+",
-        help=listed(options.BACKENDS) + "; default: onnxruntime-cpu, and torch-eager without .onnx files",
+        help=listed(options.BACKENDS) + "; default: onnxruntime-cpu, and torch-eager without files; "
+        "openvino for .xml files",
     )
     parser.add_argument(
         "--precision",
@@ -40,32 +41,40 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8], help="images per run")
     parser.add_argument("--threads", type=int, nargs="+", help="of the operators; default: torch's")
+    parser.add_argument(
+        "--baseline",
+        type=str,
+        help="MODEL or MODEL@BACKEND that every speed-up refers to, on all backends in the same rounds (default: the "
+        "first model, on each backend)",
+    )
     parser.add_argument("--seconds", type=float, default=5.0, help="per backend, batch size and number of threads")
     parser.add_argument("--device", type=str, default="cpu", help="of the torch backends: cpu, cuda, cuda:1, ...")
     parser.add_argument("-o", "--output", type=str, help="folder for bench.csv, bench.json, bench.png and bench.svg")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
 
 
-def run(models, checkpoint, backend, precision, batch_size, threads, seconds, device, output, overwrite, **opening):
+def run(
+    models, checkpoint, backend, precision, batch_size, threads, baseline, seconds, device, output, overwrite, **opening
+):
     from dataclasses import asdict
 
     from vitprune.files import refuse_existing
-    from vitprune.speed.bench import DEFAULT_BACKENDS, bench, describe_hardware
+    from vitprune.speed.bench import bench, describe_hardware
     from vitprune.speed.bench_folder import BENCH_FILES, BenchRecord, save_bench
 
     if output is not None:
         refuse_existing(output, overwrite=overwrite, owned=BENCH_FILES)
     networks = _models_to_bench(models, checkpoint, opening)
-    has_files = any(isinstance(network, Path) for network in networks.values())
     rows = bench(
         networks,
-        backends=backend or (DEFAULT_BACKENDS[-1:] if has_files else DEFAULT_BACKENDS),
+        backends=backend or _default_backends(networks),
         precisions=precision,
         batch_sizes=batch_size,
         num_threads=threads,
         device=device,
         seconds=seconds,
         memory=True,
+        baseline=baseline,
         track=track,
     )
     hardware = describe_hardware([row.backend for row in rows], device)
@@ -85,7 +94,7 @@ def run(models, checkpoint, backend, precision, batch_size, threads, seconds, de
                 f"{row.images_per_second:.1f}",
                 "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}",
                 "1" if row.speedup == 1 else f"{row.speedup:.2f} ± {(row.speedup_high - row.speedup_low) / 2:.2f}",
-                f"{row.speedup_ceiling:.2f}",
+                "" if row.speedup_ceiling is None else f"{row.speedup_ceiling:.2f}",
                 "" if row.ceiling_share is None or row.speedup == 1 else f"{row.ceiling_share:.2f}",
             )
             for row in rows
@@ -97,11 +106,15 @@ def run(models, checkpoint, backend, precision, batch_size, threads, seconds, de
         )
         shared = [f"{titles.get(name, name)} {getattr(rows[0], name)}" for name in names if name not in varied]
         print_table(
-            ", ".join([f"latency, speed-up over {rows[0].model} in {rows[0].precision} ± 95 % interval", *shared]),
+            ", ".join(
+                [f"latency, speed-up over {baseline or rows[0].model} in {rows[0].precision} ± 95 % interval", *shared]
+            ),
             columns,
             cells,
         )
         print("ceiling: what fewer multiply-accumulates allow at most (Amdahl); share: of it that was reached")
+        if any((row.backend, row.precision) == ("openvino", "int8") for row in rows):
+            print("int8 in OpenVINO pays on processors with 8-bit instructions only (AVX-512 VNNI, AVX-VNNI)")
         if any(row.ceiling_share is not None and row.speedup_low > row.speedup_ceiling for row in rows):
             print(
                 "above the ceiling: this backend ran the wider model at fewer multiply-accumulates per second "
@@ -113,12 +126,23 @@ def run(models, checkpoint, backend, precision, batch_size, threads, seconds, de
     return answer, show
 
 
+def _default_backends(networks: Mapping[str, Any]) -> Sequence[str]:
+    from vitprune.speed.bench import DEFAULT_BACKENDS
+
+    suffixes = {network.suffix for network in networks.values() if isinstance(network, Path)}
+    if suffixes == {".xml"} and len(networks) == sum(isinstance(each, Path) for each in networks.values()):
+        return ("openvino",)
+    if ".xml" in suffixes:
+        return (*DEFAULT_BACKENDS[-1:], "openvino")
+    return DEFAULT_BACKENDS[-1:] if suffixes else DEFAULT_BACKENDS
+
+
 def _models_to_bench(models: Sequence[str], checkpoint: str | None, opening: Mapping[str, Any]) -> dict[str, Any]:
-    """Load what is to be timed by name; ONNX files stay paths."""
+    """Load what is to be timed by name; files stay paths."""
     from vitprune.models.saved_folder import build_dense
 
     folders = [name for name in models if Path(name).is_dir()]
-    files = [name for name in models if Path(name).suffix == ".onnx"]
+    files = [name for name in models if Path(name).suffix in (".onnx", ".xml")]
     for name in models:
         refuse_elastic(name)
     if checkpoint is not None and len(folders) + len(files) == len(models):

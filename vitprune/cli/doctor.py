@@ -36,6 +36,8 @@ def run(model, checkpoint, backend, batch_size, threads, seconds, **opening):
         if value is not None and value < 1:
             raise VitpruneError(f"{name} must be at least 1, got {value}")
     refuse_elastic(model)
+    if Path(model).suffix == ".xml":
+        raise VitpruneError(f"{model}: nodes are timed in ONNX Runtime; pass the .onnx file of the same model")
     if Path(model).suffix == ".onnx" and checkpoint is not None:
         raise VitpruneError(f"{model} holds its own weights; leave --checkpoint out")
     if Path(model).suffix == ".onnx":

@@ -15,7 +15,7 @@ SUMMARY = "measure accuracy"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("model", type=str, help="timm name, folder of a saved model, elastic file, or .onnx file")
+    parser.add_argument("model", type=str, help="timm name, folder of a saved model, elastic file, .onnx or .xml file")
     add_checkpoint(parser)
     add_ratio(parser)
     add_images(parser, required=True, batch_size=64, what="evaluation images")

@@ -27,12 +27,17 @@ SUMMARY = "write an ONNX file and check it against torch"
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", type=str, help="folder of a saved model, elastic file, or timm name")
-    parser.add_argument("output", type=str, help="ONNX file to write")
+    parser.add_argument("output", type=str, help="ONNX file (.onnx) or OpenVINO file (.xml) to write")
     add_checkpoint(parser)
     add_ratio(parser)
     add_images(parser, required=False, batch_size=16, what="images for parity (default: the plan's calibration)")
-    parser.add_argument("--num-images", type=int, default=64, help="images to compare with torch")
-    parser.add_argument("--int8", action="store_true", help="quantise products with weights to 8 bits, dynamically")
+    parser.add_argument(
+        "--num-images",
+        type=int,
+        help="images to compare with torch, and to quantise an .xml file with (default: 64, 200)",
+    )
+    parser.add_argument("--int8", action="store_true", help="the short form of --precision int8")
+    parser.add_argument("--precision", choices=tuple(options.PRECISIONS_ONNX), help=listed(options.PRECISIONS_ONNX))
     parser.add_argument(
         "--operators", choices=tuple(options.OPERATORS), default="onnxruntime", help=listed(options.OPERATORS)
     )
@@ -42,7 +47,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(
     model, output, checkpoint, ratio, merge, data, class_map, classes, images_per_class, strict, batch_size, workers,
-    seed, num_images, int8, operators, fixed_batch, overwrite, **opening,
+    seed, num_images, int8, precision, operators, fixed_batch, overwrite, **opening,
 ):  # fmt: skip
     from vitprune.export.onnx_file import export_onnx
     from vitprune.files import refuse_existing
@@ -51,6 +56,11 @@ def run(
     if Path(output).suffix:
         _check_suffix(output)
     refuse_existing(output, overwrite=overwrite)
+    if int8 and precision not in (None, "int8"):
+        raise VitpruneError(f"--int8 and --precision {precision} contradict each other; leave one out")
+    precision = "int8" if int8 else precision or "float32"
+    if num_images is None:
+        num_images = 200 if precision == "int8" and Path(output).suffix == ".xml" else 64
     if num_images < 1:
         raise VitpruneError(f"num_images must be at least 1, got {num_images}")
     refuse_without_data(data, classes=classes, images_per_class=images_per_class)
@@ -72,7 +82,7 @@ def run(
         output,
         Tracked(batches, "parity"),
         plan=plan,
-        precision="int8" if int8 else "float32",
+        precision=precision,
         operators=operators,
         batch_size=fixed_batch,
     )
@@ -116,8 +126,8 @@ def _name_classes(network, class_map: str) -> None:
 
 
 def _check_suffix(output: str) -> None:
-    if Path(output).suffix != ".onnx":
-        raise VitpruneError(f"{output}: an ONNX file ends in .onnx")
+    if Path(output).suffix not in (".onnx", ".xml"):
+        raise VitpruneError(f"{output}: an ONNX file ends in .onnx, OpenVINO's in .xml")
 
 
 def _calibration_images(model: str, plan):

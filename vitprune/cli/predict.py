@@ -13,7 +13,7 @@ SUMMARY = "say what a model answers to some images"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("model", type=str, help="timm name, folder of a saved model, elastic file, or .onnx file")
+    parser.add_argument("model", type=str, help="timm name, folder of a saved model, elastic file, .onnx or .xml file")
     parser.add_argument("images", type=str, nargs="+", help="files; or folders, lists or .tar files of some")
     add_checkpoint(parser)
     add_ratio(parser)
@@ -29,7 +29,7 @@ def run(model, images, checkpoint, ratio, merge, top_k, batch_size, device, **op
     from vitprune.evaluation.predict import predict
 
     check_model(model, checkpoint, opening)
-    where = device if Path(model).suffix == ".onnx" else pick_device(device)
+    where = device if Path(model).suffix in (".onnx", ".xml") else pick_device(device)
     network = open_model(Source(model, checkpoint, ratio, merge, read_opening(opening)), device=where)
     say_transform(network)
     found = predict(network, images, top_k=top_k, batch_size=batch_size)

@@ -24,6 +24,7 @@ from vitprune.errors import VitpruneError
 from vitprune.evaluation.accuracy import collect_answers
 from vitprune.evaluation.evaluation_folder import Evaluation, Judged, name_classes
 from vitprune.evaluation.model_facts import describe_file, describe_network
+from vitprune.export.openvino_file import OpenVinoModel, open_openvino
 from vitprune.export.runtime import OnnxModel, open_onnx
 from vitprune.models.identity import hash_weights
 from vitprune.models.load import load
@@ -73,8 +74,8 @@ class Reading:
     wrap: Callable[[ImageBatches, str], Batches] = lambda batches, _description: batches
 
 
-def open_model(source: Source, *, device: str | None = None) -> nn.Module | OnnxModel:
-    """Open what can be asked about images: whatever ``vitprune.load`` loads, or an ONNX file.
+def open_model(source: Source, *, device: str | None = None) -> nn.Module | OnnxModel | OpenVinoModel:
+    """Open what can be asked about images: whatever ``vitprune.load`` loads, or an ONNX or OpenVINO file.
 
     Args:
         source: what to open.
@@ -84,7 +85,7 @@ def open_model(source: Source, *, device: str | None = None) -> nn.Module | Onnx
         VitpruneError: if it cannot be opened, or is asked for what it does not have.
     """
     name = source.name
-    if Path(name).suffix != ".onnx":
+    if not _is_file(source):
         return load(
             name,
             checkpoint=source.checkpoint,
@@ -96,14 +97,18 @@ def open_model(source: Source, *, device: str | None = None) -> nn.Module | Onnx
     if source.ratio is not None:
         raise VitpruneError(f"{name} has one width only; leave `ratio` out")
     if source.merge is not None:
-        raise VitpruneError(f"{name}: which tokens merge is fixed in an ONNX file; leave `merge` out")
+        raise VitpruneError(f"{name}: which tokens merge is fixed in such a file; leave `merge` out")
     if source.checkpoint is not None:
         raise VitpruneError(f"{name} holds its own weights; leave `checkpoint` out")
     fixed = [key for key in source.opening if key not in TOLD_OF_FILES]
     if fixed:
-        raise VitpruneError(f"{name} is an ONNX file, where this is fixed; leave `{fixed[0]}` out")
+        raise VitpruneError(f"{name} is a file where this is fixed; leave `{fixed[0]}` out")
     if device not in (None, "cpu"):
-        raise VitpruneError(f"{name} runs on ONNX Runtime's CPU provider, not on '{device}'")
+        raise VitpruneError(f"{name} runs on the CPU, not on '{device}'")
+    if Path(name).suffix == ".xml":
+        if source.opening or source.transform:
+            raise VitpruneError(f"{name} says itself how its images are prepared; leave `transform` out")
+        return open_openvino(name)
     return open_onnx(name, transform=source.transform or _read_transform(source.opening))
 
 
@@ -163,7 +168,7 @@ def judge(
     known = None if against is None else find_dense(source, against)
     against = against if known is None else known[0]
     asked = [source, *([] if against is None else [against])]
-    opened = [open_model(each, device=onnx_device if _is_onnx(each) else device) for each in asked]
+    opened = [open_model(each, device=onnx_device if _is_file(each) else device) for each in asked]
     if known is not None and hash_weights(opened[1]) != known[1]:
         raise VitpruneError(
             f"{against.checkpoint} holds other weights than when {source.name} was pruned from it; say which weights "
@@ -212,7 +217,7 @@ def find_dense(source: Source, against: Source) -> tuple[Source, str] | None:
     """
     if against.checkpoint is not None or against.opening or Path(against.name).exists():
         return None
-    plan = None if _is_onnx(source) or not Path(source.name).exists() else find_plan(source.name, source.ratio)
+    plan = None if _is_file(source) or not Path(source.name).exists() else find_plan(source.name, source.ratio)
     opened = {} if plan is None else dict(plan.facts.opened or {})
     if "checkpoint" not in opened or opened.pop("model", None) != spell(against.name) or not plan.facts.weights_sha256:
         return None
@@ -248,8 +253,8 @@ def _share_names(models: Sequence[Any]) -> None:
             remember_names(model, label_names_of(other))
 
 
-def _is_onnx(source: Source) -> bool:
-    return Path(source.name).suffix == ".onnx"
+def _is_file(source: Source) -> bool:
+    return Path(source.name).suffix in (".onnx", ".xml")
 
 
 def _ask(
@@ -260,7 +265,7 @@ def _ask(
     )
     wrapped = reading.wrap(batches, f"evaluate {Path(source.name).name}")
     answers = collect_answers(model, wrapped, allow_overlap=allow_overlap)
-    if _is_onnx(source):
+    if _is_file(source):
         facts = describe_file(source.name, model)
     else:
         facts = describe_network(model, source.name, checkpoint=source.checkpoint, ratio=source.ratio)

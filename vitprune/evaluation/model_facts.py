@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from vitprune.export.openvino_file import OpenVinoModel
 from vitprune.export.profile import count_graph_macs
 from vitprune.export.runtime import OnnxModel, read_facts
 from vitprune.files import hash_file
@@ -80,24 +81,27 @@ def describe_network(
     )
 
 
-def describe_file(path: str | Path, opened: OnnxModel) -> ModelFacts:
-    """Say which ONNX file it is.
+def describe_file(path: str | Path, opened: OnnxModel | OpenVinoModel) -> ModelFacts:
+    """Say which ONNX or OpenVINO file it is.
 
     Args:
         path: the file; the weights of a large model lie beside it.
         opened: the same, opened.
     """
     path = Path(path).resolve()
-    files = [file for file in (path, path.with_name(f"{path.name}.data")) if file.is_file()]
+    beside = path.with_suffix(".bin") if path.suffix == ".xml" else path.with_name(f"{path.name}.data")
+    files = [file for file in (path, beside) if file.is_file()]
+    is_openvino = isinstance(opened, OpenVinoModel)
+    facts = opened.facts if is_openvino else read_facts(opened.session)
     return ModelFacts(
         name=str(path),
         checkpoint=None,
         ratio=None,
-        architecture=read_facts(opened.session).get("architecture", "ONNX"),
+        architecture=facts.get("architecture", "OpenVINO" if is_openvino else "ONNX"),
         weights_sha256=hash_file(*files, digits=64),
         transform=data_config(opened),
         num_classes=opened.num_classes,
         num_parameters=None,
-        macs=count_graph_macs(path),
+        macs=facts["macs"] if is_openvino else count_graph_macs(path),
         size_bytes=sum(file.stat().st_size for file in files),
     )

@@ -8,7 +8,7 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +29,19 @@ from vitprune.errors import VitpruneError
 from vitprune.export.fuse import fuse_attention, skip_unread_tokens, unspread_biases
 from vitprune.export.fuse_merging import fuse_merging
 from vitprune.export.graph import forget_shapes
-from vitprune.export.profile import make_session_runner
+from vitprune.export.openvino_file import (
+    SUFFIX,
+    collect_images,
+    import_nncf,
+    import_openvino,
+    make_openvino_runner,
+    open_openvino,
+    quantize_openvino,
+    write_openvino,
+)
+from vitprune.export.profile import count_graph_macs, make_session_runner
 from vitprune.export.quantize import quantize
-from vitprune.export.runtime import METADATA_KEY, OnnxModel, open_onnx, open_session
+from vitprune.export.runtime import METADATA_KEY, open_onnx, open_session
 from vitprune.files import FORMAT_VERSION, atomic_siblings
 from vitprune.models.identity import architecture
 from vitprune.models.left_out import describe_left_out
@@ -40,7 +50,7 @@ from vitprune.models.trunk import plain_attention
 from vitprune.models.units import find_left
 from vitprune.options import OPERATORS, PRECISIONS_ONNX, check_choice
 from vitprune.pruning.plan import Plan
-from vitprune.seen_images import names_in, seen_by
+from vitprune.seen_images import WatchedBatches, names_in, seen_by
 from vitprune.timing import Speedup, measure_latency, paired_speedup
 from vitprune.views import data_config, has_classifier
 
@@ -94,7 +104,7 @@ class ExportReport:
     """What was written, and how close it is to torch.
 
     Attributes:
-        path: the ONNX file.
+        path: the ONNX file, or OpenVINO's.
         max_abs_diff: largest absolute difference of a logit over all parity images.
         top1_agreement: share of parity images with the same first answer, in [0, 1]; None for features.
         top1: share of parity images that the file answers as their label says, in [0, 1]; None without one label each.
@@ -104,6 +114,8 @@ class ExportReport:
         precision: of the matrix products with weights.
         float32: how close the float32 graph was that an int8 file was made from; None for float32 files.
         speedup: how many times faster than that graph an int8 file runs a batch of 1 (or of the fixed size) here.
+        near_ties: parity images of a model whose tokens merge where rounding decides which, so that torch's own answer
+            moves as far as the difference under noise of 1e-5.
     """
 
     path: Path
@@ -143,23 +155,27 @@ def export_onnx(
     operators: str = "onnxruntime",
     batch_size: int | None = None,
 ) -> ExportReport:
-    """Write an ONNX file that is fast in ONNX Runtime, check it, and compare it with torch.
+    """Write an ONNX file that is fast in ONNX Runtime, or OpenVINO's own, check it, and compare it with torch.
 
     Args:
         model: a torch model in eval mode, dense or pruned; stays as it is.
         path: the file to write; it appears only if every check passed. Above 2 GB the weights go into PATH.data.
+            One that ends in ``.xml`` is OpenVINO's, with its weights in a ``.bin`` beside it.
         batches: real images (normalised by the model's own transform) and labels, which only ``top1`` is for.
             Readable twice for int8.
         plan: what the model was pruned by, kept in the file; the file will not be evaluated on its calibration images.
         precision: ``float32``, or ``int8`` for dynamically quantised products with weights; int8 answers are reported,
-            not refused, where they differ, but the float32 graph they are made from has to agree with torch.
+            not refused, where they differ, but the float32 graph they are made from has to agree with torch. For an
+            ``.xml`` file quantisation is static: it reads up to 200 of ``batches``, all of which count as calibration
+            images. It pays on processors with 8-bit instructions (AVX-512 VNNI, AVX-VNNI) only.
         operators: ``onnxruntime`` (attention as one operator of ONNX Runtime's own), or ``standard`` (ONNX alone, for
-            other runtimes).
+            other runtimes, OpenVINO among them).
         batch_size: images per run, fixed; None leaves it open.
 
     Raises:
         VitpruneError: if there are no images, an argument is unknown, or ONNX Runtime's float32 logits differ from
-            torch's by more than rtol 1e-3, atol 1e-4.
+            torch's by more than rtol 1e-3, atol 1e-4, on any image (but see ``near_ties``); or if OpenVINO is asked for
+            and not installed.
 
     >>> import timm
     >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=5).eval()
@@ -174,6 +190,11 @@ def export_onnx(
     check_choice("operators", operators, OPERATORS)
     if batch_size is not None and not 1 <= batch_size <= MAX_BATCH_SIZE:
         raise VitpruneError(f"batch_size must be in [1, {MAX_BATCH_SIZE}], got {batch_size}")
+    to_openvino = path.suffix == SUFFIX
+    if to_openvino:
+        import_openvino()
+        if precision == "int8":
+            import_nncf()
     model = copy.deepcopy(model).cpu().float().eval()
     remember_names(model, names_in(batches))
     float32 = speedup = None
@@ -183,6 +204,8 @@ def export_onnx(
         # Facts first: they tell of every merge, one that nothing reads among them.
         facts = _facts(model, plan, "float32")
         drop_unread_merge(model)
+        if to_openvino:
+            return _export_openvino(model, written, path, batches, facts, precision, batch_size)
         _write(_trace(model, batch_size, operators), written, facts)
         parity = _measure_parity(model, open_onnx(written), batches, exact=True)
         if precision == "int8":
@@ -214,9 +237,48 @@ def write_unchecked(model: nn.Module, path: Path, *, operators: str) -> None:
         write_graph(_trace(model, None, operators), path)
 
 
-def _compare_speed(first: Path, second: Path) -> Speedup:
+def _export_openvino(
+    model: nn.Module,
+    written: Path,
+    path: Path,
+    batches: Batches,
+    facts: Mapping[str, Any],
+    precision: str,
+    batch_size: int | None,
+) -> ExportReport:
+    """Write OpenVINO's files to ``written``, which will be ``path``."""
+    watched, float32, speedup = WatchedBatches(batches), None, None
+    with tempfile.TemporaryDirectory() as folder:
+        graph, exact = Path(folder) / "graph.onnx", Path(folder) / "float32.xml"
+        _write(_trace(model, batch_size, "standard"), graph, facts)
+        facts = {**facts, "kind": "openvino", "macs": count_graph_macs(graph)}
+        write_openvino(graph, written if precision == "float32" else exact, facts)
+        parity = _measure_parity(
+            model, open_openvino(written if precision == "float32" else exact), watched, exact=True, runtime="OpenVINO"
+        )
+        if precision == "int8":
+            float32 = parity
+            # Whoever calibrates a number format has a say in the answers.
+            seen = sorted({*facts["calibration_sha256"], *watched.seen.sha256})
+            told = {**facts, "precision": "int8", "calibration_sha256": seen}
+            quantize_openvino(exact, written, collect_images(batches, batch_size), told)
+            speedup = _compare_speed(exact, written, lambda file: make_openvino_runner(file, batch_size or 1, None))
+            parity = _measure_parity(model, open_openvino(written), batches, exact=False)
+    size_bytes = sum(file.stat().st_size for file in written.parent.iterdir())
+    return ExportReport(
+        path, **vars(parity), size_bytes=size_bytes, precision=precision, float32=float32, speedup=speedup
+    )
+
+
+def _run_in_session(path: Path) -> Callable[[], Any]:
+    return make_session_runner(open_session(path), 1)
+
+
+def _compare_speed(
+    first: Path, second: Path, make_runner: Callable[[Path], Callable[[], Any]] = _run_in_session
+) -> Speedup:
     """Time two files in turns and return how many times faster the second is."""
-    runners = {path: make_session_runner(open_session(path), 1) for path in (first, second)}
+    runners = {path: make_runner(path) for path in (first, second)}
     measured = measure_latency(runners, seconds=SPEED_SECONDS)
     return paired_speedup(measured[first], measured[second])
 
@@ -327,15 +389,21 @@ def _one_image_first(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @torch.inference_mode()
-def _measure_parity(model: nn.Module, exported: OnnxModel, batches: Batches, *, exact: bool) -> Parity:
+def _measure_parity(
+    model: nn.Module,
+    exported: Callable[[Tensor], Tensor],
+    batches: Batches,
+    *,
+    exact: bool,
+    runtime: str = "ONNX Runtime",
+) -> Parity:
     largest, agreed, right, labelled, count, near_ties = 0.0, 0, 0, 0, 0, 0
     merges = any(describe_merging(model) or [])
     for images, labels in _one_image_first(batches):
         expected, got = ask(model, images), ask(exported, images)
         difference = (expected - got).abs()
-        beyond = (difference > PARITY_ATOL + PARITY_RTOL * expected.abs()).flatten(1).any(
-            1
-        ) | ~difference.isfinite().flatten(1).all(1)
+        # Written so that NaN is beyond as well.
+        beyond = ~(difference <= PARITY_ATOL + PARITY_RTOL * expected.abs()).flatten(1).all(1)
         if exact and bool(beyond.any()):
             wrong = beyond
             if merges:
@@ -344,9 +412,8 @@ def _measure_parity(model: nn.Module, exported: OnnxModel, batches: Batches, *, 
             if bool(wrong.any()):
                 worst = difference[wrong].argmax()
                 raise VitpruneError(
-                    "the ONNX graph differs from torch: a logit is "
-                    f"{got[wrong].flatten()[worst]:.6g} in ONNX Runtime and {expected[wrong].flatten()[worst]:.6g} in "
-                    "torch"
+                    f"the exported graph differs from torch: a logit is {got[wrong].flatten()[worst]:.6g} in {runtime} "
+                    f"and {expected[wrong].flatten()[worst]:.6g} in torch"
                 )
             near_ties += int(beyond.sum())
             difference = difference[~beyond]
@@ -359,11 +426,11 @@ def _measure_parity(model: nn.Module, exported: OnnxModel, batches: Batches, *, 
             labelled += int(known.sum())
         count += len(images)
     if count == 0:
-        raise VitpruneError("no images to compare ONNX Runtime with torch on")
+        raise VitpruneError(f"no images to compare {runtime} with torch on")
     if near_ties == count:
         raise VitpruneError(
-            f"the ONNX graph differs from torch on all {count} images, where rounding may decide which tokens merge; "
-            "compare more images"
+            f"the exported graph differs from torch on all {count} images, where rounding may decide which tokens "
+            "merge; compare more images"
         )
     if not has_classifier(model):
         return Parity(largest, None, None, count, near_ties)

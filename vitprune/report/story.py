@@ -240,10 +240,8 @@ def _size_tiles(artefact: Artefact) -> list[Tile]:
 
 
 def _speed_tile(artefact: Artefact, row: BenchRow) -> Tile:
-    detail = (
-        f"{row.speedup_low:.2f} to {row.speedup_high:.2f}, ceiling {row.speedup_ceiling:.2f}; {row.backend}, "
-        f"batch {row.batch_size}"
-    )
+    ceiling = "" if row.speedup_ceiling is None else f", ceiling {row.speedup_ceiling:.2f}"
+    detail = f"{row.speedup_low:.2f} to {row.speedup_high:.2f}{ceiling}; {row.backend}, batch {row.batch_size}"
     return Tile("Speed-up", times(row.speedup), detail, artefact.key)
 
 

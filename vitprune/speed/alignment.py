@@ -80,6 +80,8 @@ def measure_multiples(
         VitpruneError: if the backend is unknown or absent.
     """
     check_choice("backend", backend, BACKENDS)
+    if backend not in PROVIDERS and not backend.startswith("torch"):
+        raise VitpruneError(f"widths are not measured on {backend}; name onnxruntime-cpu, or a number as `round_to`")
     runners: dict[int, Runner] = {}
     seen: set[tuple[int, ...]] = set()
     with tempfile.TemporaryDirectory() as folder:

@@ -23,6 +23,14 @@ from vitprune.card import name_processor
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.export.onnx_file import export_onnx
+from vitprune.export.openvino_file import (
+    OPENVINO,
+    SUFFIX,
+    facts_in,
+    import_openvino,
+    make_openvino_runner,
+    read_openvino,
+)
 from vitprune.export.profile import count_graph_macs, make_session_runner
 from vitprune.export.quantize import quantize
 from vitprune.export.runtime import PROVIDERS, check_finite_initializers, check_provider, open_session, read_facts
@@ -37,6 +45,8 @@ from vitprune.views import data_config
 
 DEFAULT_BACKENDS = ("torch-eager", "onnxruntime-cpu")
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Backends that run files, which torch models are exported to first.
+FILE_BACKENDS = (*PROVIDERS, OPENVINO)
 Runner = Callable[[], Any]
 
 
@@ -54,11 +64,12 @@ class BenchRow:
         p95_ms: 95th percentile, milliseconds per run.
         images_per_second: from the median.
         speedup: how many times faster than the first model in the first precision, at the same backend, batch size and
-            number of threads; geometric mean over rounds.
+            number of threads, or than the baseline, timed in the same rounds; geometric mean over rounds.
         speedup_low: lower end of its 95 % confidence interval.
         speedup_high: upper end.
-        speedup_ceiling: what fewer multiply-accumulates allow at most, as this backend computes them (Amdahl).
-        ceiling_share: speed-up over ceiling; None at another precision than the first, which changes the ceiling.
+        speedup_ceiling: what fewer multiply-accumulates allow at most, as this backend computes them (Amdahl); None at
+            another precision than that of what it is compared with, or where a file does not tell them.
+        ceiling_share: speed-up over ceiling; None without a ceiling.
         peak_bytes: most memory held by a process that runs nothing else (on a GPU: of its memory, by torch); None where
             it was not measured, as with ONNX Runtime's providers for GPUs.
     """
@@ -74,7 +85,7 @@ class BenchRow:
     speedup: float
     speedup_low: float
     speedup_high: float
-    speedup_ceiling: float
+    speedup_ceiling: float | None
     ceiling_share: float | None
     peak_bytes: int | None = None
 
@@ -109,20 +120,26 @@ def bench(
     device: str = "cpu",
     seconds: float = 5.0,
     memory: bool = False,
+    baseline: str | None = None,
     track: Track = untracked,
 ) -> list[BenchRow]:
     """Time models in turn on random images of their own input size.
 
     Args:
-        models: name -> model in eval mode, or path of an ONNX file; the first is what speed-ups refer to.
+        models: name -> model in eval mode, or path of an ONNX or OpenVINO file; the first is what speed-ups refer
+            to, on each backend.
         backends: keys of ``BACKENDS``.
-        precisions: for torch ``float32``, ``tf32``, ``bf16``, ``fp16``; for ONNX Runtime ``float32``, ``int8``.
+        precisions: for torch ``float32``, ``tf32``, ``bf16``, ``fp16``; for ONNX Runtime ``float32``, ``int8``; for
+            OpenVINO ``float32`` (files quantised for it are timed as they are).
         batch_sizes: images per run, each at least 1.
         num_threads: threads of the operators, each at least 1; None takes torch's default.
         device: of the torch backends.
         seconds: time to spend per backend, batch size and number of threads, after warm-up.
         memory: measure peak memory too, in a process of its own for each row (on the CPU: it is spawned, so the calling
             script needs the usual ``if __name__ == "__main__"``).
+        baseline: name of a model, or ``MODEL@BACKEND``, that all speed-ups refer to instead, on every backend: all rows
+            of a batch size and number of threads then run in the same rounds, and a file is run by those of
+            ``backends`` that can run its kind. Without a backend: the first that runs the model.
         track: wraps (settings, description), for progress.
 
     Raises:
@@ -135,66 +152,112 @@ def bench(
     [('tiny', 'torch-eager', 1.0)]
     """
     threads = list(num_threads or [torch.get_num_threads()])
-    _check(models, backends, precisions, batch_sizes, threads, device)
+    _check(models, backends, precisions, batch_sizes, threads, device, baseline)
+    pairs = _pairs(models, backends, baseline)
+    reference = None if baseline is None else _find_baseline(baseline, pairs)
+    sets = [backends] if baseline is not None else [[backend] for backend in backends]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        files = _Files(models, Path(folder), operators_for(backends))
-        for backend, batch_size, count in track(list(product(backends, batch_sizes, threads)), "bench"):
-            if backend == "torch-compile":
+        files = _Files(models, Path(folder), backends)
+        for together, batch_size, count in track(list(product(sets, batch_sizes, threads)), "bench"):
+            keys = [(*pair, precision) for pair in pairs if pair[0] in together for precision in precisions]
+            first = keys[0] if reference is None else (*reference, precisions[0])
+            if "torch-compile" in together:
                 torch._dynamo.reset()  # or the models compiled before would count against its limit
-            keys = list(product(models, precisions))
             with _torch_threads(count):
                 runners = {
-                    (name, precision): make_backend_runner(
-                        files.get(name, precision) if backend in PROVIDERS else models[name],
+                    (backend, name, precision): make_backend_runner(
+                        files.get(name, precision, backend) if backend in FILE_BACKENDS else models[name],
                         Setting(backend, precision, batch_size, count, device),
                     )
-                    for name, precision in keys
+                    for backend, name, precision in keys
                 }
                 for run in runners.values():
                     run()  # compiles
-                measured = measure_latency(runners, seconds=seconds)
-            macs = {name: files.count_macs(name, on_graph=backend in PROVIDERS) for name in models}
-            first = files.precision(*keys[0])
+                measured = measure_latency(runners, seconds=seconds * len(together))
             for key in keys:
-                precision = files.precision(*key)
-                speedup = paired_speedup(measured[keys[0]], measured[key])
-                ceiling = amdahl_ceiling(macs[keys[0][0]], macs[key[0]])
-                peak = None
-                if memory:
-                    if backend == "onnxruntime-cpu":
-                        peak = measure_footprint(files.get(*key), batch_size=batch_size, num_threads=count)
-                    elif backend not in PROVIDERS:
-                        peak = _measure_peak(models[key[0]], Setting(backend, key[1], batch_size, count, device))
+                speedup = paired_speedup(measured[first], measured[key])
+                ceiling = _find_ceiling(files, first, key)
                 rows.append(
                     BenchRow(
-                        *(key[0], backend, precision, batch_size, count),
+                        *(key[1], key[0], files.precision(key[1], key[2]), batch_size, count),
                         measured[key].median_ms,
                         measured[key].p95_ms,
                         1000 * batch_size / measured[key].median_ms,
                         *(speedup.ratio, speedup.low, speedup.high),
                         ceiling,
-                        speedup.ratio / ceiling if precision == first else None,
-                        peak,
+                        None if ceiling is None else speedup.ratio / ceiling,
+                        _measure_memory(files, key, batch_size, count, device) if memory else None,
                     )
                 )
     return rows
 
 
-def _check(models, backends, precisions, batch_sizes, threads, device: str) -> None:
+def _pairs(models: Mapping[str, Any], backends: Sequence[str], baseline: str | None) -> list[tuple[str, str]]:
+    """Return which backend runs which model; with a baseline, none that cannot run a file of its kind."""
+    pairs = list(product(backends, models))
+    if baseline is None:
+        return pairs
+    pairs = [(backend, name) for backend, name in pairs if _runs(backend, models[name])]
+    lost = [name for name in models if name not in {name for _backend, name in pairs}]
+    if lost:
+        raise VitpruneError(f"{lost[0]}: none of {', '.join(backends)} runs a file of its kind; name other backends")
+    return pairs
+
+
+def _runs(backend: str, model: Any) -> bool:
+    if isinstance(model, nn.Module):
+        return True
+    return backend == OPENVINO or (backend in PROVIDERS and not _is_openvino(model))
+
+
+def _is_openvino(model: Any) -> bool:
+    return not isinstance(model, nn.Module) and Path(model).suffix == SUFFIX
+
+
+def _find_baseline(baseline: str, pairs: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    name, sign, backend = baseline.rpartition("@")
+    found = [pair for pair in pairs if pair[1] == baseline or (sign and pair == (backend, name))]
+    if not found:
+        known = ", ".join(f"{name}@{backend}" for backend, name in pairs)
+        raise VitpruneError(f"baseline '{baseline}' is none of what is timed: {known}")
+    return found[0]
+
+
+def _find_ceiling(files: _Files, first: tuple[str, str, str], key: tuple[str, str, str]) -> float | None:
+    if files.precision(first[1], first[2]) != files.precision(key[1], key[2]):
+        return None
+    dense, own = (files.count_macs(name, backend) for backend, name, _precision in (first, key))
+    return None if dense is None or own is None else amdahl_ceiling(dense, own)
+
+
+def _measure_memory(files: _Files, key: tuple[str, str, str], batch_size: int, count: int, device: str) -> int | None:
+    backend, name, precision = key
+    if backend == "onnxruntime-cpu":
+        return measure_footprint(files.get(name, precision, backend), batch_size=batch_size, num_threads=count)
+    if backend in FILE_BACKENDS:
+        return None
+    return _measure_peak(files.models[name], Setting(backend, precision, batch_size, count, device))
+
+
+def _check(models, backends, precisions, batch_sizes, threads, device: str, baseline: str | None) -> None:
     for backend in backends:
         check_choice("backend", backend, BACKENDS)
         known = PRECISIONS_ONNX if backend in PROVIDERS else PRECISIONS_TORCH
+        if backend == OPENVINO:
+            import_openvino()
+            known = ("float32",)
         for precision in precisions:
             if precision not in known:
                 raise VitpruneError(f"{backend} runs {', '.join(known)}, not '{precision}'; name other backends")
         if backend in PROVIDERS:
             check_provider(backend)
-        else:
+        elif backend != OPENVINO:
             check_device(device)
-            files = [name for name, model in models.items() if not isinstance(model, nn.Module)]
-            if files:
-                raise VitpruneError(f"{files[0]} is an ONNX file: {backend} cannot run it, onnxruntime-cpu can")
+        unable = [name for name, model in models.items() if not _runs(backend, model)]
+        if unable and baseline is None:
+            kind, able = ("OpenVINO", OPENVINO) if _is_openvino(models[unable[0]]) else ("ONNX", "onnxruntime-cpu")
+            raise VitpruneError(f"{unable[0]} is an {kind} file: {backend} cannot run it, {able} can")
     if "tf32" in precisions and torch.device(device).type != "cuda":
         raise VitpruneError(f"tf32 is a precision of GPUs; the device is {device}")
     if "int8" in precisions:
@@ -204,10 +267,10 @@ def _check(models, backends, precisions, batch_sizes, threads, device: str) -> N
     for what, values in (("batch sizes", batch_sizes), ("thread counts", threads)):
         if min(values, default=0) < 1:
             raise VitpruneError(f"{what} must be at least 1, got {list(values)}")
-    if device != "cpu" and set(backends) <= set(PROVIDERS):
-        raise VitpruneError(f"device {device} is for torch; ONNX Runtime's backends say where they run")
+    if device != "cpu" and set(backends) <= set(FILE_BACKENDS):
+        raise VitpruneError(f"device {device} is for torch; backends that run files say where they run")
     for model in models.values():
-        if not isinstance(model, nn.Module):
+        if not isinstance(model, nn.Module) and not _is_openvino(model):
             fixed = open_session(model).get_inputs()[0].shape[0]
             if isinstance(fixed, int) and set(batch_sizes) != {fixed}:
                 raise VitpruneError(
@@ -218,28 +281,33 @@ def _check(models, backends, precisions, batch_sizes, threads, device: str) -> N
 def operators_for(backends: Sequence[str]) -> str:
     """Return which operators to export for providers: their own where all of them have them."""
     known = {"onnxruntime-cpu", "onnxruntime-cuda"}
+    if OPENVINO in backends:
+        return "standard"
     return "onnxruntime" if known >= set(backends) & set(PROVIDERS) else "standard"
 
 
 class _Files:
     """The models as ONNX files, each exported when it is first asked for; and their multiply-accumulates."""
 
-    def __init__(self, models: Mapping[str, Any], folder: Path, operators: str) -> None:
-        self.models, self.folder, self.operators = models, folder, operators
+    def __init__(self, models: Mapping[str, Any], folder: Path, backends: Sequence[str]) -> None:
+        self.models, self.folder = models, folder
+        self.providers = [backend for backend in backends if backend in PROVIDERS]
         self.precisions: dict[str, str] = {}
-        self.exported: dict[tuple[str, str], Path] = {}
-        self.macs: dict[tuple[str, bool], int] = {}
+        self.exported: dict[tuple[str, str, str], Path] = {}
+        self.macs: dict[tuple[str, str], int | None] = {}
 
-    def get(self, name: str, precision: str) -> Path:
-        model, key = self.models[name], (name, precision)
+    def get(self, name: str, precision: str, backend: str) -> Path:
+        model = self.models[name]
+        operators = operators_for([backend] if backend == OPENVINO else self.providers)
+        key = (name, precision, operators)
         if not isinstance(model, nn.Module):
             return Path(model)
         if key not in self.exported:
             self.exported[key] = self.folder / f"{len(self.exported)}.onnx"
             if precision == "int8":
-                quantize(self.get(name, "float32"), self.exported[key], {})
+                quantize(self.get(name, "float32", backend), self.exported[key], {})
             else:
-                export_onnx(model, self.exported[key], [random_batch(model, 2)], operators=self.operators)
+                export_onnx(model, self.exported[key], [random_batch(model, 2)], operators=operators)
         return self.exported[key]
 
     def precision(self, name: str, precision: str) -> str:
@@ -247,26 +315,40 @@ class _Files:
         if isinstance(self.models[name], nn.Module):
             return precision
         if name not in self.precisions:
-            self.precisions[name] = read_facts(open_session(self.models[name])).get("precision", "float32")
+            self.precisions[name] = self._facts(name).get("precision", "float32")
         return self.precisions[name]
 
-    def count_macs(self, name: str, *, on_graph: bool) -> int:
-        if (name, on_graph) not in self.macs:
-            count = count_graph_macs(self.get(name, "float32")) if on_graph else count_macs(self.models[name])
-            self.macs[name, on_graph] = count
-        return self.macs[name, on_graph]
+    def count_macs(self, name: str, backend: str) -> int | None:
+        """Count the multiply-accumulates of one image; None where an OpenVINO file does not tell them."""
+        kind = "torch" if backend not in FILE_BACKENDS else operators_for([backend])
+        if (name, kind) not in self.macs:
+            self.macs[name, kind] = self._count(name, backend)
+        return self.macs[name, kind]
+
+    def _count(self, name: str, backend: str) -> int | None:
+        if backend not in FILE_BACKENDS:
+            return count_macs(self.models[name])
+        if _is_openvino(self.models[name]):
+            return self._facts(name).get("macs")
+        return count_graph_macs(self.get(name, "float32", backend))
+
+    def _facts(self, name: str) -> Mapping[str, Any]:
+        path = self.models[name]
+        return facts_in(read_openvino(path)) if _is_openvino(path) else read_facts(open_session(path))
 
 
 def make_backend_runner(source: nn.Module | Path, setting: Setting) -> Runner:
     """Return a program that runs random images through a model once and waits for its answer.
 
     Args:
-        source: a torch model for the torch backends, an ONNX file for the others.
+        source: a torch model for the torch backends, an ONNX file for the others; for OpenVINO that or its own.
         setting: how to run it.
 
     Raises:
         VitpruneError: if the file cannot be opened or its provider is absent.
     """
+    if setting.backend == OPENVINO:
+        return make_openvino_runner(source, setting.batch_size, setting.num_threads)
     if setting.backend in PROVIDERS:
         check_finite_initializers(source)
         session = open_session(source, num_threads=setting.num_threads, backend=setting.backend)

@@ -30,7 +30,7 @@ from vitprune.pruning.apply import remove_neurons
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.target import count_tokens
 from vitprune.speed.alignment import FfnShape
-from vitprune.speed.bench import Runner, Setting, make_backend_runner, operators_for, random_batch
+from vitprune.speed.bench import FILE_BACKENDS, Runner, Setting, make_backend_runner, operators_for, random_batch
 from vitprune.timing import Latency, measure_latency, paired_speedup
 
 NUM_WIDTHS = 8
@@ -79,12 +79,12 @@ def measure_ffn_latency(
         torch._dynamo.reset()  # or what was compiled before would count against its limit
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense.onnx"
-        if backend in PROVIDERS:
+        if backend in FILE_BACKENDS:
             export_onnx(model, dense, [random_batch(model, 2)], operators=operators_for([backend]))
         for number in track(range(1, NUM_WIDTHS + 1), f"prepare {backend}"):
             widths = {ffn.name: _width(ffn.num_neurons, number) for ffn in ffns}
             source: Any = Path(folder) / f"{number}.onnx"
-            if backend in PROVIDERS:
+            if backend in FILE_BACKENDS:
                 _write_narrow(dense, widths, source)
             else:
                 keep = {ffn.name: torch.arange(ffn.num_neurons) < widths[ffn.name] for ffn in ffns}
@@ -92,7 +92,7 @@ def measure_ffn_latency(
             runners[number] = make_backend_runner(source, setting)
             runners[number]()
         measured = measure_latency(runners, seconds=seconds)
-        shapes = shapes_in_file(dense, list(widths)) if backend in PROVIDERS else ffn_shapes(model)
+        shapes = shapes_in_file(dense, list(widths)) if backend in FILE_BACKENDS else ffn_shapes(model)
     total = measured[NUM_WIDTHS].median_ms
     times = _scaled_to(total, measured)
     # What the neurons take: all that a straight line through the times loses on its way to no neurons at all.

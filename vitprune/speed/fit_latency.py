@@ -16,6 +16,7 @@ from torch import nn
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.export.onnx_file import write_unchecked
+from vitprune.export.openvino_file import import_openvino
 from vitprune.export.quantize import quantize
 from vitprune.export.runtime import PROVIDERS, check_provider
 from vitprune.models.attention import QK, VO, split_attention
@@ -27,7 +28,7 @@ from vitprune.pruning.apply import remove_neurons
 from vitprune.pruning.decide_parts import multiple_of
 from vitprune.pruning.latency_model import LatencyModel, fit_rates, shape_of
 from vitprune.pruning.plan import Plan
-from vitprune.speed.bench import Runner, Setting, make_backend_runner, operators_for
+from vitprune.speed.bench import FILE_BACKENDS, Runner, Setting, make_backend_runner, operators_for
 from vitprune.timing import Latency, measure_latency, paired_speedup
 from vitprune.views import num_patches
 
@@ -53,7 +54,7 @@ class Format:
     @property
     def is_file(self) -> bool:
         """Whether a file is run, and no model of torch."""
-        return self.backend in PROVIDERS
+        return self.backend in FILE_BACKENDS
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def fit_latency(
     ]
     models = {}
     for each in formats:
-        on_graph = each.backend in PROVIDERS
+        on_graph = each.is_file
         shapes = [shape_of(sample, reads_last_block=not on_graph) for sample in samples]
         times = [dense_ms * fmean(of_size[each, number] for of_size in shares) for number in range(len(samples))]
         rates, error = fit_rates(shapes, times)
@@ -156,6 +157,8 @@ def list_formats(backends: Sequence[str], allow: Sequence[str] = ()) -> list[For
         check_choice("backend", backend, BACKENDS)
         if backend in PROVIDERS:
             check_provider(backend)
+        elif backend in FILE_BACKENDS:
+            import_openvino()
     formats = [Format(backend) for backend in dict.fromkeys(backends)]
     for precision in dict.fromkeys(allow):
         check_choice("allow", precision, ALLOWED_PRECISIONS)
@@ -179,7 +182,7 @@ def time_sources(
     runners: dict[Any, Runner] = {}
     for key, source in sources.items():
         each = key[0]
-        precision = "float32" if each.backend in PROVIDERS else each.precision
+        precision = "float32" if each.is_file else each.precision
         setting = Setting(each.backend, precision, batch_size, num_threads or torch.get_num_threads())
         runners[key] = make_backend_runner(source, setting)
         runners[key]()
@@ -194,7 +197,7 @@ class Writer:
 
     def source(self, model: nn.Module, wanted: Format, name: str) -> nn.Module | Path:
         """Return what ``make_backend_runner`` takes: the model itself for torch, a file for others."""
-        if wanted.backend not in PROVIDERS:
+        if not wanted.is_file:
             return model
         operators = operators_for([wanted.backend])
         path = self.folder / f"{name}-{operators}.onnx"

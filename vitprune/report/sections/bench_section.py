@@ -59,7 +59,7 @@ def _bench_grid(artefact: Artefact, rows: Sequence[BenchRow]) -> Grid:
             Cell(f"{row.images_per_second:.1f}", row.images_per_second),
             Cell(f"{row.speedup:.2f}", row.speedup),
             Cell(interval, row.speedup_low),
-            Cell(f"{row.speedup_ceiling:.2f}", row.speedup_ceiling),
+            Cell("" if row.speedup_ceiling is None else f"{row.speedup_ceiling:.2f}", row.speedup_ceiling),
             Cell("" if row.peak_bytes is None else scaled(row.peak_bytes, "B"), row.peak_bytes),
         )
 
