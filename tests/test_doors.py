@@ -70,6 +70,7 @@ CALLS = {
     "find_top_images": lambda model, at: [
         each.values for each in vitprune.find_top_images(model, make_batches(), {"blocks.0.mlp": [0]}).values()
     ],
+    "info": lambda model, at: [each.macs_share for each in vitprune.info(model).parts],
     "keep_classes": lambda model, at: vitprune.keep_classes(model, [0, 1]),
     "make_elastic": lambda model, at: vitprune.make_elastic(model, make_batches(), ratios=[0.5], compensation="ridge"),
     "mask_neurons": lambda model, at: vitprune.mask_neurons(model, half(model)),

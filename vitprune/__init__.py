@@ -46,6 +46,8 @@ _HOME_OF = {
     "plan_pruning": "vitprune.pruning.prune",
     "apply_plan": "vitprune.pruning.prune",
     "prune": "vitprune.pruning.prune",
+    "info": "vitprune.pruning.info",
+    "ModelInfo": "vitprune.pruning.info",
     "Session": "vitprune.pruning.session",
     "make_elastic": "vitprune.pruning.elastic",
     "read_elastic_plan": "vitprune.pruning.plan",

@@ -28,6 +28,7 @@ from vitprune.cli import (
     evaluate,
     export,
     finetune,
+    info,
     predict,
     prune,
     recover,
@@ -45,6 +46,7 @@ EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
 # that prints it for people; None where another process has it.
 COMMANDS = {
     "demo": demo,
+    "info": info,
     "discover": discover,
     "finetune": finetune,
     "prune": prune,

@@ -146,6 +146,28 @@ def fetch(name: str, model_args: Mapping[str, Any] | None = None) -> nn.Module:
     return model
 
 
+def build_untrained(name: str) -> nn.Module:
+    """Build a timm model with random weights, to look at what it consists of; nothing but a description is fetched.
+
+    Args:
+        name: timm name, or ``hf-hub:OWNER/NAME``, whose description comes from the hub.
+
+    Raises:
+        VitpruneError: if there is no such model.
+
+    >>> build_untrained("vit_tiny_patch16_224").num_classes
+    1000
+    """
+    name = spell(name)
+    if not name.startswith(HUB):
+        check_name(name)
+    try:
+        return timm.create_model(name, pretrained=False).eval()
+    except Exception as error:
+        reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
+        raise VitpruneError(f"{name}: it cannot be built ({reason})") from error
+
+
 def find_hub_weights(name: str) -> Path | None:
     """Return the file in the hub's cache that ``load`` would read for a timm name or ``hf-hub:OWNER/NAME``.
 
