@@ -348,3 +348,29 @@ def test_two_folders_are_the_classes_of_one_output(image_folder, tmp_path, capsy
     with torch.no_grad():
         right = sum(int(((binary(pixels)[:, 0] > 0) == (labels == 1)).sum()) for pixels, labels in batches)
     assert found["top1"] == right / 8
+
+
+@pytest.mark.parametrize(
+    ("text", "numbered"),
+    [
+        ("n01440764 tench, Tinca tinca\nn01443537 goldfish\n", {"n01440764": 0, "n01443537": 1}),
+        ("n01443537  goldfish, Carassius auratus\r\nn01440764 tench\r\n", {"n01443537": 0, "n01440764": 1}),
+        ("1 great white shark\n0 dog\n", {"great white shark": 1, "dog": 0}),
+        ("0 n01440764 tench, Tinca tinca\n1 n01443537 goldfish\n", {"n01440764": 0, "n01443537": 1}),
+        ("dog\n3 wheeler\n", {"dog": 0, "3 wheeler": 1}),  # names, in their order
+        ("2 wheeler\n2 seater\n", {"2 wheeler": 0, "2 seater": 1}),
+    ],
+    ids=[
+        "synset words",
+        "any order",
+        "index and name",
+        "index and synset words",
+        "names",
+        "names that begin with numbers",
+    ],
+)
+def test_class_maps_separated_by_spaces(text, numbered, tmp_path):
+    from vitprune.images.class_map import read_class_map
+
+    (tmp_path / "map.txt").write_bytes(text.encode())
+    assert read_class_map(tmp_path / "map.txt") == numbered

@@ -145,5 +145,8 @@ def run(
             + f", in {seconds:.1f} s{rate}"
         )
         print(f"wrote {output}")
+        print(
+            f"next: 'vitprune analyze {output} -o DIR' for what its paths do, 'vitprune prune {output} -o DIR' to prune"
+        )
 
     return answer, show

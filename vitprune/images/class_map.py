@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,10 @@ def read_class_map(path: str | Path) -> dict[str, int]:
     r"""Read which class index each name has.
 
     Args:
-        path: text with one name per line, in the order of the outputs (timm's class map); text or CSV with rows of name
-            and index, in this order or the other, with a header or without; JSON: a list of names,
-            {name: index}, {"index": name}, or a transformers configuration with ``id2label`` or ``label2id``. Text is
-            UTF-8 or UTF-16.
+        path: text with one name per line, in the order of the outputs (timm's class map), or WordNet id and words
+            (ImageNet's synset words); text or CSV with rows of name and index, in this order or the other, with a
+            header or without; JSON: a list of names, {name: index}, {"index": name}, or a transformers configuration
+            with ``id2label`` or ``label2id``. Text is UTF-8 or UTF-16.
 
     Returns:
         Name, in Unicode NFC -> class index.
@@ -102,6 +103,10 @@ def _read_rows(path: Path, text: str, suffix: str) -> list[tuple[str, str, int]]
     rows = split_rows(text, suffix)
     if not rows:
         return []
+    if suffix not in (".csv", ".tsv") and "\t" not in text:
+        spaced = _read_spaced(path, text)
+        if spaced is not None:
+            return spaced
     widths = {len(row) for _number, row in rows}
     if len(widths) > 1:
         number = next(number for number, row in rows if len(row) != len(rows[0][1]))
@@ -133,6 +138,18 @@ def _read_rows(path: Path, text: str, suffix: str) -> list[tuple[str, str, int]]
             raise VitpruneError(f"class map {path}: line {number}: class index '{row[places[1]]}' is no whole number")
         pairs.append((f"line {number}", row[places[0]], int(row[places[1]])))
     return pairs
+
+
+def _read_spaced(path: Path, text: str) -> list[tuple[str, str, int]] | None:
+    """Read lines of WordNet id and words, in the order of the outputs, or of index and name."""
+    lines = [(number, line.strip()) for number, line in _lines(text)]
+    of_wordnet = [(number, re.match(r"(n\d{8})\s+\S", line)) for number, line in lines]
+    if all(found for _number, found in of_wordnet):
+        return _read_names(path, [(number, (found[1],)) for number, found in of_wordnet], table=False)
+    indexed = [(number, re.fullmatch(r"(\d+)\s+(?:(n\d{8})\s.*|([^\d\s,;][^,;]*))", line)) for number, line in lines]
+    if all(found for _number, found in indexed) and len({found[1] for _number, found in indexed}) == len(lines):
+        return [(f"line {number}", found[2] or found[3], int(found[1])) for number, found in indexed]
+    return None
 
 
 def _lines(text: str) -> list[tuple[int, str]]:
