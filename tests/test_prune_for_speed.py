@@ -167,3 +167,14 @@ def test_candidates_are_kept_beside_the_model(fast, tmp_path):
     with torch.no_grad():
         assert torch.equal(vitprune.load(tmp_path / "fast")(image), result.model(image))
     json.loads((tmp_path / "fast" / "speed.json").read_text())
+
+
+def test_a_report_shows_the_candidates(fast, tmp_path):
+    from vitprune.cli import main
+    from vitprune.speed.speed_folder import save_for_speed
+
+    save_for_speed(fast[2], tmp_path / "fast")
+    assert main(["report", str(tmp_path / "fast"), "-o", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "It was to be 1.30 times as fast in torch-eager" in page
+    assert "candidates" in page

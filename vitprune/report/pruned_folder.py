@@ -13,6 +13,7 @@ from vitprune.models.macs import measure_sizes
 from vitprune.models.saved_folder import build_dense
 from vitprune.models.units import FFN, KINDS
 from vitprune.pruning.plan import Plan, read_plan
+from vitprune.speed.speed_folder import SpeedRecord, load_speed
 from vitprune.training.recovery_folder import Recovery, load_recovery
 
 
@@ -28,6 +29,7 @@ class PrunedModel:
         dense_widths: FFN name -> its neurons in ``dense``.
         label_names: folder names of its classes, where it knows them; else empty.
         recovery: how it was trained afterwards; None where it was not.
+        speed: how fast it was to be, and what was looked at for that; None where nobody asked.
     """
 
     plan: Plan
@@ -36,6 +38,7 @@ class PrunedModel:
     dense_widths: Mapping[str, int]
     label_names: tuple[str, ...]
     recovery: Recovery | None = None
+    speed: SpeedRecord | None = None
 
 
 def load_pruned(folder: str | Path) -> PrunedModel:
@@ -57,6 +60,7 @@ def load_pruned(folder: str | Path) -> PrunedModel:
         dense_widths={name: len(keep) for name, keep in plan.only(FFN).keep.items()},
         label_names=tuple(getattr(network, "label_names", None) or ()),
         recovery=load_recovery(folder),
+        speed=load_speed(folder),
     )
 
 

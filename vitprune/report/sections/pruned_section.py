@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from vitprune import options
 from vitprune.data import describe_class
 from vitprune.discovery.discover import class_paths
+from vitprune.figures.candidates_figure import draw_candidates
 from vitprune.figures.recovery_figure import draw_recovery
 from vitprune.figures.widths_figure import draw_widths
 from vitprune.report.page_blocks import Cell, Column, Grid, Row, Section
@@ -20,6 +21,7 @@ from vitprune.report.pruned_folder import (
 )
 from vitprune.report.shown_folder import Artefact, card_id, of_kind, part_name
 from vitprune.report.text import percent, plural
+from vitprune.speed.speed_folder import SpeedRecord
 from vitprune.training.recovery_folder import Recovery
 
 
@@ -66,6 +68,11 @@ def pruned_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Section
         )
         columns = (Column("part"), Column("dense"), Column("kept"))
         blocks.append(Grid(f"{artefact.key}-parts", "Attention and layers", columns, rows, sorted_by=(0, False)))
+    if content.speed is not None:
+        lead.append(_describe_speed(content.speed))
+        drawn = draw_candidates(content.speed.candidates, asked=content.speed.facts["asked_speedup"])
+        caption = "Ways to that speed, each refitted at once, by what they lose; coloured: the one that was taken."
+        blocks.append(embed_figure(drawn, id=f"{artefact.key}-candidates", caption=caption))
     if content.recovery is not None and content.recovery.rows:
         lead.append(_describe_recovery(content.recovery))
         drawn = draw_recovery(content.recovery.rows, before=content.recovery.before)
@@ -74,6 +81,16 @@ def pruned_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Section
     title = f"{artefact.name}: what was removed"
     name = part_name(artefact, artefacts, "Neurons removed")
     return Section(artefact.key, name, "pruned model", title, tuple(lead), tuple(blocks), card_id(artefact))
+
+
+def _describe_speed(speed: SpeedRecord) -> str:
+    """Say how fast a model was to be, and how fast it is."""
+    facts = speed.facts
+    measured = ", ".join(f"{ratio:.2f} at batch {size}" for size, ratio in facts["speedups"].items())
+    return (
+        f"It was to be {facts['asked_speedup']:.2f} times as fast in {facts['backend']}; measured, in "
+        f"{facts['precision']}: {measured} times (predicted {facts['predicted_speedup']:.2f})."
+    )
 
 
 def _describe_recovery(recovery: Recovery) -> str:
