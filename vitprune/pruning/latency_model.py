@@ -2,7 +2,7 @@
 
 A model's time is a sum over what its blocks do, each in proportion to its size: products with weights, products of
 attention, steps over all tokens, and a fixed price for every layer that runs at all. The rates are fitted to measured
-times of whole models (``measure_latency_model``). Merged tokens, narrower layers and layers that are gone change the
+times of whole models (``fit_latency``). Merged tokens, narrower layers and layers that are gone change the
 sizes; cost is not additive over them, for with fewer tokens every width costs less.
 
 Letters: D embedding width, N tokens that attention reads, Q tokens that ask, M tokens of the FFN, h heads, P rates.
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from vitprune.errors import VitpruneError
 from vitprune.models.attention import QK, VO, SplitAttention, split_attention
-from vitprune.models.left_out import Bias, TokenMap
+from vitprune.models.left_out import TokenMap
 from vitprune.models.merging import check_merging, describe_merging
-from vitprune.models.units import FFN, Group, find_groups
+from vitprune.models.units import FFN, Group, find_groups, find_left
 from vitprune.pruning.meters import Meter
 from vitprune.pruning.target import Target, check_target, macs_per_unit
 from vitprune.views import num_patches, num_prefix_tokens, num_tokens_read
@@ -148,30 +148,28 @@ def shape_of(model: nn.Module, *, reads_last_block: bool) -> Shape:
     (197, [(197, 197, 197), (197, 1, 1)])
     """
     check_merging(model)
-    split = split_attention(model)
-    per_unit = {group.module: group for group in find_groups(split, [FFN])} if _has_ffns(split) else {}
-    schedule = describe_merging(model) or [0] * len(split.blocks)
-    dim, blocks = split.embed_dim, []
-    for number, (block, r) in enumerate(zip(split.blocks, schedule, strict=True)):
+    per_unit = {group.module: group for group in find_left(model)}
+    schedule = describe_merging(model) or [0] * len(model.blocks)
+    dim, blocks = model.embed_dim, []
+    for number, (block, r) in enumerate(zip(model.blocks, schedule, strict=True)):
         name = f"blocks.{number}.mlp"
         if name in per_unit:
             group = per_unit[name]
-            weights = float(macs_per_unit(split, group, num_tokens=0) * group.num_units)
+            weights = float(macs_per_unit(model, group, num_tokens=0) * group.num_units)
         else:
             weights = float(dim * dim) if type(block.mlp) is TokenMap else 0.0
         blocks.append(BlockShape(_attention_of(block.attn), weights, r))
-    prefix = num_prefix_tokens(split)
-    read = None if reads_last_block else num_tokens_read(split)
-    return Shape(dim, prefix + num_patches(split), prefix, read, tuple(blocks))
-
-
-def _has_ffns(model: nn.Module) -> bool:
-    return any(type(block.mlp) not in (Bias, TokenMap) for block in model.blocks)
+    prefix = num_prefix_tokens(model)
+    read = None if reads_last_block else num_tokens_read(model)
+    return Shape(dim, prefix + num_patches(model), prefix, read, tuple(blocks))
 
 
 def _attention_of(attention: nn.Module) -> AttentionShape | str | None:
     if type(attention) is SplitAttention:
         return AttentionShape(attention.num_heads, attention.qk_width, attention.v_width)
+    if hasattr(attention, "qkv"):
+        width = attention.qkv.out_features // 3 // attention.num_heads
+        return AttentionShape(attention.num_heads, width, width)
     return "map" if type(attention) is TokenMap else None
 
 

@@ -183,7 +183,8 @@ def time_sources(
     for key, source in sources.items():
         each = key[0]
         precision = "float32" if each.is_file else each.precision
-        setting = Setting(each.backend, precision, batch_size, num_threads or torch.get_num_threads())
+        device = str(next(source.parameters()).device) if isinstance(source, nn.Module) else "cpu"
+        setting = Setting(each.backend, precision, batch_size, num_threads or torch.get_num_threads(), device)
         runners[key] = make_backend_runner(source, setting)
         runners[key]()
     return measure_latency(runners, seconds=SECONDS_EACH * len(runners))
