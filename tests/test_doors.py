@@ -86,6 +86,7 @@ CALLS = {
     "prune": lambda model, at: vitprune.prune(model, make_batches(), step=1)[1].widths,
     "prune_for_speed": lambda model, at: vitprune.prune_for_speed(model, make_batches(), 1.0),
     "prune_onnx": lambda model, at: vitprune.prune_onnx(at / "absent.onnx", half(model), at / "b.onnx", donor=model),
+    "prune_within_drop": lambda model, at: vitprune.prune_within_drop(model, make_batches(), make_batches(4), 0.01),
     "record_curve": lambda model, at: vitprune.record_curve(
         model, make_batches(), make_batches(4), vitprune.Curve(["obs"], ["global"], ["ridge"]), at, ratios=[2.0]
     ),

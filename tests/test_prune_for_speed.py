@@ -178,3 +178,61 @@ def test_a_report_shows_the_candidates(fast, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "It was to be 1.30 times as fast in torch-eager" in page
     assert "candidates" in page
+
+
+@pytest.fixture(scope="module")
+def budget():
+    """A model whose machine is as the fit believes, and images to judge by that it answers rightly, most of them."""
+    model, latency = make_vit(**SIZES), make_latency(3)
+    generator = torch.Generator().manual_seed(11)
+    images = torch.randn(300, 3, 32, 32, dtype=torch.float64, generator=generator)
+    with torch.no_grad():
+        labels = torch.cat([model(part).argmax(1) for part in images.split(50)])
+    evaluation = list(zip(images.split(50), labels.split(50), strict=True))
+
+    def measure(other, _format):
+        return [latency.predict(model) / latency.predict(other)]
+
+    options = {"formats": [EAGER], "fitted": Fitted(latency.predict(model), {EAGER: latency}), "measure": measure}
+    return model, evaluation, {**options, "step": 1}
+
+
+def test_the_fastest_within_a_drop_is_found(budget):
+    model, evaluation, options = budget
+    found = vitprune.prune_within_drop(model, make_batches(), evaluation, 0.5, **options)
+    assert found.dense_top1 == 1
+    within = [each for each in found.tried if each.within]
+    assert found.result.speedup == max(each.speedup for each in within)
+    for each in found.tried:
+        assert each.within == (each.drop_bound is not None and each.drop_bound <= 0.5)
+    accuracy = vitprune.evaluate(found.result.model, evaluation)
+    assert accuracy.top1 == next(each.top1 for each in within if each.speedup == found.result.speedup)
+    asked = [each.asked_speedup for each in found.tried]
+    assert asked[0] == 1.5
+    assert len(set(asked)) == len(asked)
+
+
+def test_a_budget_that_nothing_meets_and_images_that_cannot_tell_are_refused(budget):
+    model, evaluation, options = budget
+    with pytest.raises(VitpruneError, match="no speed-up of 1.25 or more is within it; the least upper bound"):
+        vitprune.prune_within_drop(model, make_batches(), evaluation, 0.01, **options)
+    with pytest.raises(VitpruneError, match="300 images cannot prove it even of an unchanged model; 539 can"):
+        vitprune.prune_within_drop(model, make_batches(), evaluation, 0.005, **options)
+    with pytest.raises(VitpruneError, match="max_drop must be in"):
+        vitprune.prune_within_drop(model, make_batches(), evaluation, 0.0, **options)
+
+
+@pytest.mark.parametrize("max_drop", [0.005, 0.01, 0.02, 0.1])
+def test_as_many_images_are_asked_for_as_it_takes(max_drop):
+    from vitprune.evaluation.accuracy import drop_bound
+    from vitprune.evaluation.prune_within_drop import images_needed
+
+    def bound(count):
+        one = torch.zeros(1, 2)
+        one[0, 0] = 1
+        images = [(torch.zeros(count, 1, 1, 1), torch.zeros(count, dtype=torch.int64))]
+        accuracy = vitprune.evaluate(lambda x: one.expand(len(x), 2), images)
+        return drop_bound(accuracy, accuracy)
+
+    needed = images_needed(max_drop)
+    assert bound(needed) <= max_drop < bound(needed - 1)

@@ -89,6 +89,7 @@ _HOME_OF = {
     "bench": "vitprune.speed.bench",
     "Format": "vitprune.speed.fit_latency",
     "fit_latency": "vitprune.speed.fit_latency",
+    "prune_within_drop": "vitprune.evaluation.prune_within_drop",
     "prune_for_speed": "vitprune.speed.prune_for_speed",
     "PrunedForSpeed": "vitprune.speed.prune_for_speed",
 }

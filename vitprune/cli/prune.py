@@ -13,6 +13,8 @@ from vitprune.cli.arguments import add_checkpoint, add_device, add_images, add_o
 from vitprune.cli.inputs import (
     calibration_images,
     check_data,
+    choose,
+    find_images,
     make_batches,
     open_source,
     reads_labels,
@@ -23,10 +25,12 @@ from vitprune.cli.inputs import (
 from vitprune.cli.prune_for_speed import (
     check_export,
     check_images_for,
+    describe_within,
     export_for_speed,
     run_for_speed,
     show_candidates,
     show_speed,
+    show_tried,
 )
 from vitprune.cli.prune_onnx import run_onnx
 from vitprune.cli.terminal import Tracked, note, print_table, track
@@ -62,6 +66,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--speedup", type=float, help="how many times as fast as the dense float32 model on --backend instead: 2"
     )
+    parser.add_argument(
+        "--max-drop",
+        type=float,
+        help="as fast as it gets without losing more top-1 than this on --eval-data, at 95 percent confidence",
+    )
+    parser.add_argument("--eval-data", type=str, help="of --max-drop: evaluation images in class folders")
     parser.add_argument(
         "--allow",
         nargs="+",
@@ -138,9 +148,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(
     source, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, ratio,
-    target_params, target_macs, target_latency, speedup, allow, export, parts, merge, image_size, backend,
-    latency_batch_size, keep_classes,
-    criterion, allocation, compensate, mode, round_to, floor, step, ridge, plan, device, output, overwrite, **opening,
+    target_params, target_macs, target_latency, speedup, max_drop, eval_data, allow, export, parts, merge, image_size,
+    backend, latency_batch_size, keep_classes, criterion, allocation, compensate, mode, round_to, floor, step, ridge,
+    plan, device, output, overwrite, **opening,
 ):  # fmt: skip
     import time
 
@@ -168,14 +178,16 @@ def run(
     decisions = {**decisions, "round_to": round_to, "floor": floor, "step": step}
     decisions = {name: value for name, value in decisions.items() if value is not None}
     targets = {"target_params": target_params, "target_macs": target_macs, "target_latency": target_latency}
-    targets["speedup"] = speedup
+    targets |= {"speedup": speedup, "max_drop": max_drop}
     targets = {name: value for name, value in targets.items() if value is not None}
     given_plan = None if plan is None else read_plan(plan)
     shapes = {"parts": parts, "merge": merge, "image_size": image_size}
     shapes = {name: value for name, value in shapes.items() if value is not None}
     if given_plan is not None and (decisions or targets or shapes):
         raise VitpruneError(f"--plan decides what stays; leave {', '.join({**decisions, **targets, **shapes})} out")
-    for_speed = target_latency is not None or speedup is not None
+    for_speed = any(asked is not None for asked in (target_latency, speedup, max_drop))
+    if (max_drop is None) != (eval_data is None):
+        raise VitpruneError("--max-drop is judged on --eval-data DIR; name both or neither")
     timed = for_speed or round_to == "auto"
     if not timed and (backend, latency_batch_size) != (None, None):
         raise VitpruneError("--backend and --latency-batch-size go with --target-latency, --speedup or --round-to auto")
@@ -184,8 +196,10 @@ def run(
     if min(latency_batch_size or [1]) < 1:
         raise VitpruneError(f"latency_batch_size must be at least 1, got {min(latency_batch_size)}")
     if for_speed and mode == "mask":
-        name = "--speedup" if target_latency is None else "--target-latency"
-        raise VitpruneError(f"{name} is for --mode remove; a masked model is as slow as the dense one")
+        name = next(name for name in ("target_latency", "speedup", "max_drop") if targets.get(name) is not None)
+        raise VitpruneError(
+            f"--{name.replace('_', '-')} is for --mode remove; a masked model is as slow as the dense one"
+        )
     if export is not None:
         check_export(export, overwrite=overwrite)
     if is_onnx:
@@ -214,6 +228,8 @@ def run(
         raise VitpruneError(f"--step: the scores of criterion {criterion} do not change on the way; leave it out")
     refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
     check_data(data, class_map)
+    if eval_data is not None:
+        check_data(eval_data)
     run, network = open_source(source, checkpoint, device, opening)
     if given_plan is not None:
         remember_names(network, given_plan.facts.label_names or ())
@@ -236,22 +252,26 @@ def run(
     applied = {"compensation": compensate, "mode": mode, "ridge": ridge, "seed": seed, "track": track}
     backends = backend or ([default_backend(network)] if timed else [])
     started = time.perf_counter()
-    result = report = None
+    result = report = within = evaluation = None
+    if eval_data is not None:
+        others = find_images(choose(eval_data, class_map, classes, None, seed), network)
+        evaluation = make_batches(others, network, batch_size=batch_size, workers=workers, strict=strict)
     whole = for_speed and _follows_shapes(network, parts, round_to)
     if whole:
-        check_images_for(tracked, "--speedup" if target_latency is None else "--target-latency")
+        check_images_for(tracked)
         decided = {name: value for name, value in decisions.items() if name != "pruning_ratio"}
-        result = run_for_speed(
+        result, within = run_for_speed(
             network, tracked, backends=backends, allow=allow or [], export=export, speedup=speedup,
-            latency_ms=target_latency, parts=_choose_parts(network, parts, targets, shaped=False),
+            latency_ms=target_latency, max_drop=max_drop, evaluation=evaluation,
+            parts=_choose_parts(network, parts, targets, shaped=False),
             batch_sizes=latency_batch_size or [1], ridge=ridge, seed=seed, compensate=compensate, found=found,
             **decided,
         )  # fmt: skip
         pruned, made = result.model, result.plan
-    elif len(backends) > 1 or len(latency_batch_size or []) > 1 or allow or export:
+    elif max_drop is not None or len(backends) > 1 or len(latency_batch_size or []) > 1 or allow or export:
         raise VitpruneError(
-            "several backends or batch sizes, --allow and --export are for models whose tokens can merge, and for all "
-            "their parts; name one backend"
+            "--max-drop, several backends or batch sizes, --allow and --export are for models whose tokens can merge, "
+            "and for all their parts; name one backend"
         )
     timing = {"backend": backends[0] if backends else None, "batch_size": (latency_batch_size or [1])[0]}
     if merge is not None:
@@ -275,7 +295,7 @@ def run(
     if result is None:
         save(pruned, output, plan=made)
     else:
-        save_for_speed(result, output)
+        save_for_speed(result, output, facts=None if within is None else describe_within(within))
         report = None if export is None else export_for_speed(result, export, batches)
     facts = made.facts
     latency = None
@@ -286,6 +306,7 @@ def run(
         "export": export,
         "latency": latency,
         "speed": None if result is None else describe_speed(result),
+        "within_drop": None if within is None else describe_within(within),
         "widths": made.widths,
         "widths_dense": {name: len(keep) for name, keep in made.keep.items()},
         "parts": made.parts,
@@ -309,6 +330,8 @@ def run(
     }
 
     def show() -> None:
+        if within is not None:
+            show_tried(within)
         if result is not None:
             show_candidates(result)
         _show(answer, made, mode=mode, targeted=bool(targets) and result is None)

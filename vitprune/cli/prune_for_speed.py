@@ -20,21 +20,60 @@ def check_export(path: str, *, overwrite: bool) -> None:
     refuse_existing(path, overwrite=overwrite)
 
 
-def check_images_for(batches: Any, option: str) -> None:
+def check_images_for(batches: Any) -> None:
     if batches is None:
-        raise VitpruneError(f"{option} weighs what goes on calibration images; pass --data DIR")
+        raise VitpruneError("what goes for speed is weighed on calibration images; pass --data DIR")
 
 
 def run_for_speed(
-    network: Any, batches: Any, *, backends: Sequence[str], allow: Sequence[str], export: str | None, **asked: Any
+    network: Any,
+    batches: Any,
+    *,
+    backends: Sequence[str],
+    allow: Sequence[str],
+    export: str | None,
+    speedup: float | None,
+    latency_ms: float | None,
+    max_drop: float | None,
+    evaluation: Any,
+    **asked: Any,
 ):
+    """Return the result, and how it was found within a drop; None where that was not asked."""
+    from vitprune.evaluation.prune_within_drop import prune_within_drop
     from vitprune.speed.fit_latency import list_formats
     from vitprune.speed.prune_for_speed import prune_for_speed
 
     formats = list_formats(backends, allow)
     if export is not None and not any(each.is_file for each in formats):
         raise VitpruneError(f"--export writes a file for ONNX Runtime, not for {', '.join(backends)}; name its backend")
-    return prune_for_speed(network, batches, formats=formats, track=track, **asked)
+    asked |= {"formats": formats, "track": track}
+    if max_drop is None:
+        return prune_for_speed(network, batches, speedup, latency_ms=latency_ms, **asked), None
+    within = prune_within_drop(network, batches, evaluation, max_drop, **asked)
+    return within.result, within
+
+
+def describe_within(within: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    facts = {name: getattr(within, name) for name in ("max_drop", "dense_top1", "num_images")}
+    return {**facts, "tried": [asdict(each) for each in within.tried]}
+
+
+def show_tried(within: Any) -> None:
+    rows = [
+        (
+            f"{each.asked_speedup:.2f} x" + (" (taken)" if each.speedup == within.result.speedup else ""),
+            "out of reach" if each.speedup is None else f"{each.speedup:.2f} x",
+            each.precision or "",
+            *("" if value is None else f"{value:+.4f}" for value in (each.drop, each.drop_bound)),
+            "yes" if each.within else "no",
+        )
+        for each in within.tried
+    ]
+    title = f"speed-ups tried, dense top-1 {within.dense_top1:.4f} on {within.num_images} images"
+    print_table(title, ("asked", "measured", "precision", "drop", "at most", f"within {within.max_drop:g}"), rows)
+    print("at most: 95 % upper bound of the drop, paired with the dense model")
 
 
 def export_for_speed(result: Any, path: str, batches: Any):

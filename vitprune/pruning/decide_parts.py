@@ -142,7 +142,7 @@ def decide_parts(
     if target is not None:
         if set(target.costs) != {group.name for group in groups}:
             raise VitpruneError("the target is for other parts than these; build it with `kinds` ffn, qk and vo")
-        if level:
+        if level and LAYERS not in parts:  # what layers save is known once they are weighed
             decide(level, target, **options)
     fitted, kept_back = keep_back(batches, NUM_IMAGES)
     turned = turn_attention(model, fitted, parts, wanted, ridge=ridge, seed=seed)

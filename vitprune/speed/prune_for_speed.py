@@ -18,9 +18,10 @@ from torch import nn
 
 from vitprune.answers import ask, log_shares
 from vitprune.calibration.layer_losses import mean_divergence, measure_divergence
-from vitprune.data import Batches, on_device
+from vitprune.data import Batches, label_names_of, on_device
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
+from vitprune.export.runtime import OnnxModel, open_session
 from vitprune.options import DEFAULT_ALLOCATION, DEFAULT_FLOOR, DEFAULT_RIDGE
 from vitprune.progress import Track, untracked
 from vitprune.pruning.choose_merging import Weighed, choose_merging, go_on, make_candidates, weigh
@@ -31,11 +32,16 @@ from vitprune.pruning.prune import prune
 from vitprune.seen_images import watch
 from vitprune.speed.fit_latency import Fitted, Format, Writer, fit_latency, time_sources
 from vitprune.timing import paired_speedup
+from vitprune.views import data_config
 
 DEFAULT_PARTS = ("ffn", "qk", "vo", "layers", TOKENS)
 # A result that is slower than asked for by more than this is pruned again, so many times at most.
 TOLERANCE = 0.985
 MAX_ROUNDS = 3
+
+
+class OutOfReachError(VitpruneError):
+    """A speed-up that all that may go does not give."""
 
 
 # Model and format -> how many times faster than the dense model, at each batch size.
@@ -145,7 +151,8 @@ def prune_for_speed(
         options: ``criterion``, ``compensate`` and ``step``, as ``prune`` takes them.
 
     Raises:
-        VitpruneError: if the speed-up is out of reach, an argument is unknown, or a backend is absent.
+        OutOfReachError: if all that may go does not make it so fast.
+        VitpruneError: if an argument is unknown, or a backend is absent.
 
     >>> import timm
     >>> model = timm.create_model("vit_tiny_patch16_224", depth=1).eval()
@@ -187,7 +194,7 @@ def prune_for_speed(
             except VitpruneError as error:
                 reasons.append(f"{wanted}: {error}")
         if not looked_at:
-            raise VitpruneError(f"{speedup:.4g} times as fast is out of reach; {'; '.join(reasons)}")
+            raise OutOfReachError(f"{speedup:.4g} times as fast is out of reach; {'; '.join(reasons)}")
         best, latency = min(looked_at, key=lambda each: each[0][0].loss)
         candidates = [candidate for found, _latency in looked_at for candidate in found]
         chosen = best[0]
@@ -198,7 +205,10 @@ def prune_for_speed(
                 shaped, target, left = go_on(model, chosen.merge, _target_of(meter, model, limit), units, meter)
             except VitpruneError:
                 # The fit was further off than this schedule leaves room for: others, with what was measured.
-                again, latency = _look(propose(latency), latency, timer, weighed, model)
+                try:
+                    again, latency = _look(propose(latency), latency, timer, weighed, model)
+                except VitpruneError as error:
+                    raise OutOfReachError(f"{speedup:.4g} times as fast is out of reach; {error}") from error
                 candidates, chosen = [*candidates, *again], again[0]
                 meter = latency.meter()
                 shaped, target, left = go_on(model, chosen.merge, _target_of(meter, model, limit), units, meter)
@@ -236,7 +246,8 @@ def _look(
     best, wanted = found[0], Format(latency.backend, latency.precision)
     candidate = make(best.merge)
     if wanted.precision != "float32":
-        best = replace(best, loss=_measure_file(model, timer.write(candidate, wanted), weighed.kept_back))
+        path = timer.write(candidate, wanted)
+        best = replace(best, loss=_measure_file(model, path, weighed.kept_back, wanted.backend))
     best = replace(best, measured_speedup=min(timer.speedups(candidate, wanted)))
     return [best, *found[1:]], latency.scaled(best.predicted_speedup / best.measured_speedup)
 
@@ -283,7 +294,7 @@ def _check_reach(model: nn.Module, speedup: float, parts: Sequence[str], fitted:
     if speedup > most[best]:
         others = [part for part in DEFAULT_PARTS if part not in parts]
         more = f"let {', '.join(others)} go as well, or ask for less" if others else "ask for less"
-        raise VitpruneError(
+        raise OutOfReachError(
             f"{speedup:.4g} times as fast is out of reach: with next to nothing left of {', '.join(parts)} the model "
             f"would be about {most[best]:.3g} times as fast ({best}); {more}"
         )
@@ -315,13 +326,33 @@ def _least(model: nn.Module, latency: LatencyModel, parts: Sequence[str], floor:
     return shape.with_merging(schedule)
 
 
-@torch.no_grad()
-def _measure_file(model: nn.Module, path: Path, batches: Batches) -> float:
-    """Return the mean KL(dense || file) over images, in nats."""
-    from vitprune.export.runtime import OnnxModel, open_session
-    from vitprune.views import data_config
+def open_as(model: nn.Module, wanted: Format, folder: Path) -> Any:
+    """Return what answers as a model does in a format: itself in float32, else its file, opened.
 
-    file = OnnxModel(open_session(path), {"data_config": data_config(model), "num_classes": model.num_classes}, path)
+    Args:
+        model: pruned or not.
+        wanted: the format.
+        folder: to write files to.
+
+    >>> model = nn.Identity()
+    >>> open_as(model, Format("onnxruntime-cpu"), Path()) is model
+    True
+    """
+    if wanted.precision == "float32":
+        return model
+    return _open(model, Writer(folder).source(model, wanted, "model"), wanted.backend)
+
+
+def _open(model: nn.Module, path: Path, backend: str) -> OnnxModel:
+    facts = {"data_config": data_config(model), "num_classes": model.num_classes}
+    names = label_names_of(model)
+    return OnnxModel(open_session(path, backend=backend), {**facts, "label_names": names or ()}, path)
+
+
+@torch.no_grad()
+def _measure_file(model: nn.Module, path: Path, batches: Batches, backend: str) -> float:
+    """Return the mean KL(dense || file) over images, in nats."""
+    file = _open(model, path, backend)
     losses = [
         measure_divergence(log_shares(ask(model, images)).cpu(), ask(file, images))
         for images, _labels in on_device(model, batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,16 +45,18 @@ def describe_speed(result: PrunedForSpeed) -> dict[str, Any]:
     }
 
 
-def save_for_speed(result: PrunedForSpeed, output: str | Path) -> None:
+def save_for_speed(result: PrunedForSpeed, output: str | Path, *, facts: Mapping[str, Any] | None = None) -> None:
     """Write the folder, whole or not at all: the model, its plan, and the candidates as JSON, CSV and a picture.
 
     Args:
         result: from ``prune_for_speed``.
         output: the folder; replaced if it exists.
+        facts: what else to keep in ``speed.json``; JSON values.
     """
     with atomic_folder(output) as temporary:
         save(result.model, temporary, plan=result.plan)
-        write_json(temporary / SPEED_FILE, {"kind": "speed", "version": FORMAT_VERSION, **describe_speed(result)})
+        content = {**describe_speed(result), **(facts or {})}
+        write_json(temporary / SPEED_FILE, {"kind": "speed", "version": FORMAT_VERSION, **content})
         write_table(temporary / TABLE_FILE, result.candidates, Candidate)
         save_figure(draw_candidates(result.candidates, asked=result.asked_speedup), temporary / PICTURE_FILE)
 
