@@ -260,7 +260,7 @@ MISTAKES = [
     ("evaluate {vit} --merge auto:0.5 --data {data}", "merging 'auto:0.5': expected"),
     ("prune {run} --parts neck -o {out}", "invalid choice: 'neck'"),
     ("prune {run} --parts qk --mode mask -o {out}", "mode mask is for neurons alone"),
-    ("prune {run} --speedup 2 --merge constant:1 -o {out}", "choose themselves how tokens merge"),
+    ("prune {run} --speedup 2 --merge constant:1 -o {out}", "choose how tokens merge"),
     ("prune {run} --max-drop 0.01 -o {out}", "--max-drop is judged on --eval-data DIR"),
     ("prune {run} --eval-data x -o {out}", "--max-drop is judged on --eval-data DIR"),
     ("prune {run} --max-drop 0.01 --speedup 2 --eval-data x -o {out}", "one target at a time"),
