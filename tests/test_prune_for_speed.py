@@ -14,6 +14,7 @@ from vitprune import VitpruneError
 from vitprune.models.attention import split_attention
 from vitprune.models.left_out import describe_left_out
 from vitprune.models.merging import describe_merging, set_merging
+from vitprune.pruning.choose_merging import weigh
 from vitprune.pruning.latency_model import RATES, LatencyModel, fit_rates, shape_of, target_time
 from vitprune.pruning.meters import MACS
 from vitprune.speed.fit_latency import Fitted, Format, list_formats, sample_shapes
@@ -236,3 +237,17 @@ def test_as_many_images_are_asked_for_as_it_takes(max_drop):
 
     needed = images_needed(max_drop)
     assert bound(needed) <= max_drop < bound(needed - 1)
+
+
+def test_an_8_bit_candidate_is_weighed_as_its_file_answers(tmp_path):
+    from vitprune.calibration.layer_losses import mean_divergence
+    from vitprune.speed.prune_for_speed import _measure_loss, _open, open_as
+
+    model, batches = make_vit(**SIZES).float(), [(images.float(), labels) for images, labels in make_batches()]
+    file = open_as(model, Format("onnxruntime-cpu", "int8"), tmp_path)
+    assert isinstance(file, type(_open(model, next(tmp_path.glob("*int8.onnx")), "onnxruntime-cpu")))
+    weighed = weigh(model, batches, (), ridge=1e-3)
+    loss = _measure_loss(model, file, weighed)
+    with torch.no_grad():
+        assert loss == mean_divergence(model, file, [images for images, _labels in weighed.kept_back])
+    assert 0 < loss < 1

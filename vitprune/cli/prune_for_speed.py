@@ -108,6 +108,8 @@ def show_candidates(result: Any) -> None:
 
 
 def show_speed(result: Any, output: str, report: Any) -> None:
+    from vitprune.speed.prune_for_speed import TOLERANCE
+
     measured = ", ".join(
         f"{speedup:.2f} x at batch {size}" for size, speedup in zip(result.batch_sizes, result.speedups, strict=True)
     )
@@ -115,6 +117,8 @@ def show_speed(result: Any, output: str, report: Any) -> None:
         f"asked {result.asked_speedup:.2f} x, predicted {result.predicted_speedup:.2f} x, measured {measured} "
         f"(dense {result.dense_ms:.2f} ms): {result.backend}, {result.precision}"
     )
+    if result.speedup < TOLERANCE * result.asked_speedup:
+        print("slower than asked for: the times of this machine kept changing; try again when it is idle")
     if report is not None:
         print(report)
     elif result.precision != "float32":

@@ -114,8 +114,6 @@ class ExportReport:
         precision: of the matrix products with weights.
         float32: how close the float32 graph was that an int8 file was made from; None for float32 files.
         speedup: how many times faster than that graph an int8 file runs a batch of 1 (or of the fixed size) here.
-        near_ties: parity images of a model whose tokens merge where rounding decides which, so that torch's own answer
-            moves as far as the difference under noise of 1e-5.
     """
 
     path: Path

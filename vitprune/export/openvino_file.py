@@ -170,16 +170,15 @@ def make_openvino_runner(path: str | Path, batch_size: int, num_threads: int | N
     return lambda: request.infer([images], share_inputs=True)
 
 
-def write_openvino(source: Path, path: Path, facts: Mapping[str, Any], *, half: bool = False) -> None:
+def write_openvino(source: Path, path: Path, facts: Mapping[str, Any]) -> None:
     """Convert an ONNX file of standard operators, checked before, into OpenVINO's .xml and .bin.
 
     Args:
         source: the ONNX file.
         path: the .xml file to write.
         facts: what it says of itself.
-        half: store weights in float16.
     """
-    _save(read_openvino(source), path, facts, half=half)
+    _save(read_openvino(source), path, facts)
 
 
 def quantize_openvino(source: Path, path: Path, images: Sequence[np.ndarray], facts: Mapping[str, Any]) -> None:
@@ -203,7 +202,7 @@ def quantize_openvino(source: Path, path: Path, images: Sequence[np.ndarray], fa
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=len(images),
         )
-    _save(quantized, path, facts, half=False)
+    _save(quantized, path, facts)
 
 
 def collect_images(batches: Any, batch_size: int | None) -> list[np.ndarray]:
@@ -217,9 +216,9 @@ def collect_images(batches: Any, batch_size: int | None) -> list[np.ndarray]:
     return [fill_up(group, batch_size or 1).numpy() for group in groups]
 
 
-def _save(model: Any, path: Path, facts: Mapping[str, Any], *, half: bool) -> None:
+def _save(model: Any, path: Path, facts: Mapping[str, Any]) -> None:
     model.set_rt_info(json.dumps(facts, sort_keys=True), [METADATA_KEY])
-    import_openvino().save_model(model, str(path), compress_to_fp16=half)
+    import_openvino().save_model(model, str(path), compress_to_fp16=False)
 
 
 def _compile(path: str | Path, model: Any, num_threads: int | None) -> Any:

@@ -47,11 +47,13 @@ class Mixed:
         share: what merging alone leaves, at most, as a share of what the dense model costs.
         schedule: tokens that disappear in each block; None where none do.
         loss: KL(dense || candidate) on images kept back, nats per image, everything refitted at once.
+        cost: of the candidate, in what the target is told in.
     """
 
     share: float
     schedule: tuple[int, ...] | None
     loss: float
+    cost: float
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,8 @@ def choose_merging(
         except VitpruneError as error:
             reason = str(error)  # units cannot go that far beside so little merging
             continue
-        tried.append(Mixed(left, schedule, mean_divergence(model, candidate, images)))
+        loss = mean_divergence(model, candidate, images)
+        tried.append(Mixed(left, schedule, loss, meter.count(candidate)))
     if not tried:
         raise VitpruneError(f"neither merging nor units can meet the target; {reason}")
     return sorted(tried, key=lambda each: each.loss)

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitprune.answers import ask, log_shares
-from vitprune.calibration.layer_losses import mean_divergence, measure_divergence
+from vitprune.calibration.layer_losses import mean_divergence
 from vitprune.data import Batches, label_names_of, on_device
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
@@ -246,8 +245,8 @@ def _look(
     best, wanted = found[0], Format(latency.backend, latency.precision)
     candidate = make(best.merge)
     if wanted.precision != "float32":
-        path = timer.write(candidate, wanted)
-        best = replace(best, loss=_measure_file(model, path, weighed.kept_back, wanted.backend))
+        file = _open(model, timer.write(candidate, wanted), wanted.backend)
+        best = replace(best, loss=_measure_loss(model, lambda images: file(images).to(images), weighed))
     best = replace(best, measured_speedup=min(timer.speedups(candidate, wanted)))
     return [best, *found[1:]], latency.scaled(best.predicted_speedup / best.measured_speedup)
 
@@ -274,13 +273,13 @@ def _propose(
     make = make_candidates(model, target, units, weighed, meter=meter, **widths)
     if TOKENS in parts and latency.predict(model) > limit:
         tried = choose_merging(model, batches, target, units, meter=meter, weighed=weighed, **options)
-        of_each = [(each.schedule, each.loss) for each in tried]
+        of_each = [(each.schedule, each.loss, each.cost) for each in tried]
     else:
-        images = [images for images, _labels in on_device(model, weighed.kept_back)]
-        of_each = [(None, mean_divergence(model, make(None), images))]
+        only = make(None)
+        of_each = [(None, _measure_loss(model, only, weighed), latency.predict(only))]
     return [
-        Candidate(latency.backend, latency.precision, schedule, loss, dense_ms / latency.predict(make(schedule)))
-        for schedule, loss in of_each
+        Candidate(latency.backend, latency.precision, schedule, loss, dense_ms / cost)
+        for schedule, loss, cost in of_each
     ], make
 
 
@@ -350,14 +349,9 @@ def _open(model: nn.Module, path: Path, backend: str) -> OnnxModel:
 
 
 @torch.no_grad()
-def _measure_file(model: nn.Module, path: Path, batches: Batches, backend: str) -> float:
-    """Return the mean KL(dense || file) over images, in nats."""
-    file = _open(model, path, backend)
-    losses = [
-        measure_divergence(log_shares(ask(model, images)).cpu(), ask(file, images))
-        for images, _labels in on_device(model, batches)
-    ]
-    return float(torch.cat(losses).mean())
+def _measure_loss(model: nn.Module, candidate: Any, weighed: Weighed) -> float:
+    """Return the mean KL(dense || candidate) over the images kept back, in nats; the candidate may be a file."""
+    return mean_divergence(model, candidate, [images for images, _labels in on_device(model, weighed.kept_back)])
 
 
 class _Timer:
