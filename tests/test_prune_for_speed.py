@@ -17,7 +17,7 @@ from vitprune.models.merging import describe_merging, set_merging
 from vitprune.pruning.choose_merging import weigh
 from vitprune.pruning.latency_model import RATES, LatencyModel, fit_rates, shape_of, target_time
 from vitprune.pruning.meters import MACS
-from vitprune.speed.fit_latency import Fitted, Format, list_formats, sample_shapes
+from vitprune.speed.fit_latency import Fitted, Format, Writer, list_formats, sample_shapes
 from vitprune.speed.prune_for_speed import prune_for_speed
 
 SIZES = {"embed_dim": 48, "patch_size": 4, "depth": 4}
@@ -96,7 +96,11 @@ def fast():
     def measure(other, _format):
         return [true.predict(model) / true.predict(other)] * 2
 
-    options = {"formats": [EAGER], "batch_sizes": [1, 8], "fitted": Fitted(believed.predict(model), {EAGER: believed})}
+    options = {
+        "formats": [EAGER],
+        "batch_sizes": [1, 8],
+        "fitted": Fitted(believed.predict(model), {EAGER: believed}, EAGER),
+    }
     return model, true, prune_for_speed(model, make_batches(), 1.3, step=0.5, measure=measure, **options)
 
 
@@ -135,7 +139,7 @@ def test_the_first_candidates_meet_the_speed_by_the_fit_and_the_least_loss_is_ta
 )
 def test_what_cannot_be_is_refused_before_images_are_read(speedup, options, message):
     model, latency = make_vit(**SIZES), make_latency(3)
-    fitted = Fitted(latency.predict(model), {EAGER: latency})
+    fitted = Fitted(latency.predict(model), {EAGER: latency}, EAGER)
 
     class Unread:
         def __iter__(self):
@@ -194,7 +198,11 @@ def budget():
     def measure(other, _format):
         return [latency.predict(model) / latency.predict(other)]
 
-    options = {"formats": [EAGER], "fitted": Fitted(latency.predict(model), {EAGER: latency}), "measure": measure}
+    options = {
+        "formats": [EAGER],
+        "fitted": Fitted(latency.predict(model), {EAGER: latency}, EAGER),
+        "measure": measure,
+    }
     return model, evaluation, {**options, "step": 1}
 
 
@@ -244,7 +252,7 @@ def test_an_8_bit_candidate_is_weighed_as_its_file_answers(tmp_path):
     from vitprune.speed.prune_for_speed import _measure_loss, _open, open_as
 
     model, batches = make_vit(**SIZES).float(), [(images.float(), labels) for images, labels in make_batches()]
-    file = open_as(model, Format("onnxruntime-cpu", "int8"), tmp_path)
+    file = open_as(model, Format("onnxruntime-cpu", "int8"), Writer(tmp_path), "model")
     assert isinstance(file, type(_open(model, next(tmp_path.glob("*int8.onnx")), "onnxruntime-cpu")))
     weighed = weigh(model, batches, (), ridge=1e-3)
     loss = _measure_loss(model, file, weighed)

@@ -106,6 +106,16 @@ EXPERIMENTS: Mapping[str, str] = {
     "topk-mask": "mask all but the top neurons of each class, on other images (slow)",
 }
 
+# Ways to be faster, as a front of accuracy against speed shows them.
+LEVERS: Mapping[str, str] = {
+    "dense": "nothing removed",
+    "budget": "as fast as asked for, by all parts",
+    "pixels": "smaller images",
+    "merging": "tokens merged in equal steps",
+    "neurons": "FFN neurons alone",
+    "variance": "query/key dimensions and FFN neurons by variance, with ridge regression",
+}
+
 MODES: Mapping[str, str] = {
     "remove": "smaller linear layers: a smaller, faster model",
     "mask": "same shapes, removed neurons have no effect",

@@ -35,20 +35,37 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--ratios", type=str, nargs="+", help="shares to remove: numbers or FIRST:LAST:STEP (0.1:0.8:0.1)"
     )
     parser.add_argument(
-        "--criteria", type=str, nargs="+", default=[options.DEFAULT_CRITERION], help=listed(options.CRITERIA)
-    )
-    parser.add_argument(
-        "--allocations", type=str, nargs="+", default=[options.DEFAULT_ALLOCATION], help=listed(options.ALLOCATIONS)
-    )
-    parser.add_argument(
-        "--compensations",
+        "--speedups",
         type=str,
         nargs="+",
-        default=[options.DEFAULT_COMPENSATION],
-        help=listed(options.COMPENSATIONS),
+        help="instead, over all parts: how many times as fast as the dense float32 model, numbers or FIRST:LAST:STEP "
+        "(1.25:3:0.25), beside what fewer pixels, merging, neurons or 8 bits alone give",
+    )
+    # No defaults here: what goes with --ratios must not be ignored beside --speedups.
+    parser.add_argument(
+        "--criteria", type=str, nargs="+", help=f"{listed(options.CRITERIA)} ({options.DEFAULT_CRITERION})"
     )
     parser.add_argument(
-        "--step", type=float, default=options.DEFAULT_STEP, help="share that goes before scores are measured anew"
+        "--allocations", type=str, nargs="+", help=f"{listed(options.ALLOCATIONS)} ({options.DEFAULT_ALLOCATION})"
+    )
+    parser.add_argument(
+        "--compensations", type=str, nargs="+", help=f"{listed(options.COMPENSATIONS)} ({options.DEFAULT_COMPENSATION})"
+    )
+    parser.add_argument(
+        "--step", type=float, help=f"share that goes before scores are measured anew ({options.DEFAULT_STEP})"
+    )
+    parser.add_argument(
+        "--parts", nargs="+", choices=tuple(options.PARTS), help=f"of --speedups: what may go: {listed(options.PARTS)}"
+    )
+    parser.add_argument("--backend", type=str, nargs="+", help=f"of --speedups: {listed(options.BACKENDS)}")
+    parser.add_argument(
+        "--allow",
+        nargs="+",
+        choices=tuple(options.ALLOWED_PRECISIONS),
+        help=f"of --speedups, beside float32: {listed(options.ALLOWED_PRECISIONS)}",
+    )
+    parser.add_argument(
+        "--latency-batch-size", type=int, nargs="+", help="of --speedups: images per run (1); the least speed-up counts"
     )
     parser.add_argument(
         "--max-drop",
@@ -62,15 +79,27 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(
     source, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, eval_data,
-    eval_images_per_class, ratios, criteria, allocations, compensations, step, max_drop, device, output, overwrite,
-    **opening,
+    eval_images_per_class, ratios, speedups, criteria, allocations, compensations, step, parts, backend, allow,
+    latency_batch_size, max_drop, device, output, overwrite, **opening,
 ):  # fmt: skip
+    from vitprune.cli import front
     from vitprune.evaluation.curve import Curve, parse_ratios
     from vitprune.evaluation.curve_folder import record_curve
     from vitprune.files import check_place
     from vitprune.pruning.compensations import reads_images
 
     check_place(output, is_folder=True)
+    if speedups is not None:
+        front.check_alone(
+            ratios=ratios, max_drop=max_drop, criteria=criteria, allocations=allocations, compensations=compensations,
+            step=step,
+        )  # fmt: skip
+    elif any(given is not None for given in (parts, backend, allow, latency_batch_size)):
+        raise VitpruneError("--parts, --backend, --allow and --latency-batch-size go with --speedups")
+    criteria = criteria or [options.DEFAULT_CRITERION]
+    allocations = allocations or [options.DEFAULT_ALLOCATION]
+    compensations = compensations or [options.DEFAULT_COMPENSATION]
+    step = options.DEFAULT_STEP if step is None else step
     several = {"criteria": criteria, "allocations": allocations, "compensations": compensations}
     if max_drop is not None:
         if ratios is not None:
@@ -96,6 +125,14 @@ def run(
     for each, what in ((images, "calibration"), (others, "evaluation"))[0 if calibrated else 1 :]:
         warn_of_few_classes(network, each, what)
     say_transform(network)
+    if speedups is not None:
+        answer, show = front.measure(
+            network, calibration, evaluation, speedups=speedups, backends=backend or [], allow=allow or [],
+            parts=parts, batch_sizes=latency_batch_size or [1], seed=seed, output=output, overwrite=overwrite,
+        )  # fmt: skip
+        for batches in (calibration, evaluation):
+            report_skipped(batches)
+        return answer, show
     record = record_curve(
         network,
         calibration,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from scipy.optimize import brentq
@@ -306,3 +307,32 @@ def drop_bound(dense: Accuracy, pruned: Accuracy, *, confidence: float = CONFIDE
 
     lowest = (lost - gained) / count
     return 1.0 if score(1 - 1e-12) > 0 else float(brentq(score, lowest, 1 - 1e-12))
+
+
+def accuracy_as_json(accuracy: Accuracy) -> dict[str, Any]:
+    """Return JSON values that ``accuracy_from_json`` reads.
+
+    >>> images = torch.eye(2).view(2, 1, 1, 2)
+    >>> accuracy = evaluate(lambda x: x.flatten(1), [(images, torch.tensor([0, 0]))])
+    >>> accuracy_as_json(accuracy)["correct"], accuracy_from_json(accuracy_as_json(accuracy)) == accuracy
+    ('10', True)
+    """
+    content = {key: value for key, value in asdict(accuracy).items() if key != "are_shares"}
+    return {**content, "correct": "".join("01"[right] for right in accuracy.correct)}
+
+
+def accuracy_from_json(content: Mapping[str, Any]) -> Accuracy:
+    """Read what ``accuracy_as_json`` gave."""
+
+    def numbered(mapping: Mapping[str, Any]) -> dict[int, Any]:
+        return {int(index): value for index, value in mapping.items()}
+
+    return Accuracy(
+        **{
+            **content,
+            "top1_interval": tuple(content["top1_interval"]),
+            "top1_by_class": numbered(content["top1_by_class"]),
+            "images_by_class": numbered(content["images_by_class"]),
+            "correct": tuple(mark == "1" for mark in content["correct"]),
+        }
+    )

@@ -15,7 +15,14 @@ from vitprune.data import Batches, hash_images
 from vitprune.discovery.discover import Discovery
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
-from vitprune.evaluation.accuracy import Accuracy, compare, drop_bound, evaluate
+from vitprune.evaluation.accuracy import (
+    Accuracy,
+    accuracy_as_json,
+    accuracy_from_json,
+    compare,
+    drop_bound,
+    evaluate,
+)
 from vitprune.files import read_json, write_json
 from vitprune.models.macs import measure_sizes
 from vitprune.models.units import find_groups
@@ -264,7 +271,7 @@ class _Course:
         path = None if self.curve.folder is None else self.curve.folder / f"{name}.json"
         if path is not None and path.is_file():
             content = read_json(path, kind="curve point")
-            return _read_accuracy(content["accuracy"]), content["size"]
+            return accuracy_from_json(content["accuracy"]), content["size"]
         pruned = make()
         accuracy = evaluate(pruned, self.evaluation)
         neurons, dense = (
@@ -273,7 +280,7 @@ class _Course:
         size = {**asdict(measure_sizes(pruned)), "pruning_ratio": 1 - neurons / dense}
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            content = {"kind": "curve point", "version": 1, "accuracy": _write_accuracy(accuracy), "size": size}
+            content = {"kind": "curve point", "version": 1, "accuracy": accuracy_as_json(accuracy), "size": size}
             write_json(path, content)
         return accuracy, size
 
@@ -298,52 +305,48 @@ class _Walk:
         return finish(self.session, self.stage, target, self.schedule)
 
 
-def _write_accuracy(accuracy: Accuracy) -> dict[str, Any]:
-    content = {key: value for key, value in asdict(accuracy).items() if key != "are_shares"}
-    content["correct"] = "".join("01"[right] for right in accuracy.correct)
-    return content
-
-
-def _read_accuracy(content: Mapping[str, Any]) -> Accuracy:
-    def numbered(mapping: Mapping[str, Any]) -> dict[int, Any]:
-        return {int(index): value for index, value in mapping.items()}
-
-    return Accuracy(
-        **{
-            **content,
-            "top1_interval": tuple(content["top1_interval"]),
-            "top1_by_class": numbered(content["top1_by_class"]),
-            "images_by_class": numbered(content["images_by_class"]),
-            "correct": tuple(mark == "1" for mark in content["correct"]),
-        }
-    )
-
-
 def parse_ratios(texts: Sequence[str]) -> list[float]:
     """Read ratios and ranges FIRST:LAST:STEP, both ends included.
 
     Raises:
-        VitpruneError: naming the text that is neither.
+        VitpruneError: naming the text that is neither, or a number outside [0, 1).
 
     >>> parse_ratios(["0.05", "0.1:0.3:0.1"])
     [0.05, 0.1, 0.2, 0.3]
     """
-    ratios: list[float] = []
+    ratios = parse_numbers("ratios", texts)
+    bad = [ratio for ratio in ratios if not 0 <= ratio < 1]
+    if bad:
+        raise VitpruneError(f"ratios must be in [0, 1), got {bad[0]}")
+    return ratios
+
+
+def parse_numbers(what: str, texts: Sequence[str]) -> list[float]:
+    """Read numbers and ranges FIRST:LAST:STEP, both ends included; ascending, each once.
+
+    Args:
+        what: they are, for messages.
+        texts: one number or range each.
+
+    Raises:
+        VitpruneError: naming the text that is neither.
+
+    >>> parse_numbers("speedups", ["3", "1.25:1.75:0.25"])
+    [1.25, 1.5, 1.75, 3.0]
+    """
+    numbers: list[float] = []
     for text in texts:
         try:
             parts = [float(part) for part in text.split(":")]
         except ValueError as error:
-            raise VitpruneError(f"ratios: '{text}' is no number and no FIRST:LAST:STEP") from error
+            raise VitpruneError(f"{what}: '{text}' is no number and no FIRST:LAST:STEP") from error
         if len(parts) == 1:
-            ratios.append(parts[0])
+            numbers.append(parts[0])
         elif len(parts) == 3 and parts[2] > 0 and parts[0] <= parts[1]:
-            ratios += list(_count_up(*parts))
+            numbers += list(_count_up(*parts))
         else:
-            raise VitpruneError(f"ratios: '{text}' is no number and no FIRST:LAST:STEP")
-    bad = [ratio for ratio in ratios if not 0 <= ratio < 1]
-    if bad:
-        raise VitpruneError(f"ratios must be in [0, 1), got {bad[0]}")
-    return sorted(set(ratios))
+            raise VitpruneError(f"{what}: '{text}' is no number and no FIRST:LAST:STEP")
+    return sorted(set(numbers))
 
 
 def _count_up(first: float, last: float, step: float) -> Iterator[float]:

@@ -19,7 +19,7 @@ from vitprune.evaluation.accuracy import Accuracy, drop_bound, evaluate
 from vitprune.intervals import CONFIDENCE
 from vitprune.progress import Track, untracked
 from vitprune.seen_images import check_unseen, files_of, hash_images
-from vitprune.speed.fit_latency import Fitted, Format, fit_latency
+from vitprune.speed.fit_latency import Fitted, Format, Writer, fit_latency
 from vitprune.speed.prune_for_speed import OutOfReachError, PrunedForSpeed, open_as, prune_for_speed
 
 # Speed-ups that are tried, from the second on up while they hold, else down; then one between the last two.
@@ -179,7 +179,7 @@ def _walk(holds: Any) -> tuple[float, float | None]:
 def _judge(result: PrunedForSpeed, speedup: float, dense: Accuracy, evaluation: Batches, max_drop: float) -> TriedSpeed:
     with tempfile.TemporaryDirectory() as folder:
         wanted = Format(result.backend, result.precision)
-        accuracy = evaluate(open_as(result.model, wanted, Path(folder)), evaluation)
+        accuracy = evaluate(open_as(result.model, wanted, Writer(Path(folder)), "model"), evaluation)
     bound = drop_bound(dense, accuracy)
     drop = dense.top1 - accuracy.top1
     return TriedSpeed(

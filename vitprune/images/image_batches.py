@@ -78,6 +78,11 @@ class ImageBatches:
     def __len__(self) -> int:
         return len(self._loader)
 
+    def of_model(self, model: Any) -> ImageBatches:
+        """Return batches of the same images under another model's transform."""
+        sizes = {"batch_size": self._loader.batch_size, "num_workers": self._loader.num_workers}
+        return ImageBatches(self.images, model, strict=self.strict, **sizes)
+
     def read(self) -> Iterator[ReadBatch]:
         """Read all batches, those without a single good image among them, and say which files they are of."""
         for decoded in self._loader:

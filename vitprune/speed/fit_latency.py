@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -65,10 +65,24 @@ class Fitted:
         dense_ms: of the dense model in the first format in float32, at the first batch size.
         models: format -> its latencies, in the time of the reference: ``dense_ms`` times the share of the dense run
             that a run takes, averaged over batch sizes.
+        reference: what the dense model ran as.
     """
 
     dense_ms: float
     models: Mapping[Format, LatencyModel]
+    reference: Format
+
+    def as_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        models = [asdict(latency) for latency in self.models.values()]
+        return {"dense_ms": self.dense_ms, "reference": asdict(self.reference), "models": models}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Fitted:
+        """Read what ``as_json`` gave."""
+        models = [LatencyModel(**{**each, "rates": tuple(each["rates"])}) for each in content["models"]]
+        by_format = {Format(each.backend, each.precision): each for each in models}
+        return cls(content["dense_ms"], by_format, Format(**content["reference"]))
 
 
 @entry
@@ -137,7 +151,7 @@ def fit_latency(
         times = [dense_ms * fmean(of_size[each, number] for of_size in shares) for number in range(len(samples))]
         rates, error = fit_rates(shapes, times)
         models[each] = LatencyModel(each.backend, each.precision, rates, not on_graph, error)
-    return Fitted(dense_ms, models)
+    return Fitted(dense_ms, models, reference)
 
 
 def list_formats(backends: Sequence[str], allow: Sequence[str] = ()) -> list[Format]:

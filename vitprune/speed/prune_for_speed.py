@@ -123,6 +123,7 @@ def prune_for_speed(
     ridge: float = DEFAULT_RIDGE,
     seed: int = 0,
     fitted: Fitted | None = None,
+    weighed: Weighed | None = None,
     measure: Measure | None = None,
     track: Track = untracked,
     **options: Any,
@@ -132,7 +133,8 @@ def prune_for_speed(
     Args:
         model: timm Vision Transformer in eval mode, whose tokens can merge; stays as it is.
         batches: calibration images and labels, readable more than once; labels are not used.
-        speedup: how many times faster than the dense float32 model on the first backend, above 1.
+        speedup: how many times faster than the dense float32 model on the first backend, above 1; with ``fitted`` than
+            its reference.
         latency_ms: how long a run of the first batch size may take instead.
         formats: that the result may be run as; the best is taken.
         parts: keys of ``PARTS``: what may go.
@@ -143,7 +145,8 @@ def prune_for_speed(
         round_to: every FFN's width is a multiple of it.
         ridge: λ of what stands in.
         seed: of everything drawn at random.
-        fitted: from ``fit_latency`` with the same formats and batch sizes, where it is there already.
+        fitted: from ``fit_latency`` with the same batch sizes and these formats at least, where it is there already.
+        weighed: from ``weigh`` with the same images and parts, where it is there already.
         measure: model and format -> how many times faster it is than the dense one at each batch size, where the model
             is for another machine than this one; goes with ``fitted``.
         track: wraps (items, description) of long loops, for progress.
@@ -178,14 +181,14 @@ def prune_for_speed(
         if speedup <= 1:
             raise VitpruneError(f"latency_ms {latency_ms:g}: the dense model takes {fitted.dense_ms:.2f} ms already")
     limit = fitted.dense_ms / speedup
-    _check_reach(model, speedup, parts, fitted, floor)
-    weighed = weigh(model, batches, units, ridge=ridge, seed=seed, track=track)
+    _check_reach(model, speedup, parts, fitted, formats, floor)
+    weighed = weighed or weigh(model, batches, units, ridge=ridge, seed=seed, track=track)
     widths = {"allocation": allocation, "round_to": round_to, "floor": floor}
     shared = {"ridge": ridge, "seed": seed, "track": track, **widths}
     of_target = {"limit": limit, "dense_ms": fitted.dense_ms, "parts": parts}
     propose = partial(_propose, model, batches, weighed=weighed, **of_target, **shared)
     with tempfile.TemporaryDirectory() as folder:
-        timer = _Timer(model, Path(folder), formats[0], tuple(batch_sizes), num_threads, measure)
+        timer = _Timer(model, Path(folder), fitted.reference, tuple(batch_sizes), num_threads, measure)
         looked_at, reasons = [], []
         for wanted in formats:
             try:
@@ -283,11 +286,13 @@ def _propose(
     ], make
 
 
-def _check_reach(model: nn.Module, speedup: float, parts: Sequence[str], fitted: Fitted, floor: float) -> None:
+def _check_reach(
+    model: nn.Module, speedup: float, parts: Sequence[str], fitted: Fitted, formats: Sequence[Format], floor: float
+) -> None:
     """Refuse what would not be reached by taking all that may go, before anything is measured on images."""
     most = {
         wanted: fitted.dense_ms / latency.of_shape(_least(model, latency, parts, floor))
-        for wanted, latency in fitted.models.items()
+        for wanted, latency in ((each, fitted.models[each]) for each in formats)
     }
     best = max(most, key=lambda wanted: most[wanted])
     if speedup > most[best]:
@@ -325,21 +330,22 @@ def _least(model: nn.Module, latency: LatencyModel, parts: Sequence[str], floor:
     return shape.with_merging(schedule)
 
 
-def open_as(model: nn.Module, wanted: Format, folder: Path) -> Any:
+def open_as(model: nn.Module, wanted: Format, writer: Writer, name: str) -> Any:
     """Return what answers as a model does in a format: itself in float32, else its file, opened.
 
     Args:
         model: pruned or not.
         wanted: the format.
-        folder: to write files to.
+        writer: of files.
+        name: of the model, for its files.
 
     >>> model = nn.Identity()
-    >>> open_as(model, Format("onnxruntime-cpu"), Path()) is model
+    >>> open_as(model, Format("onnxruntime-cpu"), Writer(Path()), "identity") is model
     True
     """
     if wanted.precision == "float32":
         return model
-    return _open(model, Writer(folder).source(model, wanted, "model"), wanted.backend)
+    return _open(model, writer.source(model, wanted, name), wanted.backend)
 
 
 def _open(model: nn.Module, path: Path, backend: str) -> OnnxModel:
@@ -361,12 +367,12 @@ class _Timer:
         self,
         dense: nn.Module,
         folder: Path,
-        first: Format,
+        reference: Format,
         batch_sizes: tuple[int, ...],
         num_threads: int | None,
         measure: Measure | None,
     ) -> None:
-        self.writer, self.reference, self.written = Writer(folder), Format(first.backend), {}
+        self.writer, self.reference, self.written = Writer(folder), reference, {}
         self.dense, self.measure = dense, measure
         self.batch_sizes, self.num_threads = batch_sizes, num_threads
 
