@@ -178,8 +178,7 @@ def test_what_cannot_be_is_refused_in_one_line(asked, message, model, folders, t
 
 def test_the_command_says_what_lies_where(model, folders, tmp_path, monkeypatch, capsys):
     Machine(monkeypatch, model)
-    few = front.list_alternatives
-    monkeypatch.setattr(front, "list_alternatives", lambda *a, **k: list(few(*a, **k))[:0])
+    monkeypatch.setattr(front, "list_alternatives", lambda *_arguments, **_options: [])
     vitprune.save(model, tmp_path / "model")
     calibration, val = map(str, folders)
     images = ["--data", calibration, "--eval-data", val, "-o", str(tmp_path / "front"), "--parts", "tokens"]
