@@ -123,6 +123,24 @@ def test_the_first_candidates_meet_the_speed_by_the_fit_and_the_least_loss_is_ta
     assert result.speedup == min(result.speedups)
 
 
+def test_a_result_that_is_faster_than_asked_for_is_pruned_more_mildly():
+    model, latency = make_vit(**SIZES), make_latency(3)
+    asked, timed = 1.3, []
+
+    def measure(other, _format):
+        timed.append(other)
+        # What is pruned at last is faster than its candidate told.
+        return [(1.06 if len(timed) > 1 else 1.0) * latency.predict(model) / latency.predict(other)]
+
+    fitted = Fitted(latency.predict(model), {EAGER: latency}, EAGER)
+    options = {"formats": [EAGER], "fitted": fitted, "measure": measure, "step": 1}
+    result = prune_for_speed(model, make_batches(), asked, parts=["ffn", "qk"], **options)
+    _candidate, first, second = timed
+    assert result.model is second
+    assert latency.predict(first) < latency.predict(second)
+    assert asked * 0.985 <= result.speedup <= asked * 1.02
+
+
 @pytest.mark.parametrize(
     ("speedup", "options", "message"),
     [

@@ -34,8 +34,9 @@ from vitprune.timing import paired_speedup
 from vitprune.views import data_config
 
 DEFAULT_PARTS = ("ffn", "qk", "vo", "layers", TOKENS)
-# A result that is slower than asked for by more than this is pruned again, so many times at most.
-TOLERANCE = 0.985
+# A result that is slower than this share of what was asked for is pruned again, and more mildly one that is faster than
+# the other, so many times at most.
+TOLERANCE, GENEROUS = 0.985, 1.02
 MAX_ROUNDS = 3
 
 
@@ -201,6 +202,7 @@ def prune_for_speed(
         candidates = [candidate for found, _latency in looked_at for candidate in found]
         chosen = best[0]
         wanted = Format(chosen.backend, chosen.precision)
+        results = []
         for _round in range(MAX_ROUNDS):
             meter = latency.meter()
             try:
@@ -218,9 +220,13 @@ def prune_for_speed(
             pruned, plan = prune(shaped, batches, parts=left, dense=model, **kept, **shared, **options)
             predicted = fitted.dense_ms / latency.predict(pruned)
             speedups = timer.speedups(pruned, wanted)
-            if min(speedups) >= TOLERANCE * speedup:
+            results.append((pruned, plan, predicted, speedups))
+            # Where merging alone is fast enough, no units are left to be milder with.
+            mildest = GENEROUS * speedup if "target" in kept else float("inf")
+            if TOLERANCE * speedup <= min(speedups) <= mildest:
                 break
             latency = latency.scaled(predicted / min(speedups))
+    pruned, plan, predicted, speedups = _nearest(results, TOLERANCE * speedup)
     return PrunedForSpeed(
         pruned,
         plan,
@@ -234,6 +240,12 @@ def prune_for_speed(
         fitted.models[wanted].error,
         tuple(replace(each, chosen=each is chosen) for each in sorted(candidates, key=lambda each: each.loss)),
     )
+
+
+def _nearest(results: Sequence[tuple[nn.Module, Plan, float, tuple[float, ...]]], speedup: float):
+    """Return the slowest of the results that are fast enough; the fastest where none is."""
+    enough = [result for result in results if min(result[3]) >= speedup]
+    return min(enough, key=lambda result: min(result[3])) if enough else max(results, key=lambda result: min(result[3]))
 
 
 def _look(
