@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import TINY, make_vit
 from families import half_plan
+from onnx import TensorProto
 from timm.layers import SwiGLUPacked
 
 import vitprune
@@ -108,6 +109,83 @@ def test_an_int8_file_is_small_and_still_checked_in_float32(exported, image_fold
     operators = {node.op_type for node in onnx.load(made.path).graph.node}
     assert {"DynamicQuantizeLinear", "MatMulInteger"} <= operators
     assert open_onnx(made.path).data_config == open_onnx(path).data_config
+
+
+def test_a_float16_file_computes_in_half_the_bits(exported, image_folder, tmp_path):
+    model, path, report = exported
+    images = vitprune.ImageBatches(vitprune.find_images(image_folder, 5), model, batch_size=8)
+    made = vitprune.export_onnx(model, tmp_path / "half.onnx", images, precision="float16")
+    assert made.float32.max_abs_diff == pytest.approx(report.max_abs_diff, abs=1e-5)
+    assert 1e-6 < made.max_abs_diff < 0.05
+    graph = onnx.load(made.path).graph
+    assert {tensor.data_type for tensor in graph.initializer} == {TensorProto.FLOAT16, TensorProto.INT64}
+    assert graph.input[0].type.tensor_type.elem_type == TensorProto.FLOAT16
+    assert made.size_bytes < 0.7 * report.size_bytes
+    # Whoever opens it feeds what it takes.
+    opened = open_onnx(made.path)
+    assert opened.data_config == open_onnx(path).data_config
+    assert vitprune.evaluate(opened, images).top1 == made.top1
+    (row,) = vitprune.bench({"half": made.path}, backends=["onnxruntime-cpu"], batch_sizes=[2], seconds=0.05)
+    assert row.precision == "float16"
+
+
+def test_static_quantisation_is_of_onnx_alone_and_its_images_are_refused(exported, image_folder, tmp_path):
+    model, _path, report = exported
+    images = vitprune.ImageBatches(vitprune.find_images(image_folder, 5), model, batch_size=8)
+    options = {"precision": "int8-static", "operators": "standard"}
+    made = vitprune.export_onnx(model, tmp_path / "static.onnx", images, **options)
+    assert made.float32.max_abs_diff == pytest.approx(report.max_abs_diff, abs=1e-5)
+    assert 0 < made.max_abs_diff < 1
+    graph = onnx.load(made.path).graph
+    operators = {node.op_type for node in graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= operators
+    assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
+    weights = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.INT8}
+    assert len(weights) >= 4 * len(model.blocks)
+    with pytest.raises(vitprune.VitpruneError, match="20 of 20 evaluation images were calibration images"):
+        vitprune.evaluate(open_onnx(made.path), images)
+
+
+def test_comparisons_of_tokens_stay_float32_in_statically_quantised_files(tmp_path):
+    model = set_merging(make_vit(), (3, 0, 6)).float()
+    images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    batches = [(images, torch.zeros(5))]
+    options = {"precision": "int8-static", "operators": "standard", "batch_size": 2}
+    made = vitprune.export_onnx(model, tmp_path / "static.onnx", batches, **options)
+    graph = onnx.load(made.path).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    (chosen,) = (node for node in graph.node if node.op_type == "TopK")
+    ancestors, waiting = set(), [chosen.input[0]]
+    for _step in range(3):
+        waiting = [name for each in waiting if each in makers for name in makers[each].input]
+        ancestors |= {makers[name].op_type for name in waiting if name in makers}
+    assert "DequantizeLinear" not in ancestors
+    assert made.max_abs_diff < 1
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+def test_a_version_of_the_operators_can_be_asked_for(opset, exported, image_folder, tmp_path):
+    model, _path, _report = exported
+    images = vitprune.ImageBatches(vitprune.find_images(image_folder, 5), model, batch_size=8)
+    made = vitprune.export_onnx(model, tmp_path / "m.onnx", images, opset=opset)
+    assert {each.domain: each.version for each in onnx.load(made.path).opset_import}[""] == opset
+    assert made.max_abs_diff < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("m.onnx", {"opset": 17}, "opset must be in 18 .. 23, got 17"),
+        ("m.onnx", {"precision": "int4"}, "precision must be one of float32, float16, int8, int8-static"),
+        ("m.xml", {"precision": "float16"}, "OpenVINO's files are float32 or int8"),
+        ("m.xml", {"opset": 20}, "have no `opset`"),
+    ],
+)
+def test_numbers_and_operators_that_there_are_not(name, options, message, exported, tmp_path):
+    model, _path, _report = exported
+    with pytest.raises(vitprune.VitpruneError, match=message):
+        vitprune.export_onnx(model, tmp_path / name, [], **options)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_fixed_batch_runs_any_number_of_images(exported, image_folder, tmp_path):
@@ -260,12 +338,12 @@ def test_bench_times_precisions_against_the_first_and_measures_memory():
     rows = vitprune.bench(
         {"dense": make_vit(**TINY).float()},
         backends=["onnxruntime-cpu"],
-        precisions=["float32", "int8"],
+        precisions=["float32", "int8", "float16"],
         batch_sizes=[2],
         seconds=0.05,
         memory=True,
     )
-    assert [row.precision for row in rows] == ["float32", "int8"]
+    assert [row.precision for row in rows] == ["float32", "int8", "float16"]
     assert rows[0].speedup == 1
     assert rows[1].ceiling_share is None
     for row in rows:

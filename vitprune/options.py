@@ -123,7 +123,9 @@ MODES: Mapping[str, str] = {
 
 PRECISIONS_ONNX: Mapping[str, str] = {
     "float32": "as the weights are",
-    "int8": "8-bit products with weights, quantised as they come",
+    "float16": "weights and all that is computed in half the bits, for GPUs and other accelerators",
+    "int8": "8-bit products with weights, activations quantised as they come",
+    "int8-static": "the same for other runtimes, activations quantised by what they are on calibration images",
 }
 
 # What a model may be run in, beside float32, to be as fast as asked for.

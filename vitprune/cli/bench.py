@@ -37,7 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str,
         nargs="+",
         default=["float32"],
-        help=f"torch: {', '.join(options.PRECISIONS_TORCH)}; ONNX Runtime: {', '.join(options.PRECISIONS_ONNX)}",
+        help=f"torch: {', '.join(options.PRECISIONS_TORCH)}; ONNX Runtime: float32, float16, int8",
     )
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8], help="images per run")
     parser.add_argument("--threads", type=int, nargs="+", help="of the operators; default: torch's")

@@ -34,20 +34,21 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--num-images",
         type=int,
-        help="images to compare with torch, and to quantise an .xml file with (default: 64, 200)",
+        help="images to compare with torch, and to quantise statically with (default: 64, 200)",
     )
     parser.add_argument("--int8", action="store_true", help="the short form of --precision int8")
     parser.add_argument("--precision", choices=tuple(options.PRECISIONS_ONNX), help=listed(options.PRECISIONS_ONNX))
     parser.add_argument(
         "--operators", choices=tuple(options.OPERATORS), default="onnxruntime", help=listed(options.OPERATORS)
     )
+    parser.add_argument("--opset", type=int, help="version of ONNX's operators, 18 .. 23 (default: that of torch)")
     parser.add_argument("--fixed-batch", type=int, help="images per run of the file (default: any number)")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
 
 
 def run(
     model, output, checkpoint, ratio, merge, data, class_map, classes, images_per_class, strict, batch_size, workers,
-    seed, num_images, int8, precision, operators, fixed_batch, overwrite, **opening,
+    seed, num_images, int8, precision, operators, opset, fixed_batch, overwrite, **opening,
 ):  # fmt: skip
     from vitprune.export.onnx_file import export_onnx
     from vitprune.files import refuse_existing
@@ -60,7 +61,8 @@ def run(
         raise VitpruneError(f"--int8 and --precision {precision} contradict each other; leave one out")
     precision = "int8" if int8 else precision or "float32"
     if num_images is None:
-        num_images = 200 if precision == "int8" and Path(output).suffix == ".xml" else 64
+        is_static = precision == "int8-static" or (precision == "int8" and Path(output).suffix == ".xml")
+        num_images = 200 if is_static else 64
     if num_images < 1:
         raise VitpruneError(f"num_images must be at least 1, got {num_images}")
     refuse_without_data(data, classes=classes, images_per_class=images_per_class)
@@ -85,6 +87,7 @@ def run(
         precision=precision,
         operators=operators,
         batch_size=fixed_batch,
+        opset=opset,
     )
     answer = {
         "path": output,

@@ -40,7 +40,7 @@ from vitprune.export.openvino_file import (
     write_openvino,
 )
 from vitprune.export.profile import count_graph_macs, make_session_runner
-from vitprune.export.quantize import quantize
+from vitprune.export.quantize import halve, quantize, quantize_statically
 from vitprune.export.runtime import METADATA_KEY, open_onnx, open_session
 from vitprune.files import FORMAT_VERSION, atomic_siblings
 from vitprune.models.identity import architecture
@@ -61,7 +61,9 @@ PARITY_RTOL, PARITY_ATOL = 1e-3, 1e-4
 NOISE, NUM_DRAWS, NEAR = (1e-6, 1e-5), 12, 5
 # A protobuf message ends at 2 GiB; the graph itself needs some of it.
 LARGEST_FILE_BYTES = 2**31 - 2**24
-# To spend on comparing an int8 file with the float32 graph it was made from.
+# Older ones lack operators that the exporter writes.
+OPSETS = range(18, 24)
+# To spend on comparing a file of narrower numbers with the float32 graph it was made from.
 SPEED_SECONDS = 1.0
 # Without an upper bound, torch 2.6 gives up on a dynamic batch.
 MAX_BATCH_SIZE = 2**16
@@ -112,8 +114,8 @@ class ExportReport:
         near_ties: of these, images where rounding decides which tokens merge, as in ``Parity``.
         size_bytes: of the file, and of the one beside it that holds the weights of a model above 2 GB.
         precision: of the matrix products with weights.
-        float32: how close the float32 graph was that an int8 file was made from; None for float32 files.
-        speedup: how many times faster than that graph an int8 file runs a batch of 1 (or of the fixed size) here.
+        float32: how close the float32 graph was that a file of narrower numbers was made from; None for float32 files.
+        speedup: how many times faster than that graph it runs a batch of 1 (or of the fixed size) here.
     """
 
     path: Path
@@ -133,7 +135,7 @@ class ExportReport:
         lines += [f"{self.precision}: {own}", f"wrote {self.path} ({self.size_bytes / 1e6:.1f} MB)"]
         if self.speedup is not None:
             lines.append(
-                f"int8 runs {self.speedup.ratio:.2f} x as fast as float32 here "
+                f"{self.precision} runs {self.speedup.ratio:.2f} x as fast as float32 here "
                 f"({self.speedup.low:.2f} .. {self.speedup.high:.2f})"
             )
         return "\n".join(lines)
@@ -152,6 +154,7 @@ def export_onnx(
     precision: str = "float32",
     operators: str = "onnxruntime",
     batch_size: int | None = None,
+    opset: int | None = None,
 ) -> ExportReport:
     """Write an ONNX file that is fast in ONNX Runtime, or OpenVINO's own, check it, and compare it with torch.
 
@@ -162,13 +165,15 @@ def export_onnx(
         batches: real images (normalised by the model's own transform) and labels, which only ``top1`` is for.
             Readable twice for int8.
         plan: what the model was pruned by, kept in the file; the file will not be evaluated on its calibration images.
-        precision: ``float32``, or ``int8`` for dynamically quantised products with weights; int8 answers are reported,
-            not refused, where they differ, but the float32 graph they are made from has to agree with torch. For an
-            ``.xml`` file quantisation is static: it reads up to 200 of ``batches``, all of which count as calibration
-            images. It pays on processors with 8-bit instructions (AVX-512 VNNI, AVX-VNNI) only.
+        precision: key of ``PRECISIONS_ONNX``. Answers of others than ``float32`` are reported, not refused, where they
+            differ, but the float32 graph that they are made from has to agree with torch. ``int8`` quantises
+            activations as they come; ``int8-static`` reads up to 200 of ``batches``, all of which count as calibration
+            images, and an ``.xml`` file in ``int8`` does the same. It pays on processors with 8-bit instructions
+            (AVX-512 VNNI, AVX-VNNI) only.
         operators: ``onnxruntime`` (attention as one operator of ONNX Runtime's own), or ``standard`` (ONNX alone, for
             other runtimes, OpenVINO among them).
         batch_size: images per run, fixed; None leaves it open.
+        opset: version of ONNX's operators, in 18 .. 23; None takes the one of torch's exporter.
 
     Raises:
         VitpruneError: if there are no images, an argument is unknown, or ONNX Runtime's float32 logits differ from
@@ -188,8 +193,12 @@ def export_onnx(
     check_choice("operators", operators, OPERATORS)
     if batch_size is not None and not 1 <= batch_size <= MAX_BATCH_SIZE:
         raise VitpruneError(f"batch_size must be in [1, {MAX_BATCH_SIZE}], got {batch_size}")
+    if opset is not None and opset not in OPSETS:
+        raise VitpruneError(f"opset must be in {OPSETS[0]} .. {OPSETS[-1]}, got {opset}")
     to_openvino = path.suffix == SUFFIX
     if to_openvino:
+        if precision not in ("float32", "int8") or opset is not None:
+            raise VitpruneError(f"{path}: OpenVINO's files are float32 or int8, and have no `opset`")
         import_openvino()
         if precision == "int8":
             import_nncf()
@@ -204,16 +213,26 @@ def export_onnx(
         drop_unread_merge(model)
         if to_openvino:
             return _export_openvino(model, written, path, batches, facts, precision, batch_size)
-        _write(_trace(model, batch_size, operators), written, facts)
-        parity = _measure_parity(model, open_onnx(written), batches, exact=True)
-        if precision == "int8":
+        _write(_trace(model, batch_size, operators, opset), written, facts)
+        watched = WatchedBatches(batches)
+        parity = _measure_parity(model, open_onnx(written), watched, exact=True)
+        if precision != "float32":
             float32 = parity
-            with tempfile.TemporaryDirectory(dir=folder) as unquantized:
+            facts = {**facts, "precision": precision}
+            if precision == "int8-static":
+                # Whoever calibrates a number format has a say in the answers.
+                facts["calibration_sha256"] = sorted({*facts["calibration_sha256"], *watched.seen.sha256})
+            with tempfile.TemporaryDirectory(dir=folder) as exact:
                 for file in [file for file in folder.iterdir() if file.is_file()]:
-                    file.rename(Path(unquantized) / file.name)
-                told = json.dumps({**facts, "precision": "int8"}, sort_keys=True)
-                quantize(Path(unquantized) / path.name, written, {METADATA_KEY: told})
-                speedup = _compare_speed(Path(unquantized) / path.name, written)
+                    file.rename(Path(exact) / file.name)
+                source, told = Path(exact) / path.name, {METADATA_KEY: json.dumps(facts, sort_keys=True)}
+                if precision == "float16":
+                    halve(source, written, told)
+                elif precision == "int8":
+                    quantize(source, written, told)
+                else:
+                    quantize_statically(source, written, collect_images(batches, batch_size), told)
+                speedup = _compare_speed(source, written, lambda file: _run_in_session(file, batch_size))
             parity = _measure_parity(model, open_onnx(written), batches, exact=False)
         size_bytes = sum(file.stat().st_size for file in folder.iterdir())
     return ExportReport(
@@ -268,8 +287,8 @@ def _export_openvino(
     )
 
 
-def _run_in_session(path: Path) -> Callable[[], Any]:
-    return make_session_runner(open_session(path), 1)
+def _run_in_session(path: Path, batch_size: int | None = None) -> Callable[[], Any]:
+    return make_session_runner(open_session(path), batch_size or 1)
 
 
 def _compare_speed(
@@ -281,7 +300,7 @@ def _compare_speed(
     return paired_speedup(measured[first], measured[second])
 
 
-def _trace(model: nn.Module, batch_size: int | None, operators: str) -> ir.Model:
+def _trace(model: nn.Module, batch_size: int | None, operators: str, opset: int | None = None) -> ir.Model:
     # Two images: torch.export takes a dimension of size 1 for a constant.
     example = torch.zeros(2 if batch_size is None else batch_size, *data_config(model)["input_size"])
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH_SIZE)
@@ -292,6 +311,7 @@ def _trace(model: nn.Module, batch_size: int | None, operators: str) -> ir.Model
             dynamo=True,
             input_names=["images"],
             output_names=["logits"],
+            opset_version=opset,
             dynamic_shapes=({0: batch},) if batch_size is None else None,
             verbose=False,
         )

@@ -32,11 +32,11 @@ from vitprune.export.openvino_file import (
     read_openvino,
 )
 from vitprune.export.profile import count_graph_macs, make_session_runner
-from vitprune.export.quantize import quantize
+from vitprune.export.quantize import halve, quantize
 from vitprune.export.runtime import PROVIDERS, check_finite_initializers, check_provider, open_session, read_facts
 from vitprune.models.load import check_device
 from vitprune.models.macs import amdahl_ceiling, count_macs
-from vitprune.options import BACKENDS, PRECISIONS_ONNX, PRECISIONS_TORCH, check_choice
+from vitprune.options import BACKENDS, PRECISIONS_TORCH, check_choice
 from vitprune.processes import peak_memory_bytes
 from vitprune.progress import Track, untracked
 from vitprune.speed.footprint import measure_footprint
@@ -45,6 +45,8 @@ from vitprune.views import data_config
 
 DEFAULT_BACKENDS = ("torch-eager", "onnxruntime-cpu")
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What files are timed in without images to quantise them by.
+TIMED_IN_FILES = ("float32", "float16", "int8")
 # Backends that run files, which torch models are exported to first.
 FILE_BACKENDS = (*PROVIDERS, OPENVINO)
 Runner = Callable[[], Any]
@@ -243,7 +245,7 @@ def _measure_memory(files: _Files, key: tuple[str, str, str], batch_size: int, c
 def _check(models, backends, precisions, batch_sizes, threads, device: str, baseline: str | None) -> None:
     for backend in backends:
         check_choice("backend", backend, BACKENDS)
-        known = PRECISIONS_ONNX if backend in PROVIDERS else PRECISIONS_TORCH
+        known = TIMED_IN_FILES if backend in PROVIDERS else PRECISIONS_TORCH
         if backend == OPENVINO:
             import_openvino()
             known = ("float32",)
@@ -260,10 +262,11 @@ def _check(models, backends, precisions, batch_sizes, threads, device: str, base
             raise VitpruneError(f"{unable[0]} is an {kind} file: {backend} cannot run it, {able} can")
     if "tf32" in precisions and torch.device(device).type != "cuda":
         raise VitpruneError(f"tf32 is a precision of GPUs; the device is {device}")
-    if "int8" in precisions:
+    narrow = next((precision for precision in ("int8", "float16") if precision in precisions), None)
+    if narrow is not None:
         files = [name for name, model in models.items() if not isinstance(model, nn.Module)]
         if files:
-            raise VitpruneError(f"{files[0]} is timed as it is; export its model with `precision` int8")
+            raise VitpruneError(f"{files[0]} is timed as it is; export its model with `precision` {narrow}")
     for what, values in (("batch sizes", batch_sizes), ("thread counts", threads)):
         if min(values, default=0) < 1:
             raise VitpruneError(f"{what} must be at least 1, got {list(values)}")
@@ -304,8 +307,9 @@ class _Files:
             return Path(model)
         if key not in self.exported:
             self.exported[key] = self.folder / f"{len(self.exported)}.onnx"
-            if precision == "int8":
-                quantize(self.get(name, "float32", backend), self.exported[key], {})
+            if precision != "float32":
+                narrow = {"int8": quantize, "float16": halve}[precision]
+                narrow(self.get(name, "float32", backend), self.exported[key], {})
             else:
                 export_onnx(model, self.exported[key], [random_batch(model, 2)], operators=operators)
         return self.exported[key]
