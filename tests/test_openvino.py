@@ -14,10 +14,17 @@ from vitprune import bench, export_onnx, set_merging
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.judge import Source, open_model
 from vitprune.export import onnx_file
-from vitprune.export.openvino_file import make_openvino_runner, open_openvino
+from vitprune.export.openvino_file import (
+    _products_of_merging,
+    make_openvino_runner,
+    open_openvino,
+    read_openvino,
+)
 from vitprune.seen_images import hash_pixels
 from vitprune.speed.alignment import FfnShape, find_round_to
 from vitprune.speed.bench import Setting, make_backend_runner
+from vitprune.speed.fit_latency import Format, Writer, fit_latency
+from vitprune.speed.prune_for_speed import open_as
 from vitprune.views import data_config
 
 
@@ -63,6 +70,42 @@ def test_images_that_quantised_a_file_are_refused_later(tmp_path):
     first = (tmp_path / "m.bin").read_bytes()
     export_onnx(model, tmp_path / "again.xml", batches, precision="int8")
     assert (tmp_path / "again.bin").read_bytes() == first
+
+
+def test_tokens_are_compared_and_averaged_in_float32(tmp_path):
+    """Of the products of two activations, attention's alone are quantised."""
+    model = set_merging(make_vit(), (3, 0, 6))
+    export_onnx(model, tmp_path / "m.xml", batches_for(model), precision="int8")
+
+    def is_quantised(product):
+        makers = [product.input_value(place).get_node().get_type_name() for place in range(2)]
+        return "FakeQuantize" in makers
+
+    products = {
+        op.get_friendly_name(): op
+        for op in read_openvino(tmp_path / "m.xml").get_ops()
+        if op.get_type_name() == "MatMul"
+    }
+    export_onnx(model, tmp_path / "exact.xml", batches_for(model))
+    left_out = _products_of_merging(read_openvino(tmp_path / "exact.xml"))
+    assert left_out
+    assert not any(is_quantised(products[name]) for name in left_out)
+    assert sum(map(is_quantised, products.values())) >= 4 * len(model.blocks)
+    dense = make_vit()
+    export_onnx(dense, tmp_path / "dense.xml", batches_for(dense))
+    assert _products_of_merging(read_openvino(tmp_path / "dense.xml")) == []
+
+
+def test_an_8_bit_file_of_it_is_one_of_the_formats_to_choose_from(tmp_path):
+    model, wanted = make_vit(), Format("openvino", "int8")
+    fitted = fit_latency(model, [wanted], num_samples=1)
+    assert fitted.reference == Format("openvino")
+    assert fitted.models[wanted].predict(model) > 0
+    batches = batches_for(model)
+    opened = open_as(model, wanted, Writer(tmp_path, batches), "model")
+    report = export_onnx(model, tmp_path / "m.xml", batches, precision="int8")
+    images = batches_for(model, seed=3)[0][0]
+    torch.testing.assert_close(opened(images), open_openvino(report.path)(images))
 
 
 def test_nothing_is_left_where_weights_differ(tmp_path, monkeypatch):

@@ -175,6 +175,12 @@ def test_formats_are_float32_first_and_then_what_a_backend_of_files_has():
     ]
     with pytest.raises(VitpruneError, match="torch-eager has no int8"):
         list_formats(["torch-eager"], ["int8"])
+    assert list_formats(["onnxruntime-cpu", "openvino"], ["int8"])[2:] == [
+        Format("onnxruntime-cpu", "int8"),
+        Format("openvino", "int8"),
+    ]
+    with pytest.raises(VitpruneError, match="openvino has no float16"):
+        list_formats(["openvino"], ["float16"])
 
 
 def test_candidates_are_kept_beside_the_model(fast, tmp_path):

@@ -129,7 +129,10 @@ PRECISIONS_ONNX: Mapping[str, str] = {
 }
 
 # What a model may be run in, beside float32, to be as fast as asked for.
-ALLOWED_PRECISIONS: Mapping[str, str] = {"int8": "8-bit products with weights"}
+ALLOWED_PRECISIONS: Mapping[str, str] = {
+    "int8": "8-bit products with weights; on openvino those of attention as well, by calibration images",
+    "float16": "half the bits, for GPUs",
+}
 
 OPERATORS: Mapping[str, str] = {
     "onnxruntime": "attention as one operator of ONNX Runtime's own, the fastest there",

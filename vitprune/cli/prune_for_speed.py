@@ -18,6 +18,11 @@ def check_export(path: str, *, overwrite: bool) -> None:
     if Path(path).suffix != ".onnx":
         raise VitpruneError(f"--export {path}: an ONNX file ends in .onnx")
     refuse_existing(path, overwrite=overwrite)
+    refuse_existing(_for_openvino(path), overwrite=overwrite)
+
+
+def _for_openvino(path: str) -> str:
+    return str(Path(path).with_suffix(".xml"))
 
 
 def check_images_for(batches: Any) -> None:
@@ -81,9 +86,11 @@ def export_for_speed(result: Any, path: str, batches: Any):
     from vitprune.export.onnx_file import export_onnx
     from vitprune.speed.bench import operators_for
 
+    # What OpenVINO quantised by itself is in its own pair of files.
+    own = (result.backend, result.precision) == ("openvino", "int8")
     return export_onnx(
         result.model,
-        path,
+        _for_openvino(path) if own else path,
         Tracked(take_evenly(batches, NUM_PARITY_IMAGES), "parity"),
         plan=result.plan,
         precision=result.precision,
@@ -122,4 +129,5 @@ def show_speed(result: Any, output: str, report: Any) -> None:
     if report is not None:
         print(report)
     elif result.precision != "float32":
-        print(f"it is that fast in {result.precision}: 'vitprune export {output} FILE.onnx --int8' writes it")
+        file = "FILE.xml" if result.backend == "openvino" else "FILE.onnx"
+        print(f"'vitprune export {output} {file} --precision {result.precision}' writes what is that fast")

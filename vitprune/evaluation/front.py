@@ -214,7 +214,7 @@ def measure_front(
             evaluation=evaluation,
             models=folder / MODELS_FOLDER,
             points=points,
-            writer=Writer(Path(files)),
+            writer=Writer(Path(files), calibration),
             formats=tuple(formats),
             parts=tuple(parts),
             options=options,

@@ -149,7 +149,7 @@ def prune_within_drop(
         except OutOfReachError:
             tried.append(TriedSpeed(speedup))
             return False
-        row = _judge(result, speedup, dense, evaluation, max_drop)
+        row = _judge(result, speedup, dense, evaluation, batches, max_drop)
         tried.append(row)
         best = result if row.within else best
         return row.within
@@ -176,10 +176,12 @@ def _walk(holds: Any) -> tuple[float, float | None]:
     return SPEEDUPS[place], None
 
 
-def _judge(result: PrunedForSpeed, speedup: float, dense: Accuracy, evaluation: Batches, max_drop: float) -> TriedSpeed:
+def _judge(
+    result: PrunedForSpeed, speedup: float, dense: Accuracy, evaluation: Batches, batches: Batches, max_drop: float
+) -> TriedSpeed:
     with tempfile.TemporaryDirectory() as folder:
         wanted = Format(result.backend, result.precision)
-        accuracy = evaluate(open_as(result.model, wanted, Writer(Path(folder)), "model"), evaluation)
+        accuracy = evaluate(open_as(result.model, wanted, Writer(Path(folder), batches), "model"), evaluation)
     bound = drop_bound(dense, accuracy)
     drop = dense.top1 - accuracy.top1
     return TriedSpeed(

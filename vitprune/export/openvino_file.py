@@ -184,6 +184,8 @@ def write_openvino(source: Path, path: Path, facts: Mapping[str, Any]) -> None:
 def quantize_openvino(source: Path, path: Path, images: Sequence[np.ndarray], facts: Mapping[str, Any]) -> None:
     """Quantise weights and activations of a float32 .xml file to 8 bits, by what activations are on some images.
 
+    Products that compare and average tokens which merge stay float32: 8 bits there cost more than all others.
+
     Args:
         source: the float32 file.
         path: the .xml file to write, another one.
@@ -193,27 +195,66 @@ def quantize_openvino(source: Path, path: Path, images: Sequence[np.ndarray], fa
     Source:
         ``nncf.quantize`` for Transformers, weights symmetric and activations not.
     """
-    nncf = import_nncf()
+    nncf, model = import_nncf(), read_openvino(source)
+    left_out = _products_of_merging(model)
     with _silence():
         quantized = nncf.quantize(
-            read_openvino(source),
+            model,
             nncf.Dataset(list(images)),
             preset=nncf.QuantizationPreset.MIXED,
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=len(images),
+            ignored_scope=nncf.IgnoredScope(names=left_out) if left_out else None,
         )
     _save(quantized, path, facts)
 
 
-def collect_images(batches: Any, batch_size: int | None) -> list[np.ndarray]:
-    """Return the first images of batches as a file of this batch size (None: any) reads them."""
+def collect_images(batches: Any, batch_size: int | None, *, num_images: int = CALIBRATION_IMAGES) -> list[np.ndarray]:
+    """Return the first images of batches as a file of this batch size (None: any) reads them, so many at most."""
     taken: list[Tensor] = []
     for images, _labels in batches:
         taken += list(images.cpu().float())
-        if len(taken) >= CALIBRATION_IMAGES:
+        if len(taken) >= num_images:
             break
-    groups = torch.stack(taken[:CALIBRATION_IMAGES]).split(batch_size or 1)
+    groups = torch.stack(taken[:num_images]).split(batch_size or 1)
     return [fill_up(group, batch_size or 1).numpy() for group in groups]
+
+
+def _products_of_merging(model: Any) -> list[str]:
+    """Return the names of products of two activations that are not attention's: these stand beside a softmax."""
+    return [
+        op.get_friendly_name()
+        for op in model.get_ops()
+        if op.get_type_name() == "MatMul"
+        and not any(_is_constant(op.input_value(place).get_node()) for place in range(2))
+        and not _is_attention(op)
+    ]
+
+
+def _is_constant(op: Any) -> bool:
+    if op.get_type_name() in ("Convert", "Reshape", "Transpose"):
+        return _is_constant(op.input_value(0).get_node())
+    return op.get_type_name() == "Constant"
+
+
+def _is_attention(product: Any) -> bool:
+    """Tell whether a softmax is before or behind a product, with what moves, scales or adds numbers between."""
+    between = ("Add", "Convert", "Multiply", "Reshape", "Transpose")
+
+    def behind(op: Any, steps: int) -> bool:
+        if op.get_type_name() == "Softmax":
+            return True
+        return steps > 0 and op.get_type_name() in between and behind(op.input_value(0).get_node(), steps - 1)
+
+    def before(op: Any, steps: int) -> bool:
+        readers = [reader.get_node() for reader in op.output(0).get_target_inputs()]
+        return any(
+            reader.get_type_name() == "Softmax"
+            or (steps > 0 and reader.get_type_name() in between and before(reader, steps - 1))
+            for reader in readers
+        )
+
+    return any(behind(product.input_value(place).get_node(), 3) for place in range(2)) or before(product, 4)
 
 
 def _save(model: Any, path: Path, facts: Mapping[str, Any]) -> None:

@@ -13,11 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitprune.data import Batches
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.export.onnx_file import write_unchecked
-from vitprune.export.openvino_file import import_openvino
-from vitprune.export.quantize import quantize
+from vitprune.export.openvino_file import (
+    OPENVINO,
+    SUFFIX,
+    collect_images,
+    import_nncf,
+    import_openvino,
+    quantize_openvino,
+    write_openvino,
+)
+from vitprune.export.quantize import halve, quantize
 from vitprune.export.runtime import PROVIDERS, check_provider
 from vitprune.models.attention import QK, VO, split_attention
 from vitprune.models.merging import check_merging, set_merging
@@ -30,9 +39,11 @@ from vitprune.pruning.latency_model import LatencyModel, fit_rates, shape_of
 from vitprune.pruning.plan import Plan
 from vitprune.speed.bench import FILE_BACKENDS, Runner, Setting, make_backend_runner, operators_for
 from vitprune.timing import Latency, measure_latency, paired_speedup
-from vitprune.views import num_patches
+from vitprune.views import data_config, num_patches
 
 NUM_SAMPLES = 12
+# Images that candidates are quantised by, where that is static; and random ones, where they are timed alone.
+NUM_QUANTISED, NUM_RANDOM = 64, 2
 SECONDS_EACH = 1.0
 
 
@@ -176,9 +187,12 @@ def list_formats(backends: Sequence[str], allow: Sequence[str] = ()) -> list[For
     formats = [Format(backend) for backend in dict.fromkeys(backends)]
     for precision in dict.fromkeys(allow):
         check_choice("allow", precision, ALLOWED_PRECISIONS)
-        having = [backend for backend in backends if backend in PROVIDERS]
+        able = (*PROVIDERS, OPENVINO) if precision == "int8" else tuple(PROVIDERS)
+        having = [backend for backend in backends if backend in able]
         if not having:
             raise VitpruneError(f"{', '.join(backends)} has no {precision}; name a backend of files, onnxruntime-cpu")
+        if OPENVINO in having:
+            import_nncf()
         formats += [Format(backend, precision) for backend in having]
     return formats
 
@@ -205,10 +219,16 @@ def time_sources(
 
 
 class Writer:
-    """Writes models as what a format runs, into a folder; a float32 file that several formats need is written once."""
+    """Writes models as what a format runs, into a folder; a float32 file that several formats need is written once.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: to write into.
+        batches: images of the models and labels, to quantise by where that is static; random images where there are
+            none, which serve to be timed.
+    """
+
+    def __init__(self, folder: Path, batches: Batches | None = None) -> None:
+        self.folder, self.batches = folder, batches
 
     def source(self, model: nn.Module, wanted: Format, name: str) -> nn.Module | Path:
         """Return what ``make_backend_runner`` takes: the model itself for torch, a file for others."""
@@ -220,10 +240,30 @@ class Writer:
             write_unchecked(model, path, operators=operators)
         if wanted.precision == "float32":
             return path
-        quantised = path.with_name(f"{path.stem}-{wanted.precision}.onnx")
-        if not quantised.exists():
-            quantize(path, quantised, {})
-        return quantised
+        if wanted.backend == OPENVINO:
+            return self._quantise_statically(model, path)
+        narrow = path.with_name(f"{path.stem}-{wanted.precision}.onnx")
+        if not narrow.exists():
+            {"int8": quantize, "float16": halve}[wanted.precision](path, narrow, {})
+        return narrow
+
+    def _quantise_statically(self, model: nn.Module, path: Path) -> Path:
+        exact, narrow = path.with_suffix(SUFFIX), path.with_name(f"{path.stem}-int8{SUFFIX}")
+        if not narrow.exists():
+            facts = {"data_config": data_config(model), "num_classes": model.num_classes}
+            write_openvino(path, exact, facts)
+            quantize_openvino(exact, narrow, collect_images(self._images(model), None, num_images=NUM_QUANTISED), facts)
+        return narrow
+
+    def _images(self, model: nn.Module) -> Batches:
+        if self.batches is None:
+            size = data_config(model)["input_size"]
+            return [
+                (torch.randn(NUM_RANDOM, *size, generator=torch.Generator().manual_seed(0)), torch.zeros(NUM_RANDOM))
+            ]
+        # Files are read anew as this model needs them: its images may be of another size.
+        of_model = getattr(self.batches, "of_model", None)
+        return self.batches if of_model is None else of_model(model)
 
 
 def sample_shapes(model: nn.Module, num_samples: int, *, seed: int = 0) -> Iterator[nn.Module]:

@@ -20,6 +20,7 @@ from vitprune.calibration.layer_losses import mean_divergence
 from vitprune.data import Batches, label_names_of, on_device
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
+from vitprune.export.openvino_file import OPENVINO, OpenVinoModel, open_openvino
 from vitprune.export.runtime import OnnxModel, open_session
 from vitprune.options import DEFAULT_ALLOCATION, DEFAULT_FLOOR, DEFAULT_RIDGE
 from vitprune.progress import Track, untracked
@@ -189,7 +190,7 @@ def prune_for_speed(
     of_target = {"limit": limit, "dense_ms": fitted.dense_ms, "parts": parts}
     propose = partial(_propose, model, batches, weighed=weighed, **of_target, **shared)
     with tempfile.TemporaryDirectory() as folder:
-        timer = _Timer(model, Path(folder), fitted.reference, tuple(batch_sizes), num_threads, measure)
+        timer = _Timer(model, Path(folder), fitted.reference, tuple(batch_sizes), num_threads, measure, weighed.fitted)
         looked_at, reasons = [], []
         for wanted in formats:
             try:
@@ -360,7 +361,9 @@ def open_as(model: nn.Module, wanted: Format, writer: Writer, name: str) -> Any:
     return _open(model, writer.source(model, wanted, name), wanted.backend)
 
 
-def _open(model: nn.Module, path: Path, backend: str) -> OnnxModel:
+def _open(model: nn.Module, path: Path, backend: str) -> OnnxModel | OpenVinoModel:
+    if backend == OPENVINO:
+        return open_openvino(path)
     facts = {"data_config": data_config(model), "num_classes": model.num_classes}
     names = label_names_of(model)
     return OnnxModel(open_session(path, backend=backend), {**facts, "label_names": names or ()}, path)
@@ -383,8 +386,9 @@ class _Timer:
         batch_sizes: tuple[int, ...],
         num_threads: int | None,
         measure: Measure | None,
+        batches: Batches,
     ) -> None:
-        self.writer, self.reference, self.written = Writer(folder), reference, {}
+        self.writer, self.reference, self.written = Writer(folder, batches), reference, {}
         self.dense, self.measure = dense, measure
         self.batch_sizes, self.num_threads = batch_sizes, num_threads
 
