@@ -112,6 +112,8 @@ def show_candidates(result: Any) -> None:
     ]
     print_table("candidates, each refitted at once", ("candidate", "loss", "predicted x", "measured x"), rows)
     print("loss: KL(dense || candidate), nats per image, on calibration images that nothing was fitted to")
+    for wanted, reason in result.refused.items():
+        print(f"{wanted}: not so fast ({reason})")
 
 
 def show_speed(result: Any, output: str, report: Any) -> None:

@@ -7,8 +7,8 @@ nothing was fitted to. The best is timed, which corrects the fit where it matter
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,7 @@ class PrunedForSpeed:
         dense_ms: of the dense model at the first batch size.
         fit_error: largest relative error of the fitted model over the shapes that it was fitted to.
         candidates: all that was looked at, the least loss first.
+        refused: format -> why nothing in it is so fast.
     """
 
     model: nn.Module
@@ -101,6 +102,7 @@ class PrunedForSpeed:
     dense_ms: float
     fit_error: float
     candidates: tuple[Candidate, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def speedup(self) -> float:
@@ -191,14 +193,15 @@ def prune_for_speed(
     propose = partial(_propose, model, batches, weighed=weighed, **of_target, **shared)
     with tempfile.TemporaryDirectory() as folder:
         timer = _Timer(model, Path(folder), fitted.reference, tuple(batch_sizes), num_threads, measure, weighed.fitted)
-        looked_at, reasons = [], []
+        looked_at, refused = [], {}
         for wanted in formats:
             try:
                 looked_at.append(_look(propose(fitted.models[wanted]), fitted.models[wanted], timer, weighed, model))
             except VitpruneError as error:
-                reasons.append(f"{wanted}: {error}")
+                refused[str(wanted)] = str(error)
         if not looked_at:
-            raise OutOfReachError(f"{speedup:.4g} times as fast is out of reach; {'; '.join(reasons)}")
+            reasons = "; ".join(f"{wanted}: {reason}" for wanted, reason in refused.items())
+            raise OutOfReachError(f"{speedup:.4g} times as fast is out of reach; {reasons}")
         best, latency = min(looked_at, key=lambda each: each[0][0].loss)
         candidates = [candidate for found, _latency in looked_at for candidate in found]
         chosen = best[0]
@@ -240,6 +243,7 @@ def prune_for_speed(
         fitted.dense_ms,
         fitted.models[wanted].error,
         tuple(replace(each, chosen=each is chosen) for each in sorted(candidates, key=lambda each: each.loss)),
+        refused,
     )
 
 

@@ -41,6 +41,7 @@ def describe_speed(result: PrunedForSpeed) -> dict[str, Any]:
         "speedups": dict(zip(map(str, result.batch_sizes), result.speedups, strict=True)),
         "dense_ms": result.dense_ms,
         "fit_error": result.fit_error,
+        "refused": dict(result.refused),
         "candidates": [asdict(each) for each in result.candidates],
     }
 
