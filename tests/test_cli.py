@@ -425,6 +425,48 @@ def test_people_get_tables(run_folder, pruned_folder, saved_vit, image_folder, t
     assert "ceiling" in out
 
 
+def test_help_is_what_was_written_and_real_defaults(capsys):
+    from vitprune.cli.commands import COMMANDS
+
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        told = capsys.readouterr().out
+        assert not any(noise in told for noise in ("(type:", "type: str", "default: null", "default: False")), command
+        assert "common to all commands:" in told
+    with pytest.raises(SystemExit):
+        main(["predict", "--help"])
+    assert "images at once (16)" in capsys.readouterr().out
+
+
+def test_what_all_commands_take(saved_vit, image_folder, tmp_path, capsys, monkeypatch):
+    from vitprune.cli import evaluate
+
+    asked = ["evaluate", str(saved_vit), "--data", str(image_folder)]
+    assert main(asked) == 0
+    loud = capsys.readouterr()
+    assert "images of" in loud.err
+    assert main([*asked, "--quiet"]) == 0
+    quiet = capsys.readouterr()
+    assert (quiet.out, quiet.err) == (loud.out, "")
+    before, seen = torch.get_num_threads(), []
+    real = evaluate.run
+    monkeypatch.setattr(evaluate, "run", lambda **given: seen.append(torch.get_num_threads()) or real(**given))
+    assert main([*asked, "--threads", "1", "-q"]) == 0
+    assert (seen, torch.get_num_threads()) == ([1], before)
+    capsys.readouterr()
+    assert "threads must be at least 1, got 0" in run(*asked, "--threads", "0", code=2, capsys=capsys)
+
+
+def test_columns_that_are_empty_are_left_out(capsys):
+    from vitprune.cli.terminal import print_table
+
+    print_table("title", ("name", "nothing", "number"), [("a", "", "1"), ("b", "", "2")])
+    told = capsys.readouterr().out
+    assert "nothing" not in told
+    assert "number" in told
+
+
 def test_help_and_import_need_no_torch():
     code = (
         "import sys, vitprune, vitprune.cli\n"

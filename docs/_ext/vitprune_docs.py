@@ -123,7 +123,7 @@ class Choices(SphinxDirective):
 
 def _describe(action: Action) -> nodes.definition_list_item:
     names = " ".join([", ".join(action.option_strings), _value(action)]).strip()
-    return _item(names, _default(action), action.help)
+    return _item(names, "required" if action.required else "", action.help)
 
 
 def _item(name: str, default: str, meaning: str) -> nodes.definition_list_item:
@@ -152,15 +152,6 @@ def _value(action: Action) -> str:
     numbers = [letter for name, letter in (("int", "N"), ("float", "X")) if name in kind]
     name = numbers[0] if numbers else action.dest.rpartition("_")[-1].upper()
     return f"{name} .." if action.nargs == "+" else name
-
-
-def _default(action: Action) -> str:
-    if action.required:
-        return "required"
-    if action.default is None or action.default is False or action.dest == "config":
-        return ""
-    default = action.default if isinstance(action.default, list) else [action.default]
-    return f"default {' '.join(map(str, default))}"
 
 
 def _table(titles: Sequence[str], rows: Iterable[Sequence[nodes.Node | str]], widths: Sequence[int]) -> nodes.table:

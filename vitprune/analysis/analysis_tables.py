@@ -149,8 +149,8 @@ def _mistakes_table(similarity: Mapping[str, Any]) -> Table:
         f"{counts['joint_score_wrong']['num_images']} images)",
         ("paths of", "JAS right", "JAS wrong", "p", "own, right", "own, wrong", "predicted, wrong"),
         tuple(cells),
-        "p: Mann-Whitney; own, predicted: share of path neurons in common with the other images of the own and of the "
-        "predicted class",
+        "p: two-sided test of Mann and Whitney that JAS is as large in both; own, predicted: share of path neurons in "
+        "common with the other images of the own and of the predicted class",
     )
 
 

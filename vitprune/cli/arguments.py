@@ -11,6 +11,7 @@ def listed(choices) -> str:
 
 def add_checkpoint(parser: ArgumentParser, *, image_size: bool = True) -> None:
     """Add what may be said of a model beside its name; ``inputs.read_opening`` reads it."""
+    parser = parser.add_argument_group("the model, where its name or file does not tell")
     parser.add_argument(
         "--checkpoint", type=str, help="weights: .safetensors, .pth (tensors and plain data), google-research .npz"
     )
@@ -44,6 +45,7 @@ def add_device(parser: ArgumentParser) -> None:
 
 
 def add_images(parser: ArgumentParser, *, required: bool, batch_size: int, what: str) -> None:
+    parser = parser.add_argument_group("images")
     parser.add_argument(
         "--data", type=str, required=required, help=f"folder of class folders, list of images, or .tar: {what}"
     )

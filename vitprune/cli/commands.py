@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import inspect
 import json
+import logging
 import shlex
 import sys
 import time
@@ -13,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from vitprune.card import make_card, write_card
 from vitprune.cli import (
@@ -35,13 +38,15 @@ from vitprune.cli import (
     report,
     run,
 )
-from vitprune.cli.terminal import forget_held, note_at_work, say_held
+from vitprune.cli.terminal import forget_held, note_at_work, said, say_held
 from vitprune.cli.wording import in_flags
 from vitprune.errors import VitpruneError, VitpruneNote
 from vitprune.processes import count_processes
 from vitprune.recipe.command_options import command_line, explain_mistake, option_names
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
+# What every command takes beside its own options.
+COMMON = ("quiet", "verbose", "threads")
 # Each has SUMMARY, add_arguments(parser), and run(**options), which returns the answer for --json and a function
 # that prints it for people; None where another process has it.
 COMMANDS = {
@@ -116,7 +121,10 @@ def _run_command(command: str, given: dict[str, Any]) -> None:
         _parser, commands = build_parser()
         del commands["run"]
         summaries = {name: COMMANDS[name].SUMMARY for name in commands}
-        answer = run.run_recipe(**given, as_json=as_json, commands=commands, summaries=summaries, execute=execute)
+        common = {key: given.pop(key) for key in COMMON}
+        steps = {"commands": commands, "summaries": summaries, "execute": execute}
+        with _as_asked(**common):
+            answer = run.run_recipe(**given, as_json=as_json, **steps)
     else:
         outcome = execute(command, given)
         if outcome is None:
@@ -135,15 +143,17 @@ def execute(command: str, given: dict[str, Any]) -> tuple[dict[str, Any], Callab
     """
     started = time.perf_counter()
     given = {key: value for key, value in given.items() if key not in ("config", "json")}
+    passed = {key: value for key, value in given.items() if key not in COMMON or _has_own(command, key)}
+    common = {key: given[key] for key in COMMON if key in given and key not in passed}
     seed = given.get("seed", 0)
     if not 0 <= seed < 2**63:
         raise VitpruneError(f"seed must be in [0, 2^63), got {seed}")
     # Now, because a command may replace the folder that it was started in.
     output = Path(given["output"]).absolute() if given.get("output") else None
     try:
-        with contextlib.redirect_stdout(sys.stderr), _notes_are_shown():
+        with contextlib.redirect_stdout(sys.stderr), _notes_are_shown(), _as_asked(**common):
             forget_held()
-            outcome = COMMANDS[command].run(**given)
+            outcome = COMMANDS[command].run(**passed)
             say_held()
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, named so that torch need not be imported here
@@ -154,6 +164,25 @@ def execute(command: str, given: dict[str, Any]) -> tuple[dict[str, Any], Callab
         typed = shlex.join(command_line(_build_command(command), command, given))
         write_card(make_card(typed, given, seconds=time.perf_counter() - started), output)
     return outcome
+
+
+@contextlib.contextmanager
+def _as_asked(*, quiet: bool = False, verbose: bool = False, threads: int | None = None) -> Iterator[None]:
+    """Do what the options that all commands share ask for, while one runs."""
+    if threads is not None and threads < 1:
+        raise VitpruneError(f"threads must be at least 1, got {threads}")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(said(quiet=quiet))
+        if verbose:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("default")
+            logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+        if threads is not None:
+            import torch
+
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(threads)
+        yield
 
 
 @contextlib.contextmanager
@@ -173,11 +202,24 @@ def _notes_are_shown() -> Iterator[None]:
         yield
 
 
+def _has_own(command: str, option: str) -> bool:
+    """Tell whether a command itself reads an option of a common name, as those do that time."""
+    return command != "run" and option in inspect.signature(COMMANDS[command].run).parameters
+
+
+class _PlainHelp(DefaultHelpFormatter):
+    """Help as it was written, without types and defaults behind it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help or ""
+
+
 def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     parser = ArgumentParser(
         prog="vitprune",
         description="Influential neuron paths of timm Vision Transformers, and smaller models without the rest.",
         exit_on_error=False,
+        formatter_class=_PlainHelp,
     )
     subcommands = parser.add_subcommands(
         required=True, title="commands", description="'vitprune COMMAND --help' explains one."
@@ -190,9 +232,32 @@ def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
 
 
 def _build_command(name: str) -> ArgumentParser:
-    command = ArgumentParser(description=COMMANDS[name].SUMMARY, exit_on_error=False)
+    command = ArgumentParser(description=COMMANDS[name].SUMMARY, exit_on_error=False, formatter_class=_PlainHelp)
     COMMANDS[name].add_arguments(command)
-    command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    common = command.add_argument_group("common to all commands")
+    common.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    common.add_argument("-q", "--quiet", action="store_true", help="no progress and no notes, the result alone")
+    common.add_argument("-v", "--verbose", action="store_true", help="what libraries warn of and log as well")
+    if not _has_own(name, "threads"):
+        common.add_argument("--threads", type=int, help="of torch's operators (default: torch's choice)")
     if name != "run":
-        command.add_argument("--config", action="config", help="YAML file with any of these options")
+        common.add_argument("--config", action="config", help="YAML file with any of these options")
+    for action in command._actions:
+        _show_default(action)
     return command
+
+
+def _show_default(action: Any) -> None:
+    """Let the help of an option end in its default, where it has one and does not say so."""
+    default = action.default
+    if not action.option_strings or not isinstance(default, (int, float, str, list)) or isinstance(default, bool):
+        return
+    shown = (
+        " ".join(map(str, default))
+        if isinstance(default, list)
+        else f"{default:g}"
+        if isinstance(default, float)
+        else default
+    )
+    if shown != argparse.SUPPRESS and not action.help.endswith(f"({shown})"):
+        action.help = f"{action.help} ({shown})"

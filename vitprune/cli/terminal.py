@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from vitprune.progress import Reported, log_lines
@@ -19,6 +20,8 @@ def Tracked(batches: Any, description: str) -> Reported:
 
 def _track(items: Iterable[Any], description: str, total: int | None, done: int) -> Iterable[Any]:
     say_held()
+    if _QUIET:
+        return items
     if sys.stderr.isatty():
         return _draw_bar(items, description, total, done)
     return log_lines(items, description, total, done, SECONDS_BETWEEN_LINES)
@@ -67,21 +70,42 @@ def _console(*, stderr: bool = False):
 def print_table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, texts: Sequence[str] = ()
 ) -> None:
-    """Print a table; its first column and those of ``texts`` are words, the others numbers."""
+    """Print a table; its first column and those of ``texts`` are words, the others numbers.
+
+    Columns that are empty in all rows are left out.
+    """
     from rich.markup import escape
     from rich.table import Table
 
+    rows = list(rows)
+    shown = [place for place in range(len(columns)) if place == 0 or not rows or any(row[place] for row in rows)]
     table = Table(title=title, title_justify="left")
-    for position, column in enumerate(columns):
-        table.add_column(column, justify="left" if position == 0 or column in texts else "right")
+    for place in shown:
+        table.add_column(columns[place], justify="left" if place == 0 or columns[place] in texts else "right")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(row[place]) for place in shown))
     _console().print(table)
 
 
 def note(text: str) -> None:
     say_held()
-    print(text, file=sys.stderr)
+    if not _QUIET:
+        print(text, file=sys.stderr)
+
+
+# Not empty while a command was asked to tell its result alone.
+_QUIET: list[bool] = []
+
+
+@contextmanager
+def said(*, quiet: bool) -> Iterator[None]:
+    """Hold back progress and notes, or not."""
+    before = list(_QUIET)
+    _QUIET[:] = [True] if quiet else before
+    try:
+        yield
+    finally:
+        _QUIET[:] = before
 
 
 # Notes on what a command starts from; said when it gets to work, so that a mistake is one line.
@@ -94,7 +118,8 @@ def note_at_work(text: str) -> None:
 
 def say_held() -> None:
     for text in forget_held():
-        print(text, file=sys.stderr)
+        if not _QUIET:
+            print(text, file=sys.stderr)
 
 
 def forget_held() -> list[str]:
