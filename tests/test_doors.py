@@ -75,6 +75,7 @@ CALLS = {
     "make_elastic": lambda model, at: vitprune.make_elastic(model, make_batches(), ratios=[0.5], compensation="ridge"),
     "mask_neurons": lambda model, at: vitprune.mask_neurons(model, half(model)),
     "masked": lambda model, at: vitprune.masked(model, half(model)),
+    "measure_front": lambda model, at: vitprune.measure_front(model, make_batches(), make_batches(4), [1.0], at),
     "measure_statistics": lambda model, at: statistics(model)["blocks.1.mlp"].mean_H,
     "new_classifier": lambda model, at: vitprune.new_classifier(model, ["a", "b"]),
     "open_teacher": lambda model, at: vitprune.open_teacher(model, None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 import sys
 
 import pytest
@@ -106,6 +107,27 @@ def test_an_8_bit_file_of_it_is_one_of_the_formats_to_choose_from(tmp_path):
     report = export_onnx(model, tmp_path / "m.xml", batches, precision="int8")
     images = batches_for(model, seed=3)[0][0]
     torch.testing.assert_close(opened(images), open_openvino(report.path)(images))
+
+
+def test_signals_are_handled_after_models_were_closed_in_any_order(tmp_path):
+    """In a process of its own, which the signal of a child that ended would otherwise end."""
+    model = make_vit()
+    export_onnx(model, tmp_path / "m.xml", batches_for(model))
+    code = """if True:
+        import gc, signal, subprocess, sys
+        from vitprune.export.openvino_file import make_openvino_runner, open_openvino
+        signal.signal(signal.SIGCHLD, lambda *_: print("handled", flush=True))
+        first = open_openvino(sys.argv[1])
+        second = make_openvino_runner(sys.argv[1], 1, 1)
+        del first
+        gc.collect()
+        del second
+        gc.collect()
+        print("closed", flush=True)
+        subprocess.run([sys.executable, "-c", ""])
+    """
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "m.xml"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.endswith("closed\nhandled\n")) == (0, True), done.stderr
 
 
 def test_nothing_is_left_where_weights_differ(tmp_path, monkeypatch):

@@ -317,8 +317,7 @@ def accuracy_as_json(accuracy: Accuracy) -> dict[str, Any]:
     >>> accuracy_as_json(accuracy)["correct"], accuracy_from_json(accuracy_as_json(accuracy)) == accuracy
     ('10', True)
     """
-    content = {key: value for key, value in asdict(accuracy).items() if key != "are_shares"}
-    return {**content, "correct": "".join("01"[right] for right in accuracy.correct)}
+    return {**asdict(accuracy), "correct": "".join("01"[right] for right in accuracy.correct)}
 
 
 def accuracy_from_json(content: Mapping[str, Any]) -> Accuracy:

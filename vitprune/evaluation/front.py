@@ -326,8 +326,15 @@ def load_front(folder: str | Path) -> Front:
 
     Raises:
         VitpruneError: if it is none.
+
+    >>> load_front("nowhere")
+    Traceback (most recent call last):
+        ...
+    vitprune.errors.VitpruneError: nowhere holds no front.json
     """
     folder = Path(folder)
+    if not (folder / FRONT_FILE).is_file():
+        raise VitpruneError(f"{folder} holds no {FRONT_FILE}")
     content = read_json(folder / FRONT_FILE, kind="front")
     return Front(
         rows=tuple(FrontRow(**row) for row in content["rows"]),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vitprune.errors import VitpruneError
 from vitprune.export.runtime import METADATA_KEY, fill_up
+from vitprune.export.signal_stack import kept_signal_stack
 
 OPENVINO = "openvino"
 SUFFIX = ".xml"
@@ -197,7 +198,7 @@ def quantize_openvino(source: Path, path: Path, images: Sequence[np.ndarray], fa
     """
     nncf, model = import_nncf(), read_openvino(source)
     left_out = _products_of_merging(model)
-    with _silence():
+    with _silence(), kept_signal_stack():
         quantized = nncf.quantize(
             model,
             nncf.Dataset(list(images)),
@@ -272,7 +273,8 @@ def _compile(path: str | Path, model: Any, num_threads: int | None) -> Any:
     if num_threads is not None:
         settings["INFERENCE_NUM_THREADS"] = num_threads
     try:
-        return import_openvino().Core().compile_model(model, "CPU", settings)
+        with kept_signal_stack():
+            return import_openvino().Core().compile_model(model, "CPU", settings)
     except Exception as error:  # its exceptions have no public base class
         raise VitpruneError(f"{path}: OpenVINO cannot run it ({_first_line(error)})") from error
 
