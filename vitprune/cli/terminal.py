@@ -79,11 +79,13 @@ def print_table(
 
     rows = list(rows)
     shown = [place for place in range(len(columns)) if place == 0 or not rows or any(row[place] for row in rows)]
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for place in shown:
         table.add_column(columns[place], justify="left" if place == 0 or columns[place] in texts else "right")
     for row in rows:
         table.add_row(*(escape(row[place]) for place in shown))
+    # A title of the table itself would be broken where the table is narrower.
+    _console().print(title, style="table.title", markup=False, soft_wrap=True)
     _console().print(table)
 
 
