@@ -18,7 +18,7 @@ from vitprune.pruning.choose_merging import weigh
 from vitprune.pruning.latency_model import RATES, LatencyModel, fit_rates, shape_of, target_time
 from vitprune.pruning.meters import MACS
 from vitprune.speed.fit_latency import Fitted, Format, Writer, list_formats, sample_shapes
-from vitprune.speed.prune_for_speed import prune_for_speed
+from vitprune.speed.prune_for_speed import _check_reach, prune_for_speed
 
 SIZES = {"embed_dim": 48, "patch_size": 4, "depth": 4}
 EAGER = Format("torch-eager")
@@ -165,6 +165,14 @@ def test_what_cannot_be_is_refused_before_images_are_read(speedup, options, mess
 
     with pytest.raises(VitpruneError, match=message):
         prune_for_speed(model, Unread(), speedup, formats=[EAGER], fitted=fitted, **options)
+
+
+def test_a_fit_that_gives_nothing_for_an_empty_model_sets_no_limit():
+    """Non-negative rates are often 0: what all shapes share may be told by what they share beside it."""
+    model = make_vit(**SIZES)
+    latency = make_latency(3, model=0.0, layers=0.0, steps=0.0, merges=0.0, matching=0.0)
+    fitted = Fitted(latency.predict(model), {EAGER: latency}, EAGER)
+    _check_reach(model, 1.5, ["ffn", "qk", "vo", "layers", "tokens"], fitted, [EAGER], 0.02)
 
 
 def test_formats_are_float32_first_and_then_what_a_backend_of_files_has():

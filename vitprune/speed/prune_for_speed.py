@@ -308,7 +308,7 @@ def _check_reach(
 ) -> None:
     """Refuse what would not be reached by taking all that may go, before anything is measured on images."""
     most = {
-        wanted: fitted.dense_ms / latency.of_shape(_least(model, latency, parts, floor))
+        wanted: _times_faster(fitted.dense_ms, latency.of_shape(_least(model, latency, parts, floor)))
         for wanted, latency in ((each, fitted.models[each]) for each in formats)
     }
     best = max(most, key=lambda wanted: most[wanted])
@@ -319,6 +319,11 @@ def _check_reach(
             f"{speedup:.4g} times as fast is out of reach: with next to nothing left of {', '.join(parts)} the model "
             f"would be about {most[best]:.3g} times as fast ({best}); {more}"
         )
+
+
+def _times_faster(dense_ms: float, ms: float) -> float:
+    """Return a speed-up; infinite where the fit gives nothing for what is left."""
+    return dense_ms / ms if ms > 0 else float("inf")
 
 
 def _least(model: nn.Module, latency: LatencyModel, parts: Sequence[str], floor: float) -> Shape:
