@@ -18,6 +18,7 @@ import pytest
 import timm
 import torch
 from filelock import FileLock
+from PIL import Image
 from quick import fork_footprints, hurry, keep_exports, start_command
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
@@ -67,6 +68,17 @@ def pytest_terminal_summary(terminalreporter):
     reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
     for reason, count in sorted(reasons.items()):
         terminalreporter.write_line(f"{count} skipped: {reason}", yellow=True)
+
+
+def photos(root: Path, names, *, count: int = 1, seed: int = 0, size: int = 32) -> Path:
+    """Write small random images, all different, below ``root``/NAME."""
+    generator = torch.Generator().manual_seed(seed)
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = torch.randint(0, 256, (size, size, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(root / name / f"{number}.png")
+    return root
 
 
 def make_once(tmp_path_factory, name: str, make: Callable[[Path], Any]) -> Path:

@@ -239,6 +239,20 @@ def test_large_int8_files_hold_no_float32_weights_and_replace_no_strangers_file(
     assert not (tmp_path / "c.onnx").exists()
 
 
+@pytest.mark.parametrize("precision", ["float16", "int8-static"])
+def test_large_files_of_narrower_numbers_answer_as_small_ones_do(
+    precision, exported, image_folder, tmp_path, monkeypatch
+):
+    model, _path, _report = exported
+    images = vitprune.ImageBatches(vitprune.find_images(image_folder, 5), model, batch_size=8)
+    small = vitprune.export_onnx(model, tmp_path / "small.onnx", images, precision=precision)
+    monkeypatch.setattr(onnx_file, "LARGEST_FILE_BYTES", 1000)
+    large = vitprune.export_onnx(model, tmp_path / "large.onnx", images, precision=precision)
+    assert {file.name for file in tmp_path.iterdir()} == {"small.onnx", "large.onnx", "large.onnx.data"}
+    assert large.max_abs_diff == small.max_abs_diff
+    assert open_onnx(large.path).data_config == open_onnx(small.path).data_config
+
+
 def test_the_file_says_what_it_was_pruned_by(image_folder, tmp_path):
     model = make_vit().float()
     plan = vitprune.plan_pruning(

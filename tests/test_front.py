@@ -8,7 +8,7 @@ import json
 import pytest
 import timm
 import torch
-from PIL import Image
+from conftest import photos
 
 import vitprune
 from vitprune import VitpruneError
@@ -46,16 +46,6 @@ def test_above_is_what_everything_as_fast_is_less_accurate_than(others, place):
     assert place_of(answer([1] * 80 + [0] * 20), models) == place
 
 
-def photos(root, *, count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    for name in NAMES:
-        (root / name).mkdir(parents=True)
-        for number in range(count):
-            pixels = torch.randint(0, 256, (64, 64, 3), generator=generator, dtype=torch.uint8)
-            Image.fromarray(pixels.numpy()).save(root / name / f"{number}.png")
-    return root
-
-
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
@@ -66,7 +56,7 @@ def model():
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("photos")
-    return photos(root / "calibration", count=6, seed=0), photos(root / "val", count=5, seed=1)
+    return photos(root / "calibration", NAMES, count=6, size=64), photos(root / "val", NAMES, count=5, seed=1, size=64)
 
 
 @pytest.fixture
@@ -145,7 +135,7 @@ def test_a_killed_front_goes_on_and_a_finished_one_is_read(model, sets, tmp_path
         assert [row["name"] for row in csv.DictReader(stream)] == [row.name for row in made.rows]
     # The same again is read, something else is refused.
     assert measure_front(model, *sets, [1.2, 50.0], tmp_path / "front", **options) == load_front(tmp_path / "front")
-    assert load_front(tmp_path / "front").rows == made.rows
+    assert load_front(tmp_path / "front") == made
     with pytest.raises(VitpruneError, match="made with another speedups"):
         measure_front(model, *sets, [1.3], tmp_path / "front", **options)
 

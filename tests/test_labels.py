@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, make_vit
-from PIL import Image
+from conftest import TINY, make_vit, photos
 from timm.data import ImageNetInfo
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
@@ -25,17 +24,6 @@ from vitprune.images.class_map import read_class_map
 
 NAMES = ("bird", "cat", "dog", "fish")
 MAGPIE, CAFE = "Elster größer", "café"
-
-
-def photos(root, names, *, count=1, seed=0):
-    """Write small random images, all different, below ``root``/NAME."""
-    generator = torch.Generator().manual_seed(seed)
-    for name in names:
-        (root / name).mkdir(parents=True)
-        for number in range(count):
-            pixels = torch.randint(0, 256, (32, 32, 3), generator=generator, dtype=torch.uint8)
-            Image.fromarray(pixels.numpy()).save(root / name / f"{number}.png")
-    return root
 
 
 def by_folder(images):

@@ -149,8 +149,8 @@ BACKENDS: Mapping[str, str] = {
     "openvino": "OpenVINO's own runtime, CPU",
 }
 
-# What rows of a curve and of top-K masking are of.
-DENSE = "dense"
+# What rows of a curve, of a front and of top-K masking are of.
+DENSE, BUDGET = "dense", "budget"
 ORACLE, ONE_PLAN, CLEAN = "oracle class", "one plan for all", "clean"
 
 DEFAULT_QUADRATURE, DEFAULT_FIXED_QUADRATURE = "adaptive", "gauss-legendre:8"

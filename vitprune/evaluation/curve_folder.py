@@ -120,7 +120,8 @@ def record_curve(
     """
     check_unseen(evaluation.images, {*hash_images(calibration.images), *seen_by(model), *_seen_in(found)})
     request = {
-        **_describe_request(model, calibration.images, evaluation.images, source),
+        **describe_request(model, calibration.images, evaluation.images),
+        "run": None if source is None else {name: hash_file(Path(source) / name) for name in sorted(RUN_FILES)},
         "step": curve.step,
         "seed": curve.seed,
     }
@@ -144,10 +145,8 @@ def _seen_in(found: Discovery | None) -> frozenset[str]:
     return frozenset() if found is None else found.seen.sha256
 
 
-def _describe_request(
-    model: nn.Module, images: ImageSet, others: ImageSet, source: str | Path | None
-) -> dict[str, Any]:
-    """Say everything that a curve's points depend on beside their own names."""
+def describe_request(model: nn.Module, images: ImageSet, others: ImageSet) -> dict[str, Any]:
+    """Say what every point depends on that is calibrated on images and judged on others; JSON values."""
     from vitprune import __version__
 
     return {
@@ -157,7 +156,6 @@ def _describe_request(
         "weights": hash_weights(model),
         "calibration images": sorted(zip(hash_images(images), images.labels, strict=True)),
         "evaluation images": sorted(zip(hash_images(others), others.labels, strict=True)),
-        "run": None if source is None else {name: hash_file(Path(source) / name) for name in sorted(RUN_FILES)},
     }
 
 

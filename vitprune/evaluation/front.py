@@ -21,8 +21,8 @@ from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.accuracy import Accuracy, compare, drop_bound
 from vitprune.evaluation.alternatives import list_alternatives
+from vitprune.evaluation.curve_folder import describe_request
 from vitprune.evaluation.judged_models import (
-    BUDGET,
     JudgedModel,
     Workshop,
     judge_alternatives,
@@ -33,8 +33,7 @@ from vitprune.figures.speeds_figure import draw_speeds
 from vitprune.figures.style import save_figure
 from vitprune.files import FORMAT_VERSION, REQUEST_FILE, open_resumable, read_json, write_json, write_table
 from vitprune.intervals import CONFIDENCE
-from vitprune.models.identity import architecture, hash_weights
-from vitprune.options import DEFAULT_RIDGE, DENSE, LEVERS
+from vitprune.options import BUDGET, DEFAULT_RIDGE, DENSE, LEVERS
 from vitprune.progress import Track, untracked
 from vitprune.pruning.decide import check_parts
 from vitprune.seen_images import check_unseen, seen_by
@@ -42,7 +41,6 @@ from vitprune.speed.fit_latency import Format, Writer, time_sources
 from vitprune.speed.prune_for_speed import DEFAULT_PARTS
 from vitprune.table import align
 from vitprune.timing import Latency, Speedup, paired_speedup
-from vitprune.views import data_config
 
 FRONT_FILE, MODELS_FOLDER, POINTS_FOLDER = "front.json", "models", "points"
 FRONT_FILES = frozenset({FRONT_FILE, MODELS_FOLDER, POINTS_FOLDER, "front.csv", "front.png", "front.svg"})
@@ -64,7 +62,7 @@ class FrontRow:
         speedup_high: upper end.
         predicted_speedup: by the fitted model; None where nothing was predicted.
         macs_share: multiply-accumulates, as a share of the dense model's.
-        top1: as it is run, in [0, 1].
+        top1: in [0, 1]; of the file, where its numbers are narrower than the torch model's.
         top1_low: lower end of its 95 % Wilson interval.
         top1_high: upper end.
         drop: of top-1 from the dense model in float32.
@@ -196,7 +194,7 @@ def measure_front(
         "seed": seed,
     }
     request = {
-        **_describe_request(model, calibration, evaluation),
+        **describe_request(model, calibration.images, evaluation.images),
         **options,
         "speedups": sorted(set(speedups)),
         "formats": [asdict(each) for each in formats],
@@ -235,7 +233,7 @@ def measure_front(
     front = Front(tuple(rows), unreached, left_out, options["batch_sizes"], count, request)
     _save(front, folder)
     shutil.rmtree(points)
-    return front
+    return load_front(folder)
 
 
 def place_of(accuracy: Accuracy, front: Sequence[tuple[Accuracy, bool]], *, confidence: float = CONFIDENCE) -> str:
@@ -296,20 +294,6 @@ def _compare(made: Sequence[JudgedModel], latencies: Sequence[Sequence[Latency]]
 def _least_speedup(first: int, second: int, latencies: Sequence[Sequence[Latency]]) -> Speedup:
     """Return how many times faster the second model is than the first, at the batch size where it is least."""
     return min((paired_speedup(of[first], of[second]) for of in latencies), key=lambda speedup: speedup.ratio)
-
-
-def _describe_request(model: nn.Module, calibration: ImageBatches, evaluation: ImageBatches) -> dict[str, Any]:
-    from vitprune import __version__
-
-    labels = evaluation.images.labels
-    return {
-        "vitprune": __version__,
-        "architecture": architecture(model),
-        "transform": data_config(model),
-        "weights": hash_weights(model),
-        "calibration images": sorted(hash_images(calibration.images)),
-        "evaluation images": sorted(zip(hash_images(evaluation.images), labels, strict=True)),
-    }
 
 
 def _save(front: Front, folder: Path) -> None:

@@ -17,15 +17,13 @@ from vitprune.files import FORMAT_VERSION, read_json, write_json
 from vitprune.models.load import load
 from vitprune.models.macs import count_macs
 from vitprune.models.saved_folder import save
-from vitprune.options import DENSE, LEVERS
+from vitprune.options import BUDGET, DENSE, LEVERS
 from vitprune.progress import Track, untracked
 from vitprune.pruning.choose_merging import Weighed, weigh
 from vitprune.pruning.decide import TOKENS
 from vitprune.speed.fit_latency import Fitted, Format, Writer, fit_latency
 from vitprune.speed.prune_for_speed import OutOfReachError, open_as, prune_for_speed
 from vitprune.speed.speed_folder import load_speed, save_for_speed
-
-BUDGET = "budget"
 
 
 @dataclass(frozen=True)
@@ -170,7 +168,7 @@ def _weigh(shop: Workshop) -> Weighed:
 
 def _judge(shop: Workshop, lever: str, name: str, wanted: Format, network: nn.Module) -> JudgedModel:
     stem = _as_file_name(f"{lever} {name}" if lever != BUDGET else f"{lever} {name} {wanted}")
-    path = shop.points / f"{stem}-{wanted.backend}-{wanted.precision}.json"
+    path = shop.points / f"{_as_file_name(f'{lever} {name} {wanted}')}.json"
     if not path.is_file():
         batches = shop.evaluation.of_model(network)
         opened = open_as(network, wanted, shop.writer, stem)

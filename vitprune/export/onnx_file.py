@@ -61,7 +61,7 @@ PARITY_RTOL, PARITY_ATOL = 1e-3, 1e-4
 NOISE, NUM_DRAWS, NEAR = (1e-6, 1e-5), 12, 5
 # A protobuf message ends at 2 GiB; the graph itself needs some of it.
 LARGEST_FILE_BYTES = 2**31 - 2**24
-# Older ones lack operators that the exporter writes.
+# The tests export with the first and the last.
 OPSETS = range(18, 24)
 # To spend on comparing a file of narrower numbers with the float32 graph it was made from.
 SPEED_SECONDS = 1.0

@@ -185,7 +185,7 @@ def write_openvino(source: Path, path: Path, facts: Mapping[str, Any]) -> None:
 def quantize_openvino(source: Path, path: Path, images: Sequence[np.ndarray], facts: Mapping[str, Any]) -> None:
     """Quantise weights and activations of a float32 .xml file to 8 bits, by what activations are on some images.
 
-    Products that compare and average tokens which merge stay float32: 8 bits there cost more than all others.
+    Products that compare and average tokens which merge stay float32: 8 bits there change which tokens merge.
 
     Args:
         source: the float32 file.

@@ -10,9 +10,7 @@ from matplotlib.figure import Figure
 
 from vitprune.errors import VitpruneError
 from vitprune.figures.style import COLOURS, MARKERS, PAGE, check_values, new_figure, styled
-from vitprune.options import LEVERS
-
-BUDGET = "budget"
+from vitprune.options import BUDGET, DENSE, LEVERS
 
 
 @styled
@@ -37,7 +35,7 @@ def draw_speeds(rows: Sequence[Any], *, title: str = "") -> Figure:
     figure = new_figure(PAGE, 4.2, title=title)
     axes = figure.subplots()
     for place, lever in enumerate(levers):
-        colour, marker = ("black", "*") if lever != BUDGET and place == 0 else (COLOURS[place - 1], MARKERS[place - 1])
+        colour, marker = ("black", "*") if lever == DENSE else (COLOURS[place - 1], MARKERS[place - 1])
         for backend, precision in formats:
             of_line = [row for row in rows if (row.lever, row.backend, row.precision) == (lever, backend, precision)]
             if not of_line:
@@ -64,7 +62,7 @@ def draw_speeds(rows: Sequence[Any], *, title: str = "") -> Figure:
                 label=label,
                 zorder=4 if is_ours else 3,
             )
-            if is_ours and len(of_line):
+            if is_ours:
                 # One interval for the eye: those of the other points are as wide.
                 axes.fill_between(
                     x,
@@ -76,7 +74,7 @@ def draw_speeds(rows: Sequence[Any], *, title: str = "") -> Figure:
                 )
     axes.set_xlabel("speed-up over the dense float32 model (×), measured in one run")
     axes.set_ylabel("top-1 accuracy (%)")
-    lowest = min((row.top1_low for row in rows if row.lever in (BUDGET, levers[0])), default=0)
+    lowest = min((row.top1_low for row in rows if row.lever in (BUDGET, DENSE)), default=0)
     shown = [row for row in rows if row.top1 >= lowest - 0.05]
     axes.set_ylim(100 * min(lowest, *(row.top1 for row in shown)) - 1, None)
     hidden = len(rows) - len(shown)
