@@ -14,7 +14,7 @@ from vitprune import VitpruneError
 from vitprune.models.attention import split_attention
 from vitprune.models.left_out import describe_left_out
 from vitprune.models.merging import describe_merging, set_merging
-from vitprune.pruning.choose_merging import weigh
+from vitprune.pruning.choose_tokens import weigh
 from vitprune.pruning.latency_model import RATES, LatencyModel, fit_rates, shape_of, target_time
 from vitprune.pruning.meters import MACS
 from vitprune.speed.fit_latency import Fitted, Format, Writer, list_formats, sample_shapes

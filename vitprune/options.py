@@ -53,6 +53,7 @@ PARTS: Mapping[str, str] = {
     "heads": "heads of attention",
     "layers": "whole attentions and FFNs",
     "tokens": "patches that are alike become one token",
+    "pixels": "images are smaller, and have fewer patches",
 }
 
 CRITERIA: Mapping[str, str] = {

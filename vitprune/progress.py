@@ -36,7 +36,10 @@ class Reported:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "batches" not in self.__dict__:
             raise AttributeError(name)
-        return getattr(self.batches, name)
+        own = getattr(self.batches, name)
+        if name == "of_model":
+            return lambda model: Reported(own(model), self.description, self.show)
+        return own
 
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self.batches)

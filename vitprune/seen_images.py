@@ -16,6 +16,7 @@ from torch import Tensor
 from vitprune.data import Batches, ImageSet, hash_images
 from vitprune.errors import VitpruneError
 from vitprune.images.number_classes import check_numbering
+from vitprune.images.resized_batches import resize_batches
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,16 @@ class WatchedBatches:
 
     Args:
         batches: pairs of images [B, channels, height, width] and labels.
+        before: hashes of the same images as they were read before, at another size.
     """
 
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
+    def __init__(self, batches: Batches, before: Iterable[str] = ()) -> None:
+        self.batches, self.before = batches, frozenset(before)
         self.seen = SeenImages()
+
+    def of_model(self, model: Any) -> WatchedBatches:
+        """Return the same images as another model reads them; how they were read until now is remembered as well."""
+        return WatchedBatches(resize_batches(self.batches, model), self.before | self.seen.sha256)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -123,7 +129,7 @@ class WatchedBatches:
         for images, labels in self.batches:
             hashes += hash_pixels(images)
             yield images, labels
-        self.seen = SeenImages(frozenset(hashes))
+        self.seen = SeenImages(self.before.union(hashes))
         images = files_of(self.batches)
         if images is not None:
             images = images.only(self.batches.files_read)

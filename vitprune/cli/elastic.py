@@ -59,7 +59,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--parts",
         nargs="+",
         default=["ffn"],
-        choices=tuple(part for part in options.PARTS if part != "tokens"),
+        choices=tuple(part for part in options.PARTS if part not in ("tokens", "pixels")),
         help="what may go, the same share of each: as for prune; tokens merge where the file is loaded (--merge)",
     )
     add_device(parser)

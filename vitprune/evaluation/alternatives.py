@@ -10,17 +10,15 @@ from torch import nn
 
 from vitprune.data import Batches
 from vitprune.errors import VitpruneError
-from vitprune.models.image_size import set_image_size
+from vitprune.models.image_size import set_image_size, smaller_sizes
 from vitprune.models.merge_schedule import parse_schedule
 from vitprune.models.merging import set_merging
 from vitprune.options import DEFAULT_RIDGE
 from vitprune.progress import Track, untracked
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.prune import prune
-from vitprune.views import data_config, num_patches
+from vitprune.views import num_patches
 
-# Of the height and width of images.
-SIZES = (6 / 7, 5 / 7, 4 / 7)
 # Of the patches: what is gone at the end, in equal steps.
 MERGED = (0.5, 0.8, 0.98)
 # Of FFN neurons, and of query/key dimensions and neurons.
@@ -66,12 +64,7 @@ def list_alternatives(
     >>> [alternative.name for alternative in list_alternatives(model, [])][:4]
     ['192 px', '160 px', '128 px', '24 tokens in every block']
     """
-    _channels, height, width = data_config(model)["input_size"]
-    patch = model.patch_embed.patch_size
-    for share in SIZES:
-        size = tuple(
-            max(1, round(share * pixels / each)) * each for pixels, each in zip((height, width), patch, strict=True)
-        )
+    for size in smaller_sizes(model):
         name = f"{size[0]} px" if size[0] == size[1] else f"{size[0]} x {size[1]} px"
         yield Alternative("pixels", name, partial(_resize, model, size))
     for share in MERGED:

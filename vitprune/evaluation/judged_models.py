@@ -19,8 +19,7 @@ from vitprune.models.macs import count_macs
 from vitprune.models.saved_folder import save
 from vitprune.options import BUDGET, DENSE, LEVERS
 from vitprune.progress import Track, untracked
-from vitprune.pruning.choose_merging import Weighed, weigh
-from vitprune.pruning.decide import TOKENS
+from vitprune.pruning.choose_tokens import Weighed, weigh
 from vitprune.speed.fit_latency import Fitted, Format, Writer, fit_latency
 from vitprune.speed.prune_for_speed import OutOfReachError, open_as, prune_for_speed
 from vitprune.speed.speed_folder import load_speed, save_for_speed
@@ -161,9 +160,8 @@ def _fit(shop: Workshop) -> Fitted:
 
 
 def _weigh(shop: Workshop) -> Weighed:
-    units = tuple(part for part in shop.parts if part != TOKENS)
     options = {name: shop.options[name] for name in ("ridge", "seed")}
-    return weigh(shop.model, shop.calibration, units, track=shop.track, **options)
+    return weigh(shop.model, shop.calibration, shop.parts, track=shop.track, **options)
 
 
 def _judge(shop: Workshop, lever: str, name: str, wanted: Format, network: nn.Module) -> JudgedModel:

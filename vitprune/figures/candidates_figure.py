@@ -40,12 +40,18 @@ def describe_candidate(candidate: Any) -> str:
     """Say in a few words what a candidate takes.
 
     >>> from types import SimpleNamespace
-    >>> describe_candidate(SimpleNamespace(backend="onnxruntime-cpu", precision="int8", merge=(0, 60, 0, 36)))
+    >>> way = {"backend": "onnxruntime-cpu", "precision": "int8", "image_size": None, "merge": (0, 60, 0, 36)}
+    >>> describe_candidate(SimpleNamespace(**way))
     'onnxruntime-cpu int8, merging 60 in block 1, 36 in 3'
     """
+    said = [f"{candidate.backend} {candidate.precision}"]
+    if candidate.image_size is not None:
+        said.append("{} x {} px".format(*candidate.image_size))
     merged = [(block, r) for block, r in enumerate(candidate.merge or ()) if r]
-    if not merged:
-        return f"{candidate.backend} {candidate.precision}, units alone"
-    first, *others = merged
-    said = ", ".join([f"{first[1]} in block {first[0]}", *(f"{r} in {block}" for block, r in others)])
-    return f"{candidate.backend} {candidate.precision}, merging {said}"
+    if merged:
+        first, *others = merged
+        said.append(f"merging {first[1]} in block {first[0]}")
+        said += [f"{r} in {block}" for block, r in others]
+    elif candidate.image_size is None:
+        said.append("units alone")
+    return ", ".join(said)

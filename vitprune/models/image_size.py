@@ -13,6 +13,9 @@ from vitprune.errors import VitpruneError
 from vitprune.models.merging import check_schedule, describe_merging
 from vitprune.views import data_config
 
+# Of the height and width: which smaller images are looked at.
+SMALLER = (6 / 7, 5 / 7, 4 / 7)
+
 
 @entry
 @torch.no_grad()
@@ -36,11 +39,7 @@ def set_image_size(model: nn.Module, size: int | tuple[int, int]) -> nn.Module:
     """
     height, width = to_2tuple(size)
     name = type(model).__name__
-    patch_embed = getattr(model, "patch_embed", None)
-    patch_size = getattr(patch_embed, "patch_size", None)
-    if not hasattr(model, "set_input_size") or patch_size is None:
-        raise VitpruneError(f"{name} cannot be resized: timm has no way to give it another image size")
-    patch_size = to_2tuple(patch_size)
+    patch_size = check_image_size(model)
     if any(pixels < 1 or pixels % patch for pixels, patch in zip((height, width), patch_size, strict=True)):
         raise VitpruneError(
             f"images of {height} x {width} pixels are no whole patches of {patch_size[0]} x {patch_size[1]}; "
@@ -59,6 +58,38 @@ def set_image_size(model: nn.Module, size: int | tuple[int, int]) -> nn.Module:
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise VitpruneError(f"{name} cannot take images of {height} x {width} pixels ({_first_line(error)})") from error
     return result
+
+
+def check_image_size(model: nn.Module) -> tuple[int, int]:
+    """Return the height and width of a patch, after checking that a model's images may be of another size.
+
+    Raises:
+        VitpruneError: if timm cannot give it another one.
+
+    >>> import timm
+    >>> check_image_size(timm.create_model("vit_tiny_patch16_224", depth=1))
+    (16, 16)
+    """
+    patch_size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if not hasattr(model, "set_input_size") or patch_size is None:
+        raise VitpruneError(f"{type(model).__name__} cannot be resized: timm has no way to give it another image size")
+    return to_2tuple(patch_size)
+
+
+def smaller_sizes(model: nn.Module) -> list[tuple[int, int]]:
+    """Return height and width of smaller images, in whole patches, the largest first.
+
+    >>> import timm
+    >>> smaller_sizes(timm.create_model("vit_tiny_patch16_224", depth=1))
+    [(192, 192), (160, 160), (128, 128)]
+    """
+    patch_size = check_image_size(model)
+    own = tuple(data_config(model)["input_size"][1:])
+    sizes = [
+        tuple(max(1, round(share * pixels / patch)) * patch for pixels, patch in zip(own, patch_size, strict=True))
+        for share in SMALLER
+    ]
+    return [size for size in dict.fromkeys(sizes) if size != own]
 
 
 def _nearest(pixels: int, patch: int) -> int:

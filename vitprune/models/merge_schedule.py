@@ -80,6 +80,8 @@ def _clamped(model: nn.Module, schedule: Sequence[int]) -> tuple[int, ...]:
     return tuple(result)
 
 
+# Merges that are looked at before more of them.
+FEW_MERGES = 3
 # Block -> how many tokens merge there, beside the other blocks.
 _Shape = dict[int, float]
 # Schedule -> what it leaves, as a share of what the model costs without merging.
@@ -210,6 +212,7 @@ def choose_schedules(
     max_merges: int = 3,
     max_candidates: int = 40,
     max_varied: int = 8,
+    start: Sequence[int] | None = None,
     track: Track = untracked,
 ) -> list[tuple[int, ...] | None]:
     """Choose a schedule for each of some shares, each from the one before.
@@ -219,9 +222,10 @@ def choose_schedules(
         batches: calibration images.
         macs_shares: what merging may leave; each in (0, 1).
         share_of: what a schedule leaves, where that is measured otherwise than in multiply-accumulates.
-        max_merges: at most so many blocks merge.
-        max_candidates: so many schedules are measured for the first share, at most.
-        max_varied: so many for each other one.
+        max_merges: at most so many blocks merge; where three will do, no more than these.
+        max_candidates: so many schedules are measured where there is none to start from, at most.
+        max_varied: so many where the one before goes on to the next share.
+        start: a schedule to start from, such as that of another image size.
         track: shows progress.
 
     Returns:
@@ -255,13 +259,15 @@ def choose_schedules(
         return _measure_loss(set_merging(dense, schedule), images, answers)
 
     found: list[tuple[int, ...] | None] = []
-    guesses, limit = _first_guesses(len(dense.blocks), max_merges), max_candidates
+    shape = {block: float(r) for block, r in enumerate(start or ()) if r}
     for share in macs_shares:
         fit = partial(costs.fit, share=share, share_of=share_of)
-        shape, schedule = _search(fit, guesses, measure, len(dense.blocks), limit, track)
+        guesses, limit = [shape], max_varied
+        if not shape or fit(shape) is None:
+            guesses, limit = _first_guesses(fit, len(dense.blocks), max_merges), max_candidates
+        best, schedule = _search(fit, guesses, measure, len(dense.blocks), limit, track)
         found.append(schedule)
-        if schedule is not None:
-            guesses, limit = [shape], max_varied
+        shape = shape if schedule is None else best
     return found
 
 
@@ -298,11 +304,18 @@ def _measure_loss(merged: nn.Module, images: Sequence[Tensor], answers: Sequence
     return total / sum(len(each) for each in images)
 
 
-def _first_guesses(num_blocks: int, num_merges: int) -> list[_Shape]:
-    """Return merges of one size, evenly spread from some block on."""
-    starts = dict.fromkeys(round(num_blocks * twelfth / 12) for twelfth in (3, 2, 1, 4, 0))
-    spread = ([start + (num_blocks - start) * number // num_merges for number in range(num_merges)] for start in starts)
-    return [dict.fromkeys(blocks, 1.0) for blocks in spread]
+def _first_guesses(fit: Callable[[_Shape], tuple[int, ...] | None], num_blocks: int, max_merges: int) -> list[_Shape]:
+    """Return merges of one size, evenly spread from some block on; of few blocks, or of more where these do not do."""
+    guesses: list[_Shape] = []
+    for num_merges in range(min(FEW_MERGES, max_merges), max_merges + 1):
+        starts = dict.fromkeys(round(num_blocks * twelfth / 12) for twelfth in (3, 2, 1, 4, 0))
+        spread = (
+            [start + (num_blocks - start) * number // num_merges for number in range(num_merges)] for start in starts
+        )
+        guesses = [dict.fromkeys(blocks, 1.0) for blocks in spread]
+        if any(fit(guess) is not None for guess in guesses):
+            break
+    return guesses
 
 
 def _neighbours(shape: _Shape, num_blocks: int) -> list[_Shape]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vitprune.calibration.layer_losses import StandIn
 from vitprune.errors import VitpruneError
 from vitprune.models.attention import HEADS, QK, VO, check_attention
+from vitprune.models.image_size import check_image_size
 from vitprune.models.merging import check_merging, describe_merging
 from vitprune.models.units import FFN, LAYERS, find_groups, find_layers, kind_of, module_of
 from vitprune.options import PARTS, TARGETS, check_choice
@@ -23,8 +24,9 @@ from vitprune.pruning.allocate import allocate
 from vitprune.pruning.target import Target
 from vitprune.views import has_classifier
 
-# The part that is not made of units.
-TOKENS = "tokens"
+# Parts that are not made of units: fewer tokens, decided before these.
+TOKENS, PIXELS = "tokens", "pixels"
+OUTER = (TOKENS, PIXELS)
 
 
 def check_parts(model: nn.Module, parts: Sequence[str], *, mode: str = "remove") -> tuple[str, ...]:
@@ -51,6 +53,8 @@ def check_parts(model: nn.Module, parts: Sequence[str], *, mode: str = "remove")
         check_merging(model)
         if describe_merging(model) is not None:
             raise VitpruneError("part tokens: the tokens of this model merge already; leave it out")
+    if PIXELS in ordered:
+        check_image_size(model)
     by_loss = [part for part in ordered if part not in (FFN, QK)]
     if by_loss and not has_classifier(model):
         raise VitpruneError(f"part {by_loss[0]} is ranked by loss, but the model has no classifier; ffn and qk can go")

@@ -39,7 +39,7 @@ from vitprune.pruning.allocate import allocate, compare_across
 from vitprune.pruning.compensate import check_ridge
 from vitprune.pruning.compensations import REGISTRY as COMPENSATIONS
 from vitprune.pruning.compensations import check_compensation, needed_statistics
-from vitprune.pruning.decide import TOKENS, check_parts
+from vitprune.pruning.decide import PIXELS, TOKENS, check_parts
 from vitprune.pruning.decide_parts import NUM_IMAGES, keep_back, multiple_of
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.prune import apply_in, list_seen, open_session, prune_turned
@@ -87,7 +87,8 @@ def make_elastic(
         floor: share of its neurons that ``global`` leaves to each FFN at least.
         ridge: λ relative to the mean variance of the hidden neurons.
         step: share that goes between two measurements of the scores, in (0, 1]; 1 measures once.
-        parts: keys of ``PARTS`` but ``tokens``: what may go. Whole heads and layers go at the ratios named.
+        parts: keys of ``PARTS`` but ``tokens`` and ``pixels``: what may go. Whole heads and layers go at the
+            ratios named.
         found: a discovery on this model, for criterion ``jas``.
         seed: of everything drawn at random.
         track: wraps (items, description) of long loops, for progress.
@@ -113,6 +114,8 @@ def make_elastic(
     parts = check_parts(model, parts)
     if TOKENS in parts:
         raise VitpruneError("part tokens: which tokens merge is chosen when an elastic file is loaded; leave it out")
+    if PIXELS in parts:
+        raise VitpruneError("part pixels: resize the model before (set_image_size); leave it out")
     list_stops(ratios[-1], step)
     check_compensation(compensate, has_images=batches is not None)
     schedule = Schedule(criterion, allocation, row.bridge, floor=floor)

@@ -12,13 +12,14 @@ from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.attention import HEADS, QK, VO, split_attention
 from vitprune.models.identity import architecture
+from vitprune.models.image_size import set_image_size, smaller_sizes
 from vitprune.models.left_out import describe_left_out
 from vitprune.models.macs import amdahl_ceiling, count_macs, count_parameters
 from vitprune.models.merging import describe_merging, set_merging
 from vitprune.models.trunk import check_trunk
 from vitprune.models.units import FFN, LAYERS, find_feed_forwards, find_groups, find_layers
 from vitprune.options import PARTS
-from vitprune.pruning.decide import TOKENS, check_parts
+from vitprune.pruning.decide import PIXELS, TOKENS, check_parts
 from vitprune.pruning.target import target_macs
 from vitprune.table import align
 from vitprune.views import data_config, num_patches, num_prefix_tokens
@@ -109,7 +110,7 @@ def info(model: nn.Module) -> ModelInfo:
     >>> import timm
     >>> found = info(timm.create_model("vit_tiny_patch16_224", depth=2).eval())
     >>> [each.part for each in found.parts if each.reason is None]
-    ['ffn', 'qk', 'vo', 'heads', 'layers', 'tokens']
+    ['ffn', 'qk', 'vo', 'heads', 'layers', 'tokens', 'pixels']
     >>> ffn = found.parts[0]
     >>> round(ffn.macs_share, 2), round(ffn.ceiling, 2)
     (0.5, 1.99)
@@ -184,6 +185,9 @@ def _shares(model: nn.Module, macs: int, reasons: dict[str, str | None]) -> tupl
     if not reasons[TOKENS]:
         shares[TOKENS] = 1 - count_macs(set_merging(model, _as_many_as_can(model))) / macs
         units[TOKENS] = num_patches(model)
+    if not reasons[PIXELS]:
+        smallest = [set_image_size(model, size) for size in smaller_sizes(model)[-1:]]
+        shares[PIXELS] = 1 - count_macs(smallest[0]) / macs if smallest else 0.0
     return shares, units
 
 

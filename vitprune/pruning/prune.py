@@ -17,6 +17,7 @@ from vitprune.discovery.discover import Discovery
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.images.coverage import warn_of_few_classes
+from vitprune.images.resized_batches import resize_batches
 from vitprune.models.attention import split_attention
 from vitprune.models.block_calls import BlockCall
 from vitprune.models.facts import Asked, Facts
@@ -41,11 +42,11 @@ from vitprune.options import (
 from vitprune.progress import Track, untracked
 from vitprune.pruning.allocate import allocate
 from vitprune.pruning.apply import mask_neurons, remember, remove_neurons
-from vitprune.pruning.choose_merging import merge_first
+from vitprune.pruning.choose_tokens import reduce_tokens_first
 from vitprune.pruning.compensate import check_ridge
 from vitprune.pruning.compensations import REGISTRY as COMPENSATIONS
 from vitprune.pruning.compensations import check_compensation, needed_statistics
-from vitprune.pruning.decide import TOKENS, check_parts
+from vitprune.pruning.decide import PIXELS, TOKENS, check_parts
 from vitprune.pruning.decide_parts import NUM_IMAGES, decide_parts, keep_back
 from vitprune.pruning.plan import Plan, fit_plan, plan_from_widths
 from vitprune.pruning.schedule import Schedule, finish, list_stops, needs_steps, walk
@@ -230,12 +231,18 @@ def prune(
     if row.reads_images:
         warn_of_few_classes(model, files_of(batches))
     batches = watch(batches)
-    if TOKENS in parts:
+    if TOKENS in parts or PIXELS in parts:
         if target is None or batches is None:
-            raise VitpruneError("part tokens needs a target and images; for a share, name a schedule (set_merging)")
+            part, instead = (
+                (TOKENS, "a schedule (set_merging)") if TOKENS in parts else (PIXELS, "a size (set_image_size)")
+            )
+            raise VitpruneError(f"part {part} needs a target and images; for a share, name {instead}")
         dense = model if dense is None else dense
         widths = {"allocation": allocation, "round_to": round_to, "floor": floor}
-        model, target, parts = merge_first(model, batches, target, parts, ridge=ridge, seed=seed, track=track, **widths)
+        model, target, parts = reduce_tokens_first(
+            model, batches, target, parts, ridge=ridge, seed=seed, track=track, **widths
+        )
+        batches = resize_batches(batches, model)
     facts = Facts(
         criterion=criterion,
         allocation=allocation,
@@ -338,6 +345,8 @@ def prune_as_planned(
     check_choice("mode", mode, MODES)
     check_ridge(ridge)
     dense, model = model, shape_as_planned(model, plan)
+    if batches is not None and data_config(model)["input_size"] != data_config(dense)["input_size"]:
+        batches = resize_batches(batches, model)
     parts = check_parts(model, plan.parts, mode=mode)
     fit_plan(model if parts == (FFN,) else split_attention(model), plan)
     check_compensation(compensation, has_images=batches is not None)

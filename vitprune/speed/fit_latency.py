@@ -28,7 +28,9 @@ from vitprune.export.openvino_file import (
 )
 from vitprune.export.quantize import halve, quantize
 from vitprune.export.runtime import PROVIDERS, check_provider
+from vitprune.images.resized_batches import resize_batches
 from vitprune.models.attention import QK, VO, split_attention
+from vitprune.models.image_size import set_image_size, smaller_sizes
 from vitprune.models.merging import check_merging, set_merging
 from vitprune.models.units import FFN, LAYERS, find_groups
 from vitprune.options import ALLOWED_PRECISIONS, BACKENDS, check_choice
@@ -109,7 +111,8 @@ def fit_latency(
 ) -> Fitted:
     """Time a model whole and in random shapes, all formats in turn, and fit what each of its parts takes.
 
-    The shapes have narrower FFNs and attention, layers that are gone, and merged tokens. Weights play no part in it.
+    The shapes have narrower FFNs and attention, layers that are gone, merged tokens and smaller
+    images. Weights play no part in it.
 
     Args:
         model: timm Vision Transformer in eval mode whose tokens can merge.
@@ -261,9 +264,7 @@ class Writer:
             return [
                 (torch.randn(NUM_RANDOM, *size, generator=torch.Generator().manual_seed(0)), torch.zeros(NUM_RANDOM))
             ]
-        # Files are read anew as this model needs them: its images may be of another size.
-        of_model = getattr(self.batches, "of_model", None)
-        return self.batches if of_model is None else of_model(model)
+        return resize_batches(self.batches, model)
 
 
 def sample_shapes(model: nn.Module, num_samples: int, *, seed: int = 0) -> Iterator[nn.Module]:
@@ -285,6 +286,7 @@ def sample_shapes(model: nn.Module, num_samples: int, *, seed: int = 0) -> Itera
     third = max(1, depth // 3)
     spread = dict.fromkeys(range(0, depth - 1, third), patches // 4)
     steady = {block: max(1, patches // (2 * depth)) for block in range(depth)}
+    # Shares of units, merges, layers that are gone.
     designed: list[tuple[dict[str, float], dict[int, int], int]] = [
         ({FFN: 0.5}, {}, 0),
         ({}, spread, 0),
@@ -294,6 +296,10 @@ def sample_shapes(model: nn.Module, num_samples: int, *, seed: int = 0) -> Itera
         ({}, {}, max(1, depth // 4)),
         ({FFN: 0.5, QK: 0.5, VO: 0.75}, spread, 0),
     ]
+    sizes = smaller_sizes(model) if hasattr(model, "set_input_size") else []
+    if sizes and num_samples > len(designed):
+        yield set_image_size(model, sizes[len(sizes) // 2])
+        num_samples -= 1
     for number in range(num_samples):
         if number < len(designed):
             shares, merges, gone = designed[number]

@@ -1,4 +1,4 @@
-"""The verb: make a model as fast as asked for, with whatever costs least: merged tokens, narrower layers, 8 bits.
+"""The verb: make a model as fast as asked for, with whatever costs least: fewer tokens, narrower layers, 8 bits.
 
 How fast a candidate is follows from a fitted model of the machine's times; what it loses is measured on images that
 nothing was fitted to. The best is timed, which corrects the fit where it matters, pruned, and timed again.
@@ -13,19 +13,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from vitprune.calibration.layer_losses import mean_divergence
-from vitprune.data import Batches, label_names_of, on_device
+from vitprune.data import Batches, label_names_of
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.export.openvino_file import OPENVINO, OpenVinoModel, open_openvino
 from vitprune.export.runtime import OnnxModel, open_session
+from vitprune.images.resized_batches import resize_batches
+from vitprune.models.fewer_tokens import FewerTokens, reduce_tokens
+from vitprune.models.image_size import check_image_size, smaller_sizes
 from vitprune.options import DEFAULT_ALLOCATION, DEFAULT_FLOOR, DEFAULT_RIDGE
 from vitprune.progress import Track, untracked
-from vitprune.pruning.choose_merging import Weighed, choose_merging, go_on, make_candidates, weigh
-from vitprune.pruning.decide import TOKENS, check_parts
+from vitprune.pruning.choose_tokens import Judged, Weighed, ask_dense, choose_tokens, go_on, make_candidates, weigh
+from vitprune.pruning.decide import OUTER, PIXELS, TOKENS, check_parts
 from vitprune.pruning.latency_model import AttentionShape, LatencyModel, Shape, shape_of
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.prune import prune
@@ -34,7 +35,7 @@ from vitprune.speed.fit_latency import Fitted, Format, Writer, fit_latency, time
 from vitprune.timing import paired_speedup
 from vitprune.views import data_config
 
-DEFAULT_PARTS = ("ffn", "qk", "vo", "layers", TOKENS)
+DEFAULT_PARTS = ("ffn", "qk", "vo", "layers", *OUTER)
 # A result that is slower than this share of what was asked for is pruned again, and more mildly one that is faster than
 # the other, so many times at most.
 TOLERANCE, GENEROUS = 0.985, 1.02
@@ -56,6 +57,7 @@ class Candidate:
     Attributes:
         backend: key of ``BACKENDS``.
         precision: of the products with weights.
+        image_size: height and width in pixels; None: the model's own.
         merge: tokens that disappear in each block; None where none do.
         loss: KL(dense || candidate) on images kept back, nats per image, everything refitted at once.
         predicted_speedup: by the fitted model.
@@ -65,11 +67,17 @@ class Candidate:
 
     backend: str
     precision: str
+    image_size: tuple[int, int] | None
     merge: tuple[int, ...] | None
     loss: float
     predicted_speedup: float
     measured_speedup: float | None = None
     chosen: bool = False
+
+    @property
+    def fewer(self) -> FewerTokens:
+        """How its tokens are fewer."""
+        return FewerTokens(self.image_size, self.merge)
 
 
 @dataclass(frozen=True)
@@ -176,7 +184,6 @@ def prune_for_speed(
     if not formats:
         raise VitpruneError("no `formats` to choose from")
     parts = check_parts(model, parts)
-    units = tuple(part for part in parts if part != TOKENS)
     batches = watch(batches)
     if fitted is None:
         fitted = fit_latency(model, formats, batch_sizes=batch_sizes, num_threads=num_threads, seed=seed, track=track)
@@ -186,17 +193,18 @@ def prune_for_speed(
             raise VitpruneError(f"latency_ms {latency_ms:g}: the dense model takes {fitted.dense_ms:.2f} ms already")
     limit = fitted.dense_ms / speedup
     _check_reach(model, speedup, parts, fitted, formats, floor)
-    weighed = weighed or weigh(model, batches, units, ridge=ridge, seed=seed, track=track)
+    weighed = weighed or weigh(model, batches, parts, ridge=ridge, seed=seed, track=track)
     widths = {"allocation": allocation, "round_to": round_to, "floor": floor}
     shared = {"ridge": ridge, "seed": seed, "track": track, **widths}
     of_target = {"limit": limit, "dense_ms": fitted.dense_ms, "parts": parts}
-    propose = partial(_propose, model, batches, weighed=weighed, **of_target, **shared)
+    judged = ask_dense(model, weighed.kept_back)
+    propose = partial(_propose, model, weighed=weighed, judged=judged, **of_target, track=track, ridge=ridge, **widths)
     with tempfile.TemporaryDirectory() as folder:
         timer = _Timer(model, Path(folder), fitted.reference, tuple(batch_sizes), num_threads, measure, weighed.fitted)
         looked_at, refused = [], {}
         for wanted in formats:
             try:
-                looked_at.append(_look(propose(fitted.models[wanted]), fitted.models[wanted], timer, weighed, model))
+                looked_at.append(_look(propose(fitted.models[wanted]), fitted.models[wanted], timer, judged))
             except VitpruneError as error:
                 refused[str(wanted)] = str(error)
         if not looked_at:
@@ -210,18 +218,19 @@ def prune_for_speed(
         for _round in range(MAX_ROUNDS):
             meter = latency.meter()
             try:
-                shaped, target, left = go_on(model, chosen.merge, _target_of(meter, model, limit), units, meter)
+                shaped, target, left = go_on(model, chosen.fewer, _target_of(meter, model, limit), parts, meter)
             except VitpruneError:
                 # The fit was further off than this schedule leaves room for: others, with what was measured.
                 try:
-                    again, latency = _look(propose(latency), latency, timer, weighed, model)
+                    again, latency = _look(propose(latency), latency, timer, judged)
                 except VitpruneError as error:
                     raise OutOfReachError(f"{speedup:.4g} times as fast is out of reach; {error}") from error
                 candidates, chosen = [*candidates, *again], again[0]
                 meter = latency.meter()
-                shaped, target, left = go_on(model, chosen.merge, _target_of(meter, model, limit), units, meter)
+                shaped, target, left = go_on(model, chosen.fewer, _target_of(meter, model, limit), parts, meter)
             kept = {"ratio": 0.0} if target.dense <= target.limit else {"target": target}
-            pruned, plan = prune(shaped, batches, parts=left, dense=model, **kept, **shared, **options)
+            own = batches if chosen.image_size is None else resize_batches(batches, shaped)
+            pruned, plan = prune(shaped, own, parts=left, dense=model, **kept, **shared, **options)
             predicted = fitted.dense_ms / latency.predict(pruned)
             speedups = timer.speedups(pruned, wanted)
             results.append((pruned, plan, predicted, speedups))
@@ -254,19 +263,18 @@ def _nearest(results: Sequence[tuple[nn.Module, Plan, float, tuple[float, ...]]]
 
 
 def _look(
-    proposed: tuple[list[Candidate], Callable[[Sequence[int] | None], nn.Module]],
+    proposed: tuple[list[Candidate], Callable[[FewerTokens], nn.Module]],
     latency: LatencyModel,
     timer: _Timer,
-    weighed: Weighed,
-    model: nn.Module,
+    judged: Judged,
 ) -> tuple[list[Candidate], LatencyModel]:
     """Time the best candidate of a format, in it, and return all with the fit corrected by that."""
     found, make = proposed
     best, wanted = found[0], Format(latency.backend, latency.precision)
-    candidate = make(best.merge)
+    candidate = make(best.fewer)
     if wanted.precision != "float32":
-        file = _open(model, timer.write(candidate, wanted), wanted.backend)
-        best = replace(best, loss=_measure_loss(model, lambda images: file(images).to(images), weighed))
+        file = _open(candidate, timer.write(candidate, wanted), wanted.backend)
+        best = replace(best, loss=judged.loss_of(lambda images: file(images).to(images), best.image_size))
     best = replace(best, measured_speedup=min(timer.speedups(candidate, wanted)))
     return [best, *found[1:]], latency.scaled(best.predicted_speedup / best.measured_speedup)
 
@@ -277,29 +285,33 @@ def _target_of(meter, model: nn.Module, limit: float):
 
 def _propose(
     model: nn.Module,
-    batches: Batches,
     latency: LatencyModel,
     *,
     limit: float,
     dense_ms: float,
     parts: Sequence[str],
     weighed: Weighed,
-    **options: Any,
-) -> tuple[list[Candidate], Callable[[Sequence[int] | None], nn.Module]]:
-    """Return what meets a limit in one format, the least loss first, and what makes a candidate of a schedule."""
-    meter, units = latency.meter(), tuple(part for part in parts if part != TOKENS)
+    judged: Judged,
+    track: Track,
+    **widths: Any,
+) -> tuple[list[Candidate], Callable[[FewerTokens], nn.Module]]:
+    """Return what meets a limit in one format, the least loss first, and what makes a candidate of fewer tokens."""
+    meter = latency.meter()
     target = _target_of(meter, model, limit)
-    widths = {name: options[name] for name in ("ridge", "allocation", "round_to", "floor")}
-    make = make_candidates(model, target, units, weighed, meter=meter, **widths)
-    if TOKENS in parts and latency.predict(model) > limit:
-        tried = choose_merging(model, batches, target, units, meter=meter, weighed=weighed, **options)
-        of_each = [(each.schedule, each.loss, each.cost) for each in tried]
+
+    def make(fewer: FewerTokens) -> nn.Module:
+        sized, size = reduce_tokens(model, FewerTokens(fewer.image_size)), fewer.image_size
+        return make_candidates(sized, target, parts, weighed.at_size(size), meter=meter, **widths)(fewer.schedule)
+
+    if any(part in OUTER for part in parts) and latency.predict(model) > limit:
+        tried = choose_tokens(model, target, parts, weighed, meter=meter, track=track, **widths)
+        of_each = [(each.fewer, each.loss, each.cost) for each in tried]
     else:
-        only = make(None)
-        of_each = [(None, _measure_loss(model, only, weighed), latency.predict(only))]
+        only = make(FewerTokens())
+        of_each = [(FewerTokens(), judged.loss_of(only), latency.predict(only))]
     return [
-        Candidate(latency.backend, latency.precision, schedule, loss, dense_ms / cost)
-        for schedule, loss, cost in of_each
+        Candidate(latency.backend, latency.precision, fewer.image_size, fewer.schedule, loss, dense_ms / cost)
+        for fewer, loss, cost in of_each
     ], make
 
 
@@ -343,6 +355,11 @@ def _least(model: nn.Module, latency: LatencyModel, parts: Sequence[str], floor:
         ffn = 0.0 if "layers" in parts else block.ffn * floor if "ffn" in parts else block.ffn
         blocks.append(replace(block, attention=attention, ffn=ffn))
     shape = replace(shape, blocks=tuple(blocks))
+    if PIXELS in parts:
+        height, width = smaller_sizes(model)[-1] if smaller_sizes(model) else data_config(model)["input_size"][1:]
+        patch_size = check_image_size(model)
+        patches = (height // patch_size[0]) * (width // patch_size[1])
+        shape = replace(shape, num_tokens=shape.num_prefix + patches)
     if TOKENS not in parts:
         return shape
     schedule, left = [], shape.num_tokens - shape.num_prefix
@@ -376,12 +393,6 @@ def _open(model: nn.Module, path: Path, backend: str) -> OnnxModel | OpenVinoMod
     facts = {"data_config": data_config(model), "num_classes": model.num_classes}
     names = label_names_of(model)
     return OnnxModel(open_session(path, backend=backend), {**facts, "label_names": names or ()}, path)
-
-
-@torch.no_grad()
-def _measure_loss(model: nn.Module, candidate: Any, weighed: Weighed) -> float:
-    """Return the mean KL(dense || candidate) over the images kept back, in nats; the candidate may be a file."""
-    return mean_divergence(model, candidate, [images for images, _labels in on_device(model, weighed.kept_back)])
 
 
 class _Timer:

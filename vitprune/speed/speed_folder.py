@@ -73,7 +73,7 @@ def load_speed(folder: str | Path) -> SpeedRecord | None:
         return None
     content = read_json(path, kind="speed")
     candidates = tuple(
-        Candidate(**{**row, "merge": None if row["merge"] is None else tuple(row["merge"])})
+        Candidate(**{**row, **{name: row.get(name) and tuple(row[name]) for name in ("image_size", "merge")}})
         for row in content.pop("candidates")
     )
     return SpeedRecord(content, candidates)

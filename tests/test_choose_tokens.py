@@ -10,7 +10,7 @@ import vitprune
 from vitprune import VitpruneError, count_macs, split_attention, target_macs
 from vitprune.calibration.layer_losses import mean_divergence
 from vitprune.models.merging import describe_merging, set_merging
-from vitprune.pruning.choose_merging import choose_merging, merge_first
+from vitprune.pruning.choose_tokens import choose_tokens, reduce_tokens_first
 from vitprune.pruning.prune import prune_as_planned
 from vitprune.pruning.target import target_parameters
 
@@ -39,7 +39,7 @@ def make_target(model, share, kinds=KINDS):
 
 def test_the_mixture_of_least_loss_on_images_kept_back_wins():
     model, batches = make_model(), make_batches(4)
-    tried = choose_merging(model, batches, make_target(model, 0.6), ("ffn", "qk", "vo", "layers"), **OPTIONS)
+    tried = choose_tokens(model, batches, make_target(model, 0.6), ("ffn", "qk", "vo", "layers"), **OPTIONS)
     assert len(tried) > 2
     assert any(each.schedule is None for each in tried)
     assert [each.loss for each in tried] == sorted(each.loss for each in tried)
@@ -50,7 +50,7 @@ def test_the_mixture_of_least_loss_on_images_kept_back_wins():
 
 def test_merging_alone_is_measured_on_the_images_kept_back():
     model, batches = make_model(), make_batches(4)
-    (only,) = choose_merging(model, batches, make_target(model, 0.7), (), **OPTIONS)
+    (only,) = choose_tokens(model, batches, make_target(model, 0.7), (), **OPTIONS)
     assert only.share == pytest.approx(0.7)
     assert only.loss == mean_divergence(model, set_merging(model, only.schedule), [batches[3][0]])
 
@@ -79,7 +79,9 @@ def test_the_target_holds_whatever_merges(parts, tmp_path):
 
 def test_what_is_left_of_the_target_is_for_units():
     model, batches = make_model(), make_batches()
-    shaped, left, parts = merge_first(model, batches, make_target(model, 0.5), ("ffn", "qk", "tokens"), **OPTIONS)
+    shaped, left, parts = reduce_tokens_first(
+        model, batches, make_target(model, 0.5), ("ffn", "qk", "tokens"), **OPTIONS
+    )
     assert left.limit == 0.5 * count_macs(model)
     if parts == ("ffn", "qk"):
         assert left.dense == pytest.approx(count_macs(shaped))
@@ -100,7 +102,7 @@ def test_what_cannot_be_is_refused():
         merged = set_merging(model, (0, 8, 0))
         vitprune.prune(merged, batches, target=make_target(merged, 0.7), parts=["tokens"])
     with pytest.raises(VitpruneError, match="neither merging nor units can meet the target; no schedule goes"):
-        choose_merging(model, batches, make_target(model, 0.2), (), **OPTIONS)
+        choose_tokens(model, batches, make_target(model, 0.2), (), **OPTIONS)
     with pytest.raises(VitpruneError, match="cannot merge tokens: it adds a position bias"):
         beit = make_vit("beit_base_patch16_224")
         vitprune.prune(beit, batches, target=target_macs(beit, 0.8 * count_macs(beit)), parts=["tokens"])
