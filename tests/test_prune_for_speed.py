@@ -11,14 +11,16 @@ from conftest import make_vit
 
 import vitprune
 from vitprune import VitpruneError
+from vitprune.images.resized_batches import resize_batches
 from vitprune.models.attention import split_attention
 from vitprune.models.left_out import describe_left_out
 from vitprune.models.merging import describe_merging, set_merging
-from vitprune.pruning.choose_tokens import weigh
+from vitprune.pruning.choose_tokens import ask_dense, weigh
 from vitprune.pruning.latency_model import RATES, LatencyModel, fit_rates, shape_of, target_time
 from vitprune.pruning.meters import MACS
 from vitprune.speed.fit_latency import Fitted, Format, Writer, list_formats, sample_shapes
 from vitprune.speed.prune_for_speed import _check_reach, prune_for_speed
+from vitprune.views import num_patches
 
 SIZES = {"embed_dim": 48, "patch_size": 4, "depth": 4}
 EAGER = Format("torch-eager")
@@ -49,10 +51,15 @@ def test_rates_of_products_alone_count_multiply_accumulates():
     products = dict.fromkeys(("projections", "attention", "ffn"), 1.0)
     rates = {name: products.get(name, 0.0) for name in RATES}
     latency = LatencyModel("torch-eager", "float32", tuple(rates.values()), reads_last_block=True)
-    samples = [each for each in sample_shapes(make_vit(**SIZES), 12) if describe_merging(each) is None]
+    model = make_vit(**SIZES)
+    samples = [each for each in sample_shapes(model, 12) if reads_all_tokens(each, model)]
     assert len(samples) > 3
     beside = {round(vitprune.count_macs(each) - latency.predict(each)) for each in samples}
     assert len(beside) == 1
+
+
+def reads_all_tokens(sample, model):
+    return describe_merging(sample) is None and num_patches(sample) == num_patches(model)
 
 
 @pytest.mark.parametrize("schedule", [None, [10, 0, 7, 0]])
@@ -62,7 +69,7 @@ def test_a_target_costs_what_the_whole_model_is_predicted_to_take(schedule):
     target = target_time(model, latency.predict(model) * 0.9, latency=latency, kinds=KINDS)
     assert target.dense == pytest.approx(latency.predict(model))
     whole = [each for each in sample_shapes(make_vit(**SIZES), 20) if not describe_left_out(each)]
-    for narrow in (each for each in whole if describe_merging(each) is None):
+    for narrow in (each for each in whole if reads_all_tokens(each, make_vit(**SIZES))):
         narrow = split_attention(narrow if schedule is None else set_merging(narrow, schedule))
         groups = vitprune.find_groups(narrow, KINDS)
         predicted = target.predict({group.name: group.num_units for group in groups})
@@ -151,7 +158,7 @@ def test_a_result_that_is_faster_than_asked_for_is_pruned_more_mildly():
         (None, {"latency_ms": -1.0}, "latency_ms must be above 0"),
         (None, {"latency_ms": 1e6}, "the dense model takes .* already"),
         (1000.0, {}, "out of reach: with next to nothing left .* ask for less"),
-        (4.0, {"parts": ["qk"]}, "out of reach: .* let ffn, vo, layers, tokens go as well"),
+        (4.0, {"parts": ["qk"]}, "out of reach: .* let ffn, vo, layers, tokens, pixels go as well"),
         (2.0, {"parts": ["nothing"]}, "parts must be one of"),
     ],
 )
@@ -246,7 +253,7 @@ def test_the_fastest_within_a_drop_is_found(budget):
     assert found.result.speedup == max(each.speedup for each in within)
     for each in found.tried:
         assert each.within == (each.drop_bound is not None and each.drop_bound <= 0.5)
-    accuracy = vitprune.evaluate(found.result.model, evaluation)
+    accuracy = vitprune.evaluate(found.result.model, resize_batches(evaluation, found.result.model))
     assert accuracy.top1 == next(each.top1 for each in within if each.speedup == found.result.speedup)
     asked = [each.asked_speedup for each in found.tried]
     assert asked[0] == 1.5
@@ -281,13 +288,13 @@ def test_as_many_images_are_asked_for_as_it_takes(max_drop):
 
 def test_an_8_bit_candidate_is_weighed_as_its_file_answers(tmp_path):
     from vitprune.calibration.layer_losses import mean_divergence
-    from vitprune.speed.prune_for_speed import _measure_loss, _open, open_as
+    from vitprune.speed.prune_for_speed import _open, open_as
 
     model, batches = make_vit(**SIZES).float(), [(images.float(), labels) for images, labels in make_batches()]
     file = open_as(model, Format("onnxruntime-cpu", "int8"), Writer(tmp_path), "model")
     assert isinstance(file, type(_open(model, next(tmp_path.glob("*int8.onnx")), "onnxruntime-cpu")))
     weighed = weigh(model, batches, (), ridge=1e-3)
-    loss = _measure_loss(model, file, weighed)
+    loss = ask_dense(model, weighed.kept_back).loss_of(file)
     with torch.no_grad():
         assert loss == mean_divergence(model, file, [images for images, _labels in weighed.kept_back])
     assert 0 < loss < 1

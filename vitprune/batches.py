@@ -71,7 +71,10 @@ class GivenBatches:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "batches" not in self.__dict__:
             raise AttributeError(name)
-        return getattr(self.batches, name)
+        own = getattr(self.batches, name)
+        if name == "of_model":
+            return lambda model: GivenBatches(own(model))
+        return own
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         try:

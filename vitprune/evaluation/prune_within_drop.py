@@ -16,6 +16,7 @@ from vitprune.data import Batches
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.accuracy import Accuracy, drop_bound, evaluate
+from vitprune.images.resized_batches import resize_batches
 from vitprune.intervals import CONFIDENCE
 from vitprune.progress import Track, untracked
 from vitprune.seen_images import check_unseen, files_of, hash_images
@@ -181,7 +182,8 @@ def _judge(
 ) -> TriedSpeed:
     with tempfile.TemporaryDirectory() as folder:
         wanted = Format(result.backend, result.precision)
-        accuracy = evaluate(open_as(result.model, wanted, Writer(Path(folder), batches), "model"), evaluation)
+        opened = open_as(result.model, wanted, Writer(Path(folder), batches), "model")
+        accuracy = evaluate(opened, resize_batches(evaluation, result.model))
     bound = drop_bound(dense, accuracy)
     drop = dense.top1 - accuracy.top1
     return TriedSpeed(

@@ -264,7 +264,8 @@ def choose_schedules(
         fit = partial(costs.fit, share=share, share_of=share_of)
         guesses, limit = [shape], max_varied
         if not shape or fit(shape) is None:
-            guesses, limit = _first_guesses(fit, len(dense.blocks), max_merges), max_candidates
+            guesses = _first_guesses(fit, len(dense.blocks), max_merges)
+            limit = max_varied + len(guesses) if shape else max_candidates
         best, schedule = _search(fit, guesses, measure, len(dense.blocks), limit, track)
         found.append(schedule)
         shape = shape if schedule is None else best

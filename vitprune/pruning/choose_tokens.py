@@ -44,6 +44,8 @@ NUM_SCHEDULE_IMAGES = 96
 MAX_MERGES = 5
 # Shares of the way, on a logarithmic scale, that merging goes; units go the rest.
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+# Of a cost that is a sum of floats.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -202,9 +204,11 @@ def choose_tokens(
             except VitpruneError as error:
                 reason = str(error)  # units cannot go that far beside so few merges
                 continue
-            tried.append(
-                Mixed(left, FewerTokens(size, schedule), judged.loss_of(candidate, size), meter.count(candidate))
-            )
+            cost = meter.count(candidate)
+            if cost > target.limit * (1 + ROUNDING):
+                reason = "still smaller images are not looked at"
+                continue
+            tried.append(Mixed(left, FewerTokens(size, schedule), judged.loss_of(candidate, size), cost))
     if not tried:
         raise VitpruneError(f"neither fewer tokens nor units can meet the target; {reason}")
     return sorted(tried, key=lambda each: each.loss)
