@@ -298,3 +298,59 @@ def test_an_8_bit_candidate_is_weighed_as_its_file_answers(tmp_path):
     with torch.no_grad():
         assert loss == mean_divergence(model, file, [images for images, _labels in weighed.kept_back])
     assert 0 < loss < 1
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kill_at", [1, 2])
+def test_a_killed_call_ends_as_an_undisturbed_one(kill_at, tmp_path):
+    """Killed before the candidate is timed, and before the result is; true times stand for measured ones."""
+    model, believed = make_vit(**SIZES), make_latency(3)
+    true = make_latency(3, ffn=dict(zip(RATES, believed.rates, strict=True))["ffn"] * 2.5)
+    fitted = Fitted(believed.predict(model), {EAGER: believed}, EAGER)
+    calls, made = [], []
+
+    def measure(other, _format):
+        calls.append(other)
+        if len(calls) == kill_at:
+            raise Killed
+        return [true.predict(model) / true.predict(other)]
+
+    def call(folder, batches):
+        options = {"formats": [EAGER], "fitted": fitted, "measure": measure, "step": 1, "stages": folder}
+        return prune_for_speed(model, batches, 1.3, **options)
+
+    class Counted(list):
+        def __iter__(self):
+            made.append(self)
+            return super().__iter__()
+
+    folder = tmp_path / "stages"
+    with pytest.raises(Killed):
+        call(folder, make_batches())
+    result = call(folder, Counted(make_batches()))
+    passes = len(made)
+    undisturbed = call(None, Counted(make_batches()))
+    assert result.candidates == undisturbed.candidates
+    assert result.speedups == undisturbed.speedups
+    assert result.predicted_speedup == undisturbed.predicted_speedup
+    with torch.no_grad():
+        for images, _labels in resize_batches(make_batches(), result.model):
+            assert torch.equal(result.model(images), undisturbed.model(images))
+    # What was finished is not done again: of the images, nothing is weighed anew once a candidate was taken.
+    assert passes < len(made) - passes or kill_at == 1
+    made.clear()
+    again = call(folder, Counted(make_batches()))
+    assert again.speedups == result.speedups
+    assert not made
+
+
+def test_a_folder_of_something_else_is_no_place_for_stages(tmp_path):
+    model, latency = make_vit(**SIZES), make_latency(3)
+    (tmp_path / "curve.json").write_text("{}")
+    fitted = Fitted(latency.predict(model), {EAGER: latency}, EAGER)
+    with pytest.raises(VitpruneError, match="exists; choose another output"):
+        prune_for_speed(model, make_batches(), 1.3, formats=[EAGER], fitted=fitted, stages=tmp_path)
+    assert (tmp_path / "curve.json").exists()

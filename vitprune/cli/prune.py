@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from vitprune.cli.prune_for_speed import (
     show_candidates,
     show_speed,
     show_tried,
+    stages_of,
 )
 from vitprune.cli.prune_onnx import run_onnx
 from vitprune.cli.terminal import Tracked, note, print_table, track
@@ -156,6 +158,7 @@ def run(
 
     from vitprune.data import remember_names
     from vitprune.files import refuse_existing
+    from vitprune.images.resized_batches import resize_batches
     from vitprune.models.image_size import set_image_size
     from vitprune.models.merging import describe_merging, set_merging
     from vitprune.models.saved_folder import save
@@ -265,6 +268,7 @@ def run(
             latency_ms=target_latency, max_drop=max_drop, evaluation=evaluation,
             parts=_choose_parts(network, parts, targets, shaped=False),
             batch_sizes=latency_batch_size or [1], ridge=ridge, seed=seed, compensate=compensate, found=found,
+            output=output,
             **decided,
         )  # fmt: skip
         pruned, made = result.model, result.plan
@@ -296,7 +300,8 @@ def run(
         save(pruned, output, plan=made)
     else:
         save_for_speed(result, output, facts=None if within is None else describe_within(within))
-        report = None if export is None else export_for_speed(result, export, batches)
+        report = None if export is None else export_for_speed(result, export, resize_batches(batches, result.model))
+        shutil.rmtree(stages_of(output))
     facts = made.facts
     latency = None
     if for_speed and result is None:

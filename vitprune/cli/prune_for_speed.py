@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,21 +42,34 @@ def run_for_speed(
     latency_ms: float | None,
     max_drop: float | None,
     evaluation: Any,
+    output: str,
     **asked: Any,
 ):
     """Return the result, and how it was found within a drop; None where that was not asked."""
+    from vitprune.cli.terminal import note
     from vitprune.evaluation.prune_within_drop import prune_within_drop
     from vitprune.speed.fit_latency import list_formats
-    from vitprune.speed.prune_for_speed import prune_for_speed
+    from vitprune.speed.prune_for_speed import OutOfReachError, prune_for_speed
 
     formats = list_formats(backends, allow)
     if export is not None and not any(each.is_file for each in formats):
         raise VitpruneError(f"--export writes a file for ONNX Runtime, not for {', '.join(backends)}; name its backend")
-    asked |= {"formats": formats, "track": track}
-    if max_drop is None:
-        return prune_for_speed(network, batches, speedup, latency_ms=latency_ms, **asked), None
-    within = prune_within_drop(network, batches, evaluation, max_drop, **asked)
+    asked |= {"formats": formats, "track": track, "stages": stages_of(output)}
+    note(f"the same command goes on where it was killed, from {stages_of(output)}")
+    try:
+        if max_drop is None:
+            return prune_for_speed(network, batches, speedup, latency_ms=latency_ms, **asked), None
+        within = prune_within_drop(network, batches, evaluation, max_drop, **asked)
+    except OutOfReachError:
+        shutil.rmtree(stages_of(output), ignore_errors=True)
+        raise
     return within.result, within
+
+
+def stages_of(output: str) -> Path:
+    """Return the folder beside an output that keeps what is finished until it is written."""
+    path = Path(output)
+    return path.with_name(f"{path.name}.unfinished")
 
 
 def describe_within(within: Any) -> dict[str, Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,17 @@ from torch import nn
 from vitprune.data import Batches
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
-from vitprune.evaluation.accuracy import Accuracy, drop_bound, evaluate
+from vitprune.evaluation.accuracy import Accuracy, accuracy_as_json, accuracy_from_json, drop_bound, evaluate
 from vitprune.images.resized_batches import resize_batches
 from vitprune.intervals import CONFIDENCE
+from vitprune.options import DEFAULT_RIDGE
 from vitprune.progress import Track, untracked
+from vitprune.pruning.choose_tokens import weigh
+from vitprune.pruning.decide import check_parts
 from vitprune.seen_images import check_unseen, files_of, hash_images
 from vitprune.speed.fit_latency import Fitted, Format, Writer, fit_latency
-from vitprune.speed.prune_for_speed import OutOfReachError, PrunedForSpeed, open_as, prune_for_speed
+from vitprune.speed.prune_for_speed import DEFAULT_PARTS, OutOfReachError, PrunedForSpeed, open_as, prune_for_speed
+from vitprune.speed.stages import open_stages
 
 # Speed-ups that are tried, from the second on up while they hold, else down; then one between the last two.
 SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)
@@ -94,6 +100,9 @@ def prune_within_drop(
     num_threads: int | None = None,
     seed: int = 0,
     fitted: Fitted | None = None,
+    parts: Sequence[str] = DEFAULT_PARTS,
+    ridge: float = DEFAULT_RIDGE,
+    stages: str | Path | None = None,
     track: Track = untracked,
     **options: Any,
 ) -> WithinDrop:
@@ -113,6 +122,9 @@ def prune_within_drop(
         num_threads: of the operators.
         seed: of everything drawn at random.
         fitted: from ``fit_latency``, where it is there already.
+        parts: keys of ``PARTS``: what may go.
+        ridge: λ of what stands in.
+        stages: folder that keeps what is finished: the same call goes on there after it was killed. Yours to delete.
         track: wraps (items, description) of long loops, for progress.
         options: what else ``prune_for_speed`` takes.
 
@@ -135,22 +147,34 @@ def prune_within_drop(
         _check_number(len(images), max_drop)
         if calibrated is not None:
             check_unseen(images, hash_images(calibrated))
-    dense = evaluate(model, evaluation)
+    timing = {"batch_sizes": list(batch_sizes), "num_threads": num_threads, "seed": seed}
+    asked = {"max_drop": max_drop, "formats": list(map(str, formats)), "parts": list(parts), "ridge": ridge, **timing}
+    named = {name: value for name, value in options.items() if isinstance(value, str | float | int)}
+    of_images = None if images is None else sorted(hash_images(images))
+    kept = open_stages(
+        stages, model, batches, {**asked, **named, "evaluation images": of_images}, names=_names_of_stages()
+    )
+    dense = kept.facts("dense", lambda: evaluate(model, evaluation), accuracy_as_json, accuracy_from_json)
     _check_number(dense.num_images, max_drop)
     if fitted is None:
-        fitted = fit_latency(model, formats, batch_sizes=batch_sizes, num_threads=num_threads, seed=seed, track=track)
-    shared = {"formats": formats, "batch_sizes": batch_sizes, "num_threads": num_threads, "seed": seed, "track": track}
+        fit = partial(fit_latency, model, formats, track=track, **timing)
+        fitted = kept.facts("latency", fit, Fitted.as_json, Fitted.from_json)
+    weighed = cache(lambda: weigh(model, batches, check_parts(model, parts), ridge=ridge, seed=seed, track=track))
+    shared = {"formats": formats, "parts": parts, "ridge": ridge, "weighed": weighed, "track": track, **timing}
     tried: list[TriedSpeed] = []
     best: PrunedForSpeed | None = None
 
     def holds(speedup: float) -> bool:
         nonlocal best
+        name = _name(speedup)
+        own = None if stages is None else Path(stages) / name
         try:
-            result = prune_for_speed(model, batches, speedup, fitted=fitted, **shared, **options)
+            result = prune_for_speed(model, batches, speedup, fitted=fitted, stages=own, **shared, **options)
         except OutOfReachError:
             tried.append(TriedSpeed(speedup))
             return False
-        row = _judge(result, speedup, dense, evaluation, batches, max_drop)
+        judge = partial(_judge, result, speedup, dense, evaluation, batches, max_drop)
+        row = kept.facts(f"{name}-judged", judge, asdict, _row_from_json)
         tried.append(row)
         best = result if row.within else best
         return row.within
@@ -159,10 +183,26 @@ def prune_within_drop(
     if best is None:
         nearest = min((row.drop_bound for row in tried if row.drop_bound is not None), default=None)
         said = "" if nearest is None else f"; the least upper bound of the drop was {nearest:.4f}"
-        raise VitpruneError(f"max_drop {max_drop:g}: no speed-up of {SPEEDUPS[0]:g} or more is within it{said}")
+        raise OutOfReachError(f"max_drop {max_drop:g}: no speed-up of {SPEEDUPS[0]:g} or more is within it{said}")
     if high is not None and high / low > CLOSE:
         holds(math.sqrt(low * high))
     return WithinDrop(best, max_drop, dense.top1, dense.num_images, tuple(tried))
+
+
+def _name(speedup: float) -> str:
+    return f"{speedup:.4g}x"
+
+
+def _names_of_stages() -> list[str]:
+    between = [math.sqrt(low * high) for low, high in pairwise((1.0, *SPEEDUPS))]
+    of_speeds = [
+        name for speedup in (*SPEEDUPS, *between) for name in (_name(speedup), f"{_name(speedup)}-judged.json")
+    ]
+    return ["dense.json", "latency.json", *of_speeds]
+
+
+def _row_from_json(content: Mapping[str, Any]) -> TriedSpeed:
+    return TriedSpeed(**{each.name: content[each.name] for each in fields(TriedSpeed)})
 
 
 def _walk(holds: Any) -> tuple[float, float | None]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from vitprune.pruning.plan import Plan
 from vitprune.pruning.prune import prune
 from vitprune.seen_images import watch
 from vitprune.speed.fit_latency import Fitted, Format, Writer, fit_latency, time_sources
+from vitprune.speed.stages import open_stages
 from vitprune.timing import paired_speedup
 from vitprune.views import data_config
 
@@ -135,8 +136,9 @@ def prune_for_speed(
     ridge: float = DEFAULT_RIDGE,
     seed: int = 0,
     fitted: Fitted | None = None,
-    weighed: Weighed | None = None,
+    weighed: Weighed | Callable[[], Weighed] | None = None,
     measure: Measure | None = None,
+    stages: str | Path | None = None,
     track: Track = untracked,
     **options: Any,
 ) -> PrunedForSpeed:
@@ -158,9 +160,10 @@ def prune_for_speed(
         ridge: λ of what stands in.
         seed: of everything drawn at random.
         fitted: from ``fit_latency`` with the same batch sizes and these formats at least, where it is there already.
-        weighed: from ``weigh`` with the same images and parts, where it is there already.
+        weighed: from ``weigh`` with the same images and parts, where it is there already, or what makes it.
         measure: model and format -> how many times faster it is than the dense one at each batch size, where the model
             is for another machine than this one; goes with ``fitted``.
+        stages: folder that keeps what is finished: the same call goes on there after it was killed. Yours to delete.
         track: wraps (items, description) of long loops, for progress.
         options: ``criterion``, ``compensate`` and ``step``, as ``prune`` takes them.
 
@@ -185,57 +188,72 @@ def prune_for_speed(
         raise VitpruneError("no `formats` to choose from")
     parts = check_parts(model, parts)
     batches = watch(batches)
+    widths = {"allocation": allocation, "round_to": round_to, "floor": floor}
+    asked = {"speedup": speedup, "latency_ms": latency_ms, "formats": list(map(str, formats)), "parts": parts}
+    timing = {"batch_sizes": list(batch_sizes), "num_threads": num_threads, "seed": seed}
+    named = {name: value for name, value in options.items() if isinstance(value, str | float | int)}
+    everything = {**asked, **timing, "ridge": ridge, **widths, **named}
+    names = ["latency.json", "candidates.json", *(f"round-{number}" for number in range(1, MAX_ROUNDS + 1))]
+    kept = open_stages(stages, model, batches, everything, names=names)
     if fitted is None:
-        fitted = fit_latency(model, formats, batch_sizes=batch_sizes, num_threads=num_threads, seed=seed, track=track)
+        fit = partial(fit_latency, model, formats, track=track, **timing)
+        fitted = kept.facts("latency", fit, Fitted.as_json, Fitted.from_json)
     if latency_ms is not None:
         speedup = fitted.dense_ms / latency_ms
         if speedup <= 1:
             raise VitpruneError(f"latency_ms {latency_ms:g}: the dense model takes {fitted.dense_ms:.2f} ms already")
     limit = fitted.dense_ms / speedup
     _check_reach(model, speedup, parts, fitted, formats, floor)
-    weighed = weighed or weigh(model, batches, parts, ridge=ridge, seed=seed, track=track)
-    widths = {"allocation": allocation, "round_to": round_to, "floor": floor}
     shared = {"ridge": ridge, "seed": seed, "track": track, **widths}
-    of_target = {"limit": limit, "dense_ms": fitted.dense_ms, "parts": parts}
-    judged = ask_dense(model, weighed.kept_back)
-    propose = partial(_propose, model, weighed=weighed, judged=judged, **of_target, track=track, ridge=ridge, **widths)
+
+    @cache
+    def scales() -> tuple[Weighed, Judged]:
+        found = weighed() if callable(weighed) else weighed
+        found = found or weigh(model, batches, parts, ridge=ridge, seed=seed, track=track)
+        return found, ask_dense(model, found.kept_back)
+
+    def propose(latency: LatencyModel):
+        found, judged = scales()
+        of_target = {"limit": limit, "dense_ms": fitted.dense_ms, "parts": parts, "weighed": found, "judged": judged}
+        return _propose(model, latency, **of_target, track=track, ridge=ridge, **widths)
+
     with tempfile.TemporaryDirectory() as folder:
-        timer = _Timer(model, Path(folder), fitted.reference, tuple(batch_sizes), num_threads, measure, weighed.fitted)
-        looked_at, refused = [], {}
-        for wanted in formats:
-            try:
-                looked_at.append(_look(propose(fitted.models[wanted]), fitted.models[wanted], timer, judged))
-            except VitpruneError as error:
-                refused[str(wanted)] = str(error)
-        if not looked_at:
-            reasons = "; ".join(f"{wanted}: {reason}" for wanted, reason in refused.items())
-            raise OutOfReachError(f"{speedup:.4g} times as fast is out of reach; {reasons}")
-        best, latency = min(looked_at, key=lambda each: each[0][0].loss)
-        candidates = [candidate for found, _latency in looked_at for candidate in found]
-        chosen = best[0]
+        writer = Writer(Path(folder), _Later(lambda: scales()[0].fitted))
+        timer = _Timer(model, writer, fitted.reference, tuple(batch_sizes), num_threads, measure)
+
+        def look(latency: LatencyModel) -> tuple[list[Candidate], LatencyModel]:
+            return _look(propose(latency), latency, timer, scales()[1])
+
+        seen = kept.facts("candidates", lambda: _look_around(look, fitted, formats, speedup), _as_json, _from_json)
+        candidates, chosen, latency = list(seen.candidates), seen.candidates[seen.best], seen.latency
         wanted = Format(chosen.backend, chosen.precision)
         results = []
-        for _round in range(MAX_ROUNDS):
+        for number in range(1, MAX_ROUNDS + 1):
             meter = latency.meter()
             try:
                 shaped, target, left = go_on(model, chosen.fewer, _target_of(meter, model, limit), parts, meter)
             except VitpruneError:
                 # The fit was further off than this schedule leaves room for: others, with what was measured.
                 try:
-                    again, latency = _look(propose(latency), latency, timer, judged)
+                    again, latency = look(latency)
                 except VitpruneError as error:
                     raise OutOfReachError(f"{speedup:.4g} times as fast is out of reach; {error}") from error
                 candidates, chosen = [*candidates, *again], again[0]
                 meter = latency.meter()
                 shaped, target, left = go_on(model, chosen.fewer, _target_of(meter, model, limit), parts, meter)
-            kept = {"ratio": 0.0} if target.dense <= target.limit else {"target": target}
+            of_units = {"ratio": 0.0} if target.dense <= target.limit else {"target": target}
             own = batches if chosen.image_size is None else resize_batches(batches, shaped)
-            pruned, plan = prune(shaped, own, parts=left, dense=model, **kept, **shared, **options)
-            predicted = fitted.dense_ms / latency.predict(pruned)
-            speedups = timer.speedups(pruned, wanted)
+
+            def make(shaped=shaped, own=own, left=left, latency=latency, of_units=of_units):
+                pruned, plan = prune(shaped, own, parts=left, dense=model, **of_units, **shared, **options)
+                predicted = fitted.dense_ms / latency.predict(pruned)
+                return pruned, plan, {"predicted": predicted, "speedups": timer.speedups(pruned, wanted)}
+
+            pruned, plan, facts = kept.model(f"round-{number}", make)
+            predicted, speedups = facts["predicted"], tuple(facts["speedups"])
             results.append((pruned, plan, predicted, speedups))
             # Where merging alone is fast enough, no units are left to be milder with.
-            mildest = GENEROUS * speedup if "target" in kept else float("inf")
+            mildest = GENEROUS * speedup if "target" in of_units else float("inf")
             if TOLERANCE * speedup <= min(speedups) <= mildest:
                 break
             latency = latency.scaled(predicted / min(speedups))
@@ -252,8 +270,79 @@ def prune_for_speed(
         fitted.dense_ms,
         fitted.models[wanted].error,
         tuple(replace(each, chosen=each is chosen) for each in sorted(candidates, key=lambda each: each.loss)),
-        refused,
+        seen.refused,
     )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a look around in all formats found.
+
+    Attributes:
+        candidates: of all formats.
+        best: which of these to go on with.
+        latency: of its format, corrected by what was timed.
+        refused: format -> why nothing in it is so fast.
+    """
+
+    candidates: tuple[Candidate, ...]
+    best: int
+    latency: LatencyModel
+    refused: Mapping[str, str]
+
+
+def _as_json(seen: _Seen) -> dict[str, Any]:
+    return asdict(seen)
+
+
+def _from_json(content: Mapping[str, Any]) -> _Seen:
+    latency = content["latency"]
+    return _Seen(
+        tuple(candidate_from_json(row) for row in content["candidates"]),
+        content["best"],
+        LatencyModel(**{**latency, "rates": tuple(latency["rates"])}),
+        content["refused"],
+    )
+
+
+def candidate_from_json(row: Mapping[str, Any]) -> Candidate:
+    """Read a candidate from JSON values.
+
+    >>> candidate_from_json(asdict(Candidate("openvino", "int8", (160, 160), None, 0.5, 2.0))).image_size
+    (160, 160)
+    """
+    return Candidate(**{**row, **{name: row.get(name) and tuple(row[name]) for name in ("image_size", "merge")}})
+
+
+def _look_around(
+    look: Callable[[LatencyModel], tuple[list[Candidate], LatencyModel]],
+    fitted: Fitted,
+    formats: Sequence[Format],
+    speedup: float,
+) -> _Seen:
+    """Look at candidates in every format; the least loss is best."""
+    found, refused = [], {}
+    for wanted in formats:
+        try:
+            found.append(look(fitted.models[wanted]))
+        except VitpruneError as error:
+            refused[str(wanted)] = str(error)
+    if not found:
+        reasons = "; ".join(f"{wanted}: {reason}" for wanted, reason in refused.items())
+        raise OutOfReachError(f"{speedup:.4g} times as fast is out of reach; {reasons}")
+    best, latency = min(found, key=lambda each: each[0][0].loss)
+    candidates = tuple(candidate for of_format, _latency in found for candidate in of_format)
+    return _Seen(candidates, next(at for at, each in enumerate(candidates) if each is best[0]), latency, refused)
+
+
+class _Later:
+    """Batches that are made when they are first read."""
+
+    def __init__(self, make: Callable[[], Batches]) -> None:
+        self.make = make
+
+    def __iter__(self):
+        return iter(self.make())
 
 
 def _nearest(results: Sequence[tuple[nn.Module, Plan, float, tuple[float, ...]]], speedup: float):
@@ -401,14 +490,13 @@ class _Timer:
     def __init__(
         self,
         dense: nn.Module,
-        folder: Path,
+        writer: Writer,
         reference: Format,
         batch_sizes: tuple[int, ...],
         num_threads: int | None,
         measure: Measure | None,
-        batches: Batches,
     ) -> None:
-        self.writer, self.reference, self.written = Writer(folder, batches), reference, {}
+        self.writer, self.reference, self.written = writer, reference, {}
         self.dense, self.measure = dense, measure
         self.batch_sizes, self.num_threads = batch_sizes, num_threads
 

@@ -11,7 +11,7 @@ from vitprune.figures.candidates_figure import draw_candidates
 from vitprune.figures.style import save_figure
 from vitprune.files import FORMAT_VERSION, atomic_folder, read_json, write_json, write_table
 from vitprune.models.saved_folder import FOLDER_FILES, save
-from vitprune.speed.prune_for_speed import Candidate, PrunedForSpeed
+from vitprune.speed.prune_for_speed import Candidate, PrunedForSpeed, candidate_from_json
 
 SPEED_FILE, TABLE_FILE, PICTURE_FILE = "speed.json", "candidates.csv", "candidates.png"
 SPEED_FILES = FOLDER_FILES | {SPEED_FILE, TABLE_FILE, PICTURE_FILE}
@@ -72,8 +72,5 @@ def load_speed(folder: str | Path) -> SpeedRecord | None:
     if not path.is_file():
         return None
     content = read_json(path, kind="speed")
-    candidates = tuple(
-        Candidate(**{**row, **{name: row.get(name) and tuple(row[name]) for name in ("image_size", "merge")}})
-        for row in content.pop("candidates")
-    )
+    candidates = tuple(map(candidate_from_json, content.pop("candidates")))
     return SpeedRecord(content, candidates)
