@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from conftest import make_vit as make_double
 from torch import nn
 
 from vitprune import bench, export_onnx, set_merging
+from vitprune.cli.commands import main
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.judge import Source, open_model
 from vitprune.export import onnx_file
@@ -198,6 +200,52 @@ def test_models_and_files_are_timed_on_it_against_one_baseline(tmp_path):
         bench(models, backends=["onnxruntime-cpu", "openvino"], baseline="x")
     with pytest.raises(VitpruneError, match="int8 is an OpenVINO file: onnxruntime-cpu cannot run it"):
         bench(models, backends=["onnxruntime-cpu"])
+
+
+def test_models_are_quantised_for_it_to_be_timed():
+    model, options = make_vit(), {"batch_sizes": [1], "num_threads": [1], "seconds": 0.02}
+    backends = ["onnxruntime-cpu", "openvino"]
+    rows = bench({"a": model}, backends=backends, precisions=["float32", "int8"], baseline="a@openvino", **options)
+    assert [(row.backend, row.precision) for row in rows] == [
+        (backend, precision) for backend in backends for precision in ("float32", "int8")
+    ]
+    (reference,) = (row for row in rows if row.speedup == 1)
+    assert (reference.backend, reference.precision) == ("openvino", "float32")
+    # Times of other precisions have no ceiling by multiply-accumulates.
+    assert all((row.speedup_ceiling is None) == (row.precision == "int8") for row in rows)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_the_doctor_looks_at_its_files(precision, tmp_path, capsys):
+    model = make_vit()
+    export_onnx(model, tmp_path / "m.xml", batches_for(model), precision=precision)
+    assert main(["doctor", str(tmp_path / "m.xml"), "--seconds", "0.05", "--threads", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    findings = {finding["name"]: finding for finding in found["findings"]}
+    assert {"threads", "kernels", "attention", "precision", "int8", "metadata", "batch"} <= set(findings)
+    assert (found["backend"], found["ffn_share"]) == ("openvino", None)
+    assert found["macs"] > 0
+    assert findings["precision"]["text"].startswith(precision)
+    assert findings["metadata"]["verdict"] == "fine"
+    assert ("quantised already" in findings["int8"]["text"]) == (precision == "int8")
+    if precision == "float32":
+        assert " x as fast" in findings["int8"]["text"]
+
+
+def test_the_doctor_refuses_what_such_a_file_cannot_be_asked(tmp_path, capsys):
+    model = make_vit()
+    export_onnx(model, tmp_path / "m.xml", batches_for(model), batch_size=2)
+    path = str(tmp_path / "m.xml")
+    for arguments, said in (
+        (["--backend", "onnxruntime-cpu"], "is an OpenVINO file, which runs there alone; leave --backend out"),
+        (["--checkpoint", "x.safetensors"], "holds its own weights; leave --checkpoint out"),
+        (["--image-size", "64"], "where this is fixed; leave --image-size out"),
+        ([], "runs 2 images at a time, not 1; pass 2 as --batch-size"),
+    ):
+        assert main(["doctor", path, *arguments]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["doctor", str(tmp_path / "absent.xml")]) == 2
+    assert "no such file" in capsys.readouterr().err
 
 
 def test_operators_of_onnx_runtime_are_refused_in_one_line(tmp_path):

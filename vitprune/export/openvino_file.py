@@ -9,8 +9,11 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -142,17 +145,72 @@ def facts_in(model: Any) -> dict[str, Any]:
     return {}
 
 
-def make_openvino_runner(path: str | Path, batch_size: int, num_threads: int | None) -> Callable[[], Any]:
+@dataclass(frozen=True)
+class OperatorRun:
+    """What one operator took in a run.
+
+    Attributes:
+        kind: what it is: ``MatMul``, ``FullyConnected``, ...
+        kernel: what computed it, with the precision: ``jit_avx2_f32``, ``ref_any_f32``, ...
+        milliseconds: of one run.
+    """
+
+    kind: str
+    kernel: str
+    milliseconds: float
+
+
+def profile_openvino(
+    path: str | Path, batch_size: int, num_threads: int | None = None, *, num_runs: int = 5
+) -> list[OperatorRun]:
+    """Run a file on random images and say what each operator that is computed takes, the median over runs.
+
+    Args:
+        path: as in ``make_openvino_runner``, as are the next two.
+        batch_size: images per run.
+        num_threads: of the operators.
+        num_runs: after one that warms up.
+    """
+    request, images = _open_request(path, batch_size, num_threads, {"PERF_COUNT": True})
+    request.infer([images], share_inputs=True)
+    # What takes less than a clock tick counts as not executed in some runs.
+    runs: dict[str, list[Any]] = {}
+    for _run in range(num_runs):
+        request.infer([images], share_inputs=True)
+        for each in request.get_profiling_info():
+            if each.status == each.Status.EXECUTED:
+                runs.setdefault(each.node_name, []).append(each)
+    return [
+        OperatorRun(each[0].node_type, each[0].exec_type, 1000 * median(one.real_time.total_seconds() for one in each))
+        for each in runs.values()
+    ]
+
+
+def find_capabilities() -> frozenset[str]:
+    """Return what this processor computes in: ``FP32``, ``INT8``, ``BF16``, ... by OpenVINO's names."""
+    return frozenset(import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
+def make_openvino_runner(
+    path: str | Path, batch_size: int, num_threads: int | None, *, precision: str = "f32"
+) -> Callable[[], Any]:
     """Return a program that runs random images through a file once, in float32 where it is not quantised.
 
     Args:
         path: an .xml file, or an ONNX file of standard operators.
         batch_size: images per run, where the file leaves it open.
         num_threads: of OpenVINO's operators; None leaves the choice to it.
+        precision: of what is not quantised: ``f32`` or, where the processor has it, ``bf16``.
 
     Raises:
         VitpruneError: if it cannot be read, or has not one input of images of a fixed size.
     """
+    request, images = _open_request(path, batch_size, num_threads, {"INFERENCE_PRECISION_HINT": precision})
+    return lambda: request.infer([images], share_inputs=True)
+
+
+def random_images(path: str | Path, batch_size: int) -> np.ndarray:
+    """Return random images as a file reads them [batch, channels, height, width]; arguments as above."""
     model = read_openvino(path)
     if len(model.inputs) != 1 or len(model.inputs[0].partial_shape) != 4:
         raise VitpruneError(f"{path}: expected one input of images [batch, channels, height, width]")
@@ -165,10 +223,16 @@ def make_openvino_runner(path: str | Path, batch_size: int, num_threads: int | N
             f"{path} runs {batch.get_length()} images at a time, not {batch_size}; pass {batch.get_length()} as "
             "`batch_size`"
         )
-    request = _compile(path, model, num_threads).create_infer_request()
     images = np.random.default_rng(0).standard_normal((batch_size, *lengths), dtype=np.float32)
-    images = images.astype(model.inputs[0].element_type.to_dtype())
-    return lambda: request.infer([images], share_inputs=True)
+    return images.astype(model.inputs[0].element_type.to_dtype())
+
+
+def _open_request(
+    path: str | Path, batch_size: int, num_threads: int | None, settings: Mapping[str, Any]
+) -> tuple[Any, np.ndarray]:
+    """Return what runs a file, and random images for it."""
+    images = random_images(path, batch_size)
+    return _compile(path, read_openvino(path), num_threads, settings).create_infer_request(), images
 
 
 def write_openvino(source: Path, path: Path, facts: Mapping[str, Any]) -> None:
@@ -263,12 +327,15 @@ def _save(model: Any, path: Path, facts: Mapping[str, Any]) -> None:
     import_openvino().save_model(model, str(path), compress_to_fp16=False)
 
 
-def _compile(path: str | Path, model: Any, num_threads: int | None) -> Any:
+def _compile(
+    path: str | Path, model: Any, num_threads: int | None, changed: Mapping[str, Any] = MappingProxyType({})
+) -> Any:
     # Without the precision, processors with bfloat16 instructions compute in bfloat16 and say nothing.
     settings: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": "f32",
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": "1",
+        **changed,
     }
     if num_threads is not None:
         settings["INFERENCE_NUM_THREADS"] = num_threads

@@ -27,9 +27,12 @@ from vitprune.export.openvino_file import (
     OPENVINO,
     SUFFIX,
     facts_in,
+    import_nncf,
     import_openvino,
     make_openvino_runner,
+    quantize_openvino,
     read_openvino,
+    write_openvino,
 )
 from vitprune.export.profile import count_graph_macs, make_session_runner
 from vitprune.export.quantize import halve, quantize
@@ -132,7 +135,8 @@ def bench(
             to, on each backend.
         backends: keys of ``BACKENDS``.
         precisions: for torch ``float32``, ``tf32``, ``bf16``, ``fp16``; for ONNX Runtime ``float32``, ``int8``; for
-            OpenVINO ``float32`` (files quantised for it are timed as they are).
+            OpenVINO ``float32``, ``int8`` (quantised by random images: good for timing alone; files are timed as they
+            are).
         batch_sizes: images per run, each at least 1.
         num_threads: threads of the operators, each at least 1; None takes torch's default.
         device: of the torch backends.
@@ -248,7 +252,9 @@ def _check(models, backends, precisions, batch_sizes, threads, device: str, base
         known = TIMED_IN_FILES if backend in PROVIDERS else PRECISIONS_TORCH
         if backend == OPENVINO:
             import_openvino()
-            known = ("float32",)
+            known = ("float32", "int8")
+            if "int8" in precisions:
+                import_nncf()
         for precision in precisions:
             if precision not in known:
                 raise VitpruneError(f"{backend} runs {', '.join(known)}, not '{precision}'; name other backends")
@@ -302,17 +308,26 @@ class _Files:
     def get(self, name: str, precision: str, backend: str) -> Path:
         model = self.models[name]
         operators = operators_for([backend] if backend == OPENVINO else self.providers)
-        key = (name, precision, operators)
+        key = (name, precision if precision != "int8" or backend != OPENVINO else "int8-openvino", operators)
         if not isinstance(model, nn.Module):
             return Path(model)
         if key not in self.exported:
             self.exported[key] = self.folder / f"{len(self.exported)}.onnx"
-            if precision != "float32":
+            if precision == "int8" and backend == OPENVINO:
+                self._quantize_for_openvino(model, self.get(name, "float32", backend), key)
+            elif precision != "float32":
                 narrow = {"int8": quantize, "float16": halve}[precision]
                 narrow(self.get(name, "float32", backend), self.exported[key], {})
             else:
                 export_onnx(model, self.exported[key], [random_batch(model, 2)], operators=operators)
         return self.exported[key]
+
+    def _quantize_for_openvino(self, model: nn.Module, exact: Path, key: tuple[str, str, str]) -> None:
+        own, narrow = exact.with_suffix(SUFFIX), self.exported[key].with_suffix(SUFFIX)
+        facts = {"data_config": data_config(model), "num_classes": model.num_classes}
+        write_openvino(exact, own, facts)
+        quantize_openvino(own, narrow, [random_batch(model, 2)[0].numpy()], facts)
+        self.exported[key] = narrow
 
     def precision(self, name: str, precision: str) -> str:
         """Return the precision of a model that is exported in this one; a file has its own."""

@@ -72,11 +72,11 @@ class Diagnosis:
 
     Attributes:
         path: the file.
-        backend: key of ``PROVIDERS``.
+        backend: key of ``BACKENDS``.
         batch_size: images per run.
-        num_threads: of the operators; None where ONNX Runtime chose.
+        num_threads: of the operators; None where the runtime chose.
         median_ms: one run of the file as it is.
-        macs: multiply-accumulates of one image, as the file computes them.
+        macs: multiply-accumulates of one image, as the file computes them; None where an OpenVINO file does not tell.
         ffn_share: share of them in FFNs, in [0, 1]; None where no FFN was found.
         findings: what costs most first.
     """
@@ -86,7 +86,7 @@ class Diagnosis:
     batch_size: int
     num_threads: int | None
     median_ms: float
-    macs: int
+    macs: int | None
     ffn_share: float | None
     findings: tuple[Finding, ...]
 
@@ -124,7 +124,7 @@ def diagnose(
     nodes = profile(path, batch_size=batch_size, **settings)
     macs, share, ffns = _count(graph, batch_size)
     next(stages)
-    counts = _thread_counts() if backend == "onnxruntime-cpu" else []
+    counts = thread_counts() if backend == "onnxruntime-cpu" else []
     with tempfile.TemporaryDirectory() as folder:
         variants, untried = _make_variants(path, graph, Path(folder))
         runners = {_NOW: make_session_runner(session, batch_size)}
@@ -254,7 +254,12 @@ def _threads(count: int) -> str:
     return f"{count} threads"
 
 
-def _thread_counts() -> list[int]:
+def thread_counts() -> list[int]:
+    """Return numbers of threads that are worth a try: powers of two, and as many as there are cores.
+
+    >>> 1 in thread_counts()
+    True
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return sorted({*(2**power for power in range(8) if 2**power < cores), cores})
 
