@@ -85,6 +85,55 @@ def files(folder):
     return {path.relative_to(folder): path.read_bytes() for path in found if path.name != "card.json"}
 
 
+# What comes with the package, and what must be there.
+
+
+def test_recipes_are_known_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    listed = run("run", "--json", capsys=capsys)["recipes"]
+    repository = Path(__file__).resolve().parents[1] / "recipes"
+    assert listed == {path.stem: str(path) for path in sorted(repository.glob("*.yaml"))}
+    assert main(["run"]) == 0
+    assert "scanned digits" in capsys.readouterr().out
+    assert run("run", "demo", "--dry-run", "--json", capsys=capsys)["plan"]
+    # A file of one's own goes first.
+    (tmp_path / "demo.yaml").write_text("steps: [{info: {model: deit_tiny_patch16_224}}]")
+    (only,) = run("run", "demo.yaml", "--dry-run", "--json", capsys=capsys)["plan"]
+    assert "info deit_tiny_patch16_224" in only["command"]
+
+
+def test_the_wheel_holds_what_is_known_by_name():
+    project = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text()
+    assert '"share/vitprune" = ["docs/serve.py"]' in project
+    assert '"share/vitprune/recipes" = ["recipes/*.yaml", "recipes/*.json"]' in project
+
+
+@pytest.mark.parametrize("arguments", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_what_is_read_is_looked_for_before_anything_runs(arguments, place, capsys):
+    steps = [
+        *STEPS,
+        {"evaluate": {"model": "${out}/nothing/model", "data": "nowhere"}},
+        {"prune": {"source": "vit", "checkpoint": "w.pth", "plan": "${out}/pruned", "output": "${out}/again"}},
+        {"doctor": {"model": "gone.onnx"}},
+    ]
+    write(place / "r.yaml", steps, {name: value for name, value in KEYS.items() if name != "checkpoint"}, "${out}")
+    shutil.rmtree(place / "other")
+    assert main(["run", "r.yaml", *arguments]) == 2
+    said = capsys.readouterr().err
+    for missing in (
+        "step 3: curve: eval_data other is not there",
+        "step 4: evaluate: data other is not there",
+        "step 5: evaluate: model out/nothing/model is not there",
+        "step 5: evaluate: data nowhere is not there",
+        "step 6: prune: checkpoint w.pth is not there",
+        "step 7: doctor: model gone.onnx is not there",
+    ):
+        assert missing in said
+    assert "pruned is not there" not in said
+    assert "step 1" not in said
+    assert not (place / "out").exists()
+
+
 # What a recipe says.
 
 

@@ -104,7 +104,12 @@ def run(
     }
 
     def show() -> None:
+        from vitprune.recipe.shipped import find_server
+
         print(report)
+        server = find_server()
+        if Path(output).suffix == ".onnx" and server is not None and network.num_classes:
+            print(f"answer without torch: python {server} {output} IMAGE")
 
     return answer, show
 

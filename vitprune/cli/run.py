@@ -10,13 +10,14 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from vitprune.cli.terminal import note, track
-from vitprune.errors import VitpruneError
+from vitprune.cli.terminal import note, print_table, track
 from vitprune.files import held, refuse_existing
 from vitprune.recipe.command_options import command_line
 from vitprune.recipe.contents import Contents
+from vitprune.recipe.missing_inputs import check_inputs
 from vitprune.recipe.read import Recipe, Step, read_recipe
 from vitprune.recipe.schema import recipe_schema
+from vitprune.recipe.shipped import describe_recipe, find_recipe, shipped_recipes
 from vitprune.recipe.state import HASHES_FILE, LOCK_FILE, Decision, State, state_file
 
 SUMMARY = "execute the commands of a recipe"
@@ -26,7 +27,12 @@ Execute = Callable[[str, dict[str, Any]], tuple[dict[str, Any], Callable[[], Non
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("recipe", type=str, nargs="?", help="YAML file: commands with their options")
+    parser.add_argument(
+        "recipe",
+        type=str,
+        nargs="?",
+        help="YAML file: commands with their options; or name of a recipe of vitprune's; without it, these are listed",
+    )
     parser.add_argument("keys", type=str, nargs="*", metavar="KEY=VALUE", help="for keys that the recipe declares")
     parser.add_argument(
         "--dry-run", action="store_true", help="check the recipe and print what it would run, and why; write nothing"
@@ -52,8 +58,14 @@ def run_recipe(
             print(json.dumps(schema, indent=2))
         return schema
     if recipe is None:
-        raise VitpruneError("name a recipe: 'vitprune run RECIPE.yaml [KEY=VALUE ...]'")
-    read = read_recipe(recipe, commands, keys or [])
+        known = shipped_recipes()
+        if not as_json:
+            rows = [(name, describe_recipe(path)) for name, path in known.items()]
+            print_table("recipes that come with vitprune", ("name", "what it does"), rows, texts=("what it does",))
+            print("'vitprune run NAME --dry-run' prints what one would run; a path runs your own")
+        return {"recipes": {name: str(path) for name, path in known.items()}}
+    read = read_recipe(find_recipe(recipe), commands, keys or [])
+    check_inputs(read)
     if dry_run:
         return _plan(read, commands, as_json=as_json)
     answers, cached = [], []
