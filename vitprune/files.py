@@ -313,6 +313,16 @@ def held(path: str | Path, *, what: str) -> Iterator[None]:
         lock.release()
 
 
+def refuse_foreign(folder: str | Path) -> None:
+    """Refuse a folder that is there, is not empty, and was not begun by ``open_resumable``.
+
+    >>> refuse_foreign("nowhere")
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / REQUEST_FILE).is_file():
+        refuse_existing(folder, overwrite=False, owned=frozenset())
+
+
 def open_resumable(folder: str | Path, request: Mapping[str, Any], *, owned: frozenset[str], overwrite: bool) -> Path:
     """Open a folder that a killed run may have left, if it was made by the same request.
 

@@ -38,6 +38,7 @@ from vitprune.cli import (
     report,
     run,
 )
+from vitprune.cli.number_ranges import check_numbers
 from vitprune.cli.terminal import forget_held, note_at_work, said, say_held
 from vitprune.cli.wording import in_flags
 from vitprune.errors import VitpruneError, VitpruneNote
@@ -148,6 +149,7 @@ def execute(command: str, given: dict[str, Any]) -> tuple[dict[str, Any], Callab
     seed = given.get("seed", 0)
     if not 0 <= seed < 2**63:
         raise VitpruneError(f"seed must be in [0, 2^63), got {seed}")
+    check_numbers(given)
     # Now, because a command may replace the folder that it was started in.
     output = Path(given["output"]).absolute() if given.get("output") else None
     try:

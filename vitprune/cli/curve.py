@@ -85,10 +85,11 @@ def run(
     from vitprune.cli import front
     from vitprune.evaluation.curve import Curve, parse_ratios
     from vitprune.evaluation.curve_folder import record_curve
-    from vitprune.files import check_place
+    from vitprune.files import check_place, refuse_foreign
     from vitprune.pruning.compensations import reads_images
 
     check_place(output, is_folder=True)
+    refuse_foreign(output)
     if speedups is not None:
         front.check_alone(
             ratios=ratios, max_drop=max_drop, criteria=criteria, allocations=allocations, compensations=compensations,

@@ -47,6 +47,8 @@ def check_model(model: str, checkpoint: str | None, opening: Mapping[str, Any]) 
     read_opening(opening)
     if checkpoint is not None and not Path(checkpoint).exists():
         raise VitpruneError(f"checkpoint {checkpoint}: no such file")
+    if Path(model).suffix in (".onnx", ".xml") and not Path(model).exists():
+        raise VitpruneError(f"{model}: no such file")
 
 
 def check_data(data: str | None, class_map: str | None = None) -> None:

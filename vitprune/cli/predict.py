@@ -8,6 +8,7 @@ from jsonargparse import ArgumentParser
 
 from vitprune.cli.arguments import add_checkpoint, add_device, add_ratio
 from vitprune.cli.inputs import check_model, pick_device, read_opening, say_transform
+from vitprune.errors import VitpruneError
 
 SUMMARY = "say what a model answers to some images"
 
@@ -29,6 +30,9 @@ def run(model, images, checkpoint, ratio, merge, top_k, batch_size, device, **op
     from vitprune.evaluation.predict import predict
 
     check_model(model, checkpoint, opening)
+    for each in images:
+        if not Path(each).exists():
+            raise VitpruneError(f"{each}: no such file")
     where = device if Path(model).suffix in (".onnx", ".xml") else pick_device(device)
     network = open_model(Source(model, checkpoint, ratio, merge, read_opening(opening)), device=where)
     say_transform(network)

@@ -50,7 +50,7 @@ def _read_by(step: Step, outputs: list[Path]) -> Iterator[tuple[str, str]]:
 
 
 def _is_on_disk(text: str, outputs: list[Path]) -> bool:
-    """Tell whether what names a model can only be a file or folder: by its suffix, or by the folder that it begins with."""
+    """Tell whether what names a model can only be a file or folder: by suffix, or by the folder that it begins with."""
     path = Path(text)
     if path.is_absolute() or text.startswith(".") or path.suffix in _SUFFIXES:
         return True
