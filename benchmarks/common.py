@@ -67,7 +67,11 @@ def track(items, description: str):
     """Tell the time, the step and its name (criterion, allocation, ratio) on stderr."""
     for position, item in enumerate(items, 1):
         parts = item if isinstance(item, tuple) and isinstance(item[0], str) else ()
-        names = [f"{part.share:.2f}" if isinstance(part, vitprune.Target) else str(part) for part in parts]
+        names = [
+            f"{part.share:.2f}" if isinstance(part, vitprune.Target) else str(part)
+            for part in parts
+            if isinstance(part, str | int | float | vitprune.Target)
+        ]
         log(" ".join([description, f"{position}/{len(items)}", *names]))
         yield item
 
