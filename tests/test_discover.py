@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 
 import pytest
 import torch
-from conftest import make_vit
+from conftest import make_vit, photos
 from families import build, example
 
 import vitprune
@@ -20,6 +21,7 @@ from vitprune.discovery.discover import (
     discover,
     set_pace,
 )
+from vitprune.discovery.discover_run import discover_run
 from vitprune.discovery.memory import budget_bytes, measure_row_bytes
 from vitprune.discovery.methods import REGISTRY, plan_search
 from vitprune.discovery.run import Run, load_run, save_run
@@ -213,3 +215,19 @@ def test_a_run_of_an_earlier_version_still_loads(tiny_vit, image_folder, tmp_pat
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(vitprune.VitpruneError, match="is no run of a discovery: it has no run.json"):
         load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("factor", "quantity", "told"), [(1, "probability", 0), (1e3, "probability", 1), (1e3, "logit", 0)]
+)
+def test_a_model_that_is_sure_of_itself_gets_a_hint(factor, quantity, told, tmp_path):
+    model = make_vit()
+    with torch.no_grad():
+        model.head.weight.mul_(factor)
+    images = vitprune.find_images(photos(tmp_path / "photos", ["a", "b"], count=3), None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        discover_run(model, images, tmp_path / "run", source="x", method="activation", quantity=quantity)
+    hints = [str(each.message) for each in caught if "`quantity` logit" in str(each.message)]
+    assert len(hints) == told
+    assert all(hint.startswith("6 of 6 images") for hint in hints)

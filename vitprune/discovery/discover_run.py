@@ -7,6 +7,7 @@ import copy
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,11 @@ from vitprune.data import ImageSet, digest_images, find_class
 from vitprune.discovery.memory import budget_bytes
 from vitprune.discovery.methods import REGISTRY, plan_search
 from vitprune.discovery.run import RUN_FILES, Run, save_run
+from vitprune.discovery.saturation import describe_saturation
 from vitprune.discovery.search import Search
 from vitprune.discovery.shards import Shards, find_shards, read_shards, share
 from vitprune.entry import entry
-from vitprune.errors import VitpruneError
+from vitprune.errors import VitpruneError, VitpruneNote
 from vitprune.files import held, open_resumable, refuse_existing
 from vitprune.images.number_classes import check_numbering
 from vitprune.models.identity import architecture, hash_weights, said_beside
@@ -127,6 +129,10 @@ def discover_run(
         note(f"the weights are {str(dtype).removeprefix('torch.')}; paths are computed in float32")
         model = copy.deepcopy(model).float()
     search = plan_search(model, **asked)
+    if search.objective.quantity == "probability" and processes.rank == 0:
+        told = describe_saturation(model, images, num_workers=num_workers)
+        if told is not None:
+            warnings.warn(told, VitpruneNote, stacklevel=2)
     budget_bytes(memory_gib, next(model.parameters()).device)
     output = Path(output).absolute()
     folder = output.with_name(f"{output.name}.shards")
