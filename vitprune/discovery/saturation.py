@@ -1,4 +1,4 @@
-"""Is a model so sure of itself that a probability has no gradient left?"""
+"""Tell whether a model is so sure of itself that a probability has no gradient left."""
 
 from __future__ import annotations
 
