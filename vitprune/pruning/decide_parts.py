@@ -70,6 +70,13 @@ class Decided:
         return widths or None
 
     @property
+    def in_shape(self) -> nn.Module:
+        """A model of the widths that were decided, for its time: which neurons stay is still open."""
+        plan, widths = self.plan, self.neurons or {}
+        first = {name: torch.arange(len(plan.keep[name])) < width for name, width in widths.items()}
+        return cut(self.turned, replace(plan, keep={**plan.keep, **first}), "none")
+
+    @property
     def plan(self) -> Plan:
         """What goes before neurons are ranked: dimensions, heads, layers."""
         keep, kinds, left_out = {}, {}, self.decision.left_out
@@ -93,6 +100,37 @@ class Decided:
         return replace(whole, keep={**whole.keep, **neurons.keep}, facts=facts)
 
 
+@dataclass(frozen=True)
+class Studied:
+    """What a decision is made from, whatever the target.
+
+    Attributes:
+        turned: the model with its attention in order.
+        worth: what every unit and layer is worth.
+        kept_back: images to try candidates on.
+    """
+
+    turned: Turned
+    worth: Worth
+    kept_back: Batches
+
+
+def study_parts(
+    model: nn.Module,
+    batches: Batches,
+    parts: Sequence[str],
+    wanted: frozenset[str] = frozenset(),
+    *,
+    ridge: float = DEFAULT_RIDGE,
+    seed: int = 0,
+    track: Track = untracked,
+) -> Studied:
+    """Measure what ``decide_parts`` decides from; arguments as there."""
+    fitted, kept_back = keep_back(batches, NUM_IMAGES)
+    turned = turn_attention(model, fitted, parts, wanted, ridge=ridge, seed=seed)
+    return Studied(turned, rank_parts(turned, fitted, parts, kept_back, ridge=ridge, seed=seed, track=track), kept_back)
+
+
 def decide_parts(
     model: nn.Module,
     batches: Batches,
@@ -106,6 +144,7 @@ def decide_parts(
     floor: float,
     ridge: float = DEFAULT_RIDGE,
     seed: int = 0,
+    studied: Studied | None = None,
     track: Track = untracked,
 ) -> Decided:
     """Decide what of attention and which layers go, and what that leaves to the neurons.
@@ -122,6 +161,7 @@ def decide_parts(
         floor: share of its units that ``global`` leaves to each group at least.
         ridge: λ of what stands in.
         seed: of everything drawn at random.
+        studied: from ``study_parts`` of this model, where it is there already.
         track: wraps (items, description) of long loops, for progress.
 
     Raises:
@@ -144,15 +184,14 @@ def decide_parts(
             raise VitpruneError("the target is for other parts than these; build it with `kinds` ffn, qk and vo")
         if level and LAYERS not in parts:  # what layers save is known once they are weighed
             decide(level, target, **options)
-    fitted, kept_back = keep_back(batches, NUM_IMAGES)
-    turned = turn_attention(model, fitted, parts, wanted, ridge=ridge, seed=seed)
-    worth = rank_parts(turned, fitted, parts, kept_back, ridge=ridge, seed=seed, track=track)
+    studied = studied or study_parts(model, batches, parts, wanted, ridge=ridge, seed=seed, track=track)
+    turned, worth = studied.turned, studied.worth
     if target is None:
         decision = _decide_by_ratio(worth, parts, pruning_ratio, options)
         remaining = target_neurons(cut(turned, Decided(turned, parts, decision, None).plan, "none"), pruning_ratio)
         return Decided(turned, parts, decision, remaining)
     trial = propose(turned, parts, worth, target, split, ridge=ridge, **options)
-    decision = _search(trial, kept_back, track)
+    decision = _search(trial, studied.kept_back, track)
     whole = Whole(decision.left_out, {name: width for name, width in decision.widths.items() if kind_of(name) == HEADS})
     scaled = {name: cost_H * whole.share(name, worth.losses) for name, cost_H in target.costs.items()}
     kept = {

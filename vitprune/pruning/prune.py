@@ -47,7 +47,7 @@ from vitprune.pruning.compensate import check_ridge
 from vitprune.pruning.compensations import REGISTRY as COMPENSATIONS
 from vitprune.pruning.compensations import check_compensation, needed_statistics
 from vitprune.pruning.decide import PIXELS, TOKENS, check_parts
-from vitprune.pruning.decide_parts import NUM_IMAGES, decide_parts, keep_back
+from vitprune.pruning.decide_parts import NUM_IMAGES, Decided, decide_parts, keep_back
 from vitprune.pruning.plan import Plan, fit_plan, plan_from_widths
 from vitprune.pruning.schedule import Schedule, finish, list_stops, needs_steps, walk
 from vitprune.pruning.sequential import weigh_tokens
@@ -175,6 +175,7 @@ def prune(
     step: float = DEFAULT_STEP,
     parts: Sequence[str] = (FFN,),
     dense: nn.Module | None = None,
+    decided: Decided | None = None,
     seed: int = 0,
     track: Track = untracked,
 ) -> tuple[nn.Module, Plan]:
@@ -201,6 +202,7 @@ def prune(
         parts: keys of ``PARTS``: what may go.
         dense: the model that sizes are compared with, where ``model`` is one that merges tokens or is fed smaller
             images; None: ``model``.
+        decided: from ``decide_parts`` for this model, these parts and this target, where it is there already.
         seed: of everything drawn at random.
         track: wraps (items, description) of long loops, for progress.
 
@@ -259,8 +261,7 @@ def prune(
         level = {group.name: torch.zeros(group.num_units) for group in find_groups(model)}
         allocate(level, target, allocation=allocation, across_ffns=True, round_to=round_to, floor=floor)
     list_stops(0.0 if target is None else target.share, step)
-    decided = None
-    if parts != (FFN,):
+    if parts != (FFN,) and decided is None:
         decided = decide_parts(
             model,
             batches,
@@ -275,7 +276,7 @@ def prune(
             seed=seed,
             track=track,
         )
-        target = decided.target
+    target = target if decided is None else decided.target
     widths = None if decided is None else decided.neurons
     schedule = Schedule(criterion, allocation, row.bridge, round_to, floor, widths)
     narrowed = None if decided is None else decided.turned

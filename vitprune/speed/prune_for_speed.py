@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from vitprune.calibration.criteria import REGISTRY as CRITERIA
 from vitprune.data import Batches, label_names_of
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
@@ -23,13 +24,16 @@ from vitprune.export.runtime import OnnxModel, open_session
 from vitprune.images.resized_batches import resize_batches
 from vitprune.models.fewer_tokens import FewerTokens, reduce_tokens
 from vitprune.models.image_size import check_image_size, smaller_sizes
-from vitprune.options import DEFAULT_ALLOCATION, DEFAULT_FLOOR, DEFAULT_RIDGE
+from vitprune.models.units import FFN
+from vitprune.options import DEFAULT_ALLOCATION, DEFAULT_CRITERION, DEFAULT_FLOOR, DEFAULT_RIDGE
 from vitprune.progress import Track, untracked
 from vitprune.pruning.choose_tokens import Judged, Weighed, ask_dense, choose_tokens, go_on, make_candidates, weigh
 from vitprune.pruning.decide import OUTER, PIXELS, TOKENS, check_parts
+from vitprune.pruning.decide_parts import Decided, decide_parts, study_parts
 from vitprune.pruning.latency_model import AttentionShape, LatencyModel, Shape, shape_of
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.prune import prune
+from vitprune.pruning.target import Target
 from vitprune.seen_images import watch
 from vitprune.speed.fit_latency import Fitted, Format, Writer, fit_latency, time_sources
 from vitprune.speed.stages import open_stages
@@ -193,7 +197,9 @@ def prune_for_speed(
     timing = {"batch_sizes": list(batch_sizes), "num_threads": num_threads, "seed": seed}
     named = {name: value for name, value in options.items() if isinstance(value, str | float | int)}
     everything = {**asked, **timing, "ridge": ridge, **widths, **named}
-    names = ["latency.json", "candidates.json", *(f"round-{number}" for number in range(1, MAX_ROUNDS + 1))]
+    rounds = range(1, MAX_ROUNDS + 1)
+    names = ["latency.json", "candidates.json", *(f"shape-{number}.json" for number in rounds)]
+    names += [f"round-{number}" for number in rounds]
     kept = open_stages(stages, model, batches, everything, names=names)
     if fitted is None:
         fit = partial(fit_latency, model, formats, track=track, **timing)
@@ -219,44 +225,34 @@ def prune_for_speed(
 
     with tempfile.TemporaryDirectory() as folder:
         writer = Writer(Path(folder), _Later(lambda: scales()[0].fitted))
-        timer = _Timer(model, writer, fitted.reference, tuple(batch_sizes), num_threads, measure)
+        timer = _Timer(model, writer, fitted, tuple(batch_sizes), num_threads, measure)
 
         def look(latency: LatencyModel) -> tuple[list[Candidate], LatencyModel]:
             return _look(propose(latency), latency, timer, scales()[1])
 
         seen = kept.facts("candidates", lambda: _look_around(look, fitted, formats, speedup), _as_json, _from_json)
-        candidates, chosen, latency = list(seen.candidates), seen.candidates[seen.best], seen.latency
-        wanted = Format(chosen.backend, chosen.precision)
+        shaper = _Shaper(model, batches, parts, limit, look, timer, shared, options)
         results = []
         for number in range(1, MAX_ROUNDS + 1):
-            meter = latency.meter()
-            try:
-                shaped, target, left = go_on(model, chosen.fewer, _target_of(meter, model, limit), parts, meter)
-            except VitpruneError:
-                # The fit was further off than this schedule leaves room for: others, with what was measured.
-                try:
-                    again, latency = look(latency)
-                except VitpruneError as error:
-                    raise OutOfReachError(f"{speedup:.4g} times as fast is out of reach; {error}") from error
-                candidates, chosen = [*candidates, *again], again[0]
-                meter = latency.meter()
-                shaped, target, left = go_on(model, chosen.fewer, _target_of(meter, model, limit), parts, meter)
-            of_units = {"ratio": 0.0} if target.dense <= target.limit else {"target": target}
-            own = batches if chosen.image_size is None else resize_batches(batches, shaped)
+            seen = kept.facts(f"shape-{number}", partial(shaper.settle, seen, speedup), _as_json, _from_json)
+            chosen, latency = seen.candidates[seen.best], seen.latency
+            wanted = Format(chosen.backend, chosen.precision)
 
-            def make(shaped=shaped, own=own, left=left, latency=latency, of_units=of_units):
+            def make(seen=seen, wanted=wanted):
+                shaped, own, left, target, decided = shaper.shape(seen)
+                of_units = {"target": target, "decided": decided} if _cuts(target) else {"ratio": 0.0}
                 pruned, plan = prune(shaped, own, parts=left, dense=model, **of_units, **shared, **options)
-                predicted = fitted.dense_ms / latency.predict(pruned)
-                return pruned, plan, {"predicted": predicted, "speedups": timer.speedups(pruned, wanted)}
+                predicted = fitted.dense_ms / seen.latency.predict(pruned)
+                facts = {"predicted": predicted, "speedups": timer.speedups(pruned, wanted), "cut": _cuts(target)}
+                return pruned, plan, facts
 
             pruned, plan, facts = kept.model(f"round-{number}", make)
             predicted, speedups = facts["predicted"], tuple(facts["speedups"])
             results.append((pruned, plan, predicted, speedups))
-            # Where merging alone is fast enough, no units are left to be milder with.
-            mildest = GENEROUS * speedup if "target" in of_units else float("inf")
-            if TOLERANCE * speedup <= min(speedups) <= mildest:
+            if _is_near(speedups, speedup, facts["cut"]):
                 break
-            latency = latency.scaled(predicted / min(speedups))
+            seen = replace(seen, latency=latency.scaled(predicted / min(speedups)))
+    candidates = seen.candidates
     pruned, plan, predicted, speedups = _nearest(results, TOLERANCE * speedup)
     return PrunedForSpeed(
         pruned,
@@ -343,6 +339,68 @@ class _Later:
 
     def __iter__(self):
         return iter(self.make())
+
+
+def _cuts(target: Target) -> bool:
+    return target.dense > target.limit
+
+
+def _is_near(speedups: Sequence[float], speedup: float, cuts: bool) -> bool:
+    """Tell whether a result is fast enough and not milder than need be; without units to keep it cannot be milder."""
+    return TOLERANCE * speedup <= min(speedups) <= (GENEROUS * speedup if cuts else float("inf"))
+
+
+class _Shaper:
+    """Decides how wide everything is, and times models of these widths, before their weights are fitted."""
+
+    def __init__(self, model, batches, parts, limit: float, look, timer: _Timer, shared, options) -> None:
+        self.model, self.batches, self.parts, self.limit = model, batches, parts, limit
+        self.look, self.timer, self.shared = look, timer, shared
+        self.wanted = CRITERIA[options.get("criterion", DEFAULT_CRITERION)].statistics
+        self.known: dict[Any, Any] = {}
+
+    def settle(self, seen: _Seen, speedup: float) -> _Seen:
+        """Return what was seen, with a fit by which the widths that are decided turn out as fast as asked for."""
+        for _round in range(MAX_ROUNDS):
+            chosen = seen.candidates[seen.best]
+            try:
+                _shaped, _own, _left, target, decided = self.shape(seen)
+            except VitpruneError:
+                # The fit was further off than this schedule leaves room for: others, with what was measured.
+                try:
+                    again, latency = self.look(seen.latency)
+                except VitpruneError as error:
+                    raise OutOfReachError(f"{speedup:.4g} times as fast is out of reach; {error}") from error
+                seen = replace(seen, candidates=(*seen.candidates, *again), best=len(seen.candidates), latency=latency)
+                continue
+            if decided is None:
+                break
+            candidate = decided.in_shape
+            speedups = self.timer.speedups(candidate, Format(chosen.backend, chosen.precision))
+            if _is_near(speedups, speedup, _cuts(target)):
+                break
+            ratio = self.timer.dense_ms / seen.latency.predict(candidate) / min(speedups)
+            seen = replace(seen, latency=seen.latency.scaled(ratio))
+        return seen
+
+    def shape(self, seen: _Seen) -> tuple[nn.Module, Batches, tuple[str, ...], Target, Decided | None]:
+        """Return the model with fewer tokens, its images, the parts that go of it, how far, and what is decided."""
+        chosen, meter = seen.candidates[seen.best], seen.latency.meter()
+        target = _target_of(meter, self.model, self.limit)
+        shaped, target, left = go_on(self.model, chosen.fewer, target, self.parts, meter)
+        own = self.batches if chosen.image_size is None else resize_batches(self.batches, shaped)
+        if left == (FFN,) or not _cuts(target):
+            return shaped, own, left, target, None
+        names = ("allocation", "round_to", "floor", "ridge", "seed", "track")
+        options = {name: self.shared[name] for name in names}
+        if (chosen.fewer, left) not in self.known:
+            measuring = {name: options[name] for name in ("ridge", "seed", "track")}
+            self.known[chosen.fewer, left] = study_parts(shaped, own, left, self.wanted, **measuring)
+        studied = self.known[chosen.fewer, left]
+        key = (chosen.fewer, seen.latency)
+        if key not in self.known:
+            self.known[key] = decide_parts(shaped, own, left, target=target, studied=studied, **options)
+        return shaped, own, left, target, self.known[key]
 
 
 def _nearest(results: Sequence[tuple[nn.Module, Plan, float, tuple[float, ...]]], speedup: float):
@@ -491,12 +549,13 @@ class _Timer:
         self,
         dense: nn.Module,
         writer: Writer,
-        reference: Format,
+        fitted: Fitted,
         batch_sizes: tuple[int, ...],
         num_threads: int | None,
         measure: Measure | None,
     ) -> None:
-        self.writer, self.reference, self.written = writer, reference, {}
+        self.writer, self.reference, self.written = writer, fitted.reference, {}
+        self.dense_ms = fitted.dense_ms
         self.dense, self.measure = dense, measure
         self.batch_sizes, self.num_threads = batch_sizes, num_threads
 
