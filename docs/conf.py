@@ -18,6 +18,7 @@ nitpick_ignore_regex = [("py:.*", r"(torch|collections|pathlib|typing|numpy|onnx
 nitpick_ignore = [
     ("py:class", "vitprune.models.block_calls.BlockCall"),
     ("py:class", "vitprune.pruning.choose_tokens.Weighed"),
+    ("py:class", "vitprune.pruning.decide_parts.Decided"),
     ("py:class", "vitprune.pruning.schedule.Schedule"),
     # Of an attribute that is a tuple or None, Sphinx looks up the beginning.
     ("py:class", "tuple[int"),

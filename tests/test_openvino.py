@@ -27,7 +27,7 @@ from vitprune.seen_images import hash_pixels
 from vitprune.speed.alignment import FfnShape, find_round_to
 from vitprune.speed.bench import Setting, make_backend_runner
 from vitprune.speed.fit_latency import Format, Writer, fit_latency
-from vitprune.speed.prune_for_speed import open_as
+from vitprune.speed.speed_candidates import open_as
 from vitprune.views import data_config
 
 

@@ -19,7 +19,8 @@ from vitprune.pruning.choose_tokens import ask_dense, weigh
 from vitprune.pruning.latency_model import RATES, LatencyModel, fit_rates, shape_of, target_time
 from vitprune.pruning.meters import MACS
 from vitprune.speed.fit_latency import Fitted, Format, Writer, list_formats, sample_shapes
-from vitprune.speed.prune_for_speed import _check_reach, prune_for_speed
+from vitprune.speed.prune_for_speed import prune_for_speed
+from vitprune.speed.speed_reach import check_reach
 from vitprune.views import num_patches
 
 SIZES = {"embed_dim": 48, "patch_size": 4, "depth": 4}
@@ -181,7 +182,7 @@ def test_a_fit_that_gives_nothing_for_an_empty_model_sets_no_limit():
     model = make_vit(**SIZES)
     latency = make_latency(3, model=0.0, layers=0.0, steps=0.0, merges=0.0, matching=0.0)
     fitted = Fitted(latency.predict(model), {EAGER: latency}, EAGER)
-    _check_reach(model, 1.5, ["ffn", "qk", "vo", "layers", "tokens"], fitted, [EAGER], 0.02)
+    check_reach(model, 1.5, ["ffn", "qk", "vo", "layers", "tokens"], fitted, [EAGER], 0.02)
 
 
 def test_formats_are_float32_first_and_then_what_a_backend_of_files_has():
@@ -290,7 +291,7 @@ def test_as_many_images_are_asked_for_as_it_takes(max_drop):
 
 def test_an_8_bit_candidate_is_weighed_as_its_file_answers(tmp_path):
     from vitprune.calibration.layer_losses import mean_divergence
-    from vitprune.speed.prune_for_speed import _open, open_as
+    from vitprune.speed.speed_candidates import _open, open_as
 
     model, batches = make_vit(**SIZES).float(), [(images.float(), labels) for images, labels in make_batches()]
     file = open_as(model, Format("onnxruntime-cpu", "int8"), Writer(tmp_path), "model")

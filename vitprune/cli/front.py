@@ -30,7 +30,7 @@ def measure(
     from vitprune.evaluation.front import measure_front
     from vitprune.speed.fit_latency import list_formats
     from vitprune.speed.latency_target import default_backend
-    from vitprune.speed.prune_for_speed import DEFAULT_PARTS
+    from vitprune.speed.speed_reach import DEFAULT_PARTS
 
     front = measure_front(
         network,

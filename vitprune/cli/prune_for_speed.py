@@ -49,7 +49,8 @@ def run_for_speed(
     from vitprune.cli.terminal import note
     from vitprune.evaluation.prune_within_drop import prune_within_drop
     from vitprune.speed.fit_latency import list_formats
-    from vitprune.speed.prune_for_speed import OutOfReachError, prune_for_speed
+    from vitprune.speed.prune_for_speed import prune_for_speed
+    from vitprune.speed.speed_candidates import OutOfReachError
 
     formats = list_formats(backends, allow)
     if export is not None and not any(each.is_file for each in formats):
@@ -131,7 +132,7 @@ def show_candidates(result: Any) -> None:
 
 
 def show_speed(result: Any, output: str, report: Any) -> None:
-    from vitprune.speed.prune_for_speed import TOLERANCE
+    from vitprune.speed.settle_widths import TOLERANCE
 
     measured = ", ".join(
         f"{speedup:.2f} x at batch {size}" for size, speedup in zip(result.batch_sizes, result.speedups, strict=True)

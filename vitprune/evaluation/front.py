@@ -38,7 +38,7 @@ from vitprune.progress import Track, untracked
 from vitprune.pruning.decide import check_parts
 from vitprune.seen_images import check_unseen, seen_by
 from vitprune.speed.fit_latency import Format, Writer, time_sources
-from vitprune.speed.prune_for_speed import DEFAULT_PARTS
+from vitprune.speed.speed_reach import DEFAULT_PARTS
 from vitprune.table import align
 from vitprune.timing import Latency, Speedup, paired_speedup
 

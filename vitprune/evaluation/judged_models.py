@@ -21,7 +21,8 @@ from vitprune.options import BUDGET, DENSE, LEVERS
 from vitprune.progress import Track, untracked
 from vitprune.pruning.choose_tokens import Weighed, weigh
 from vitprune.speed.fit_latency import Fitted, Format, Writer, fit_latency
-from vitprune.speed.prune_for_speed import OutOfReachError, open_as, prune_for_speed
+from vitprune.speed.prune_for_speed import prune_for_speed
+from vitprune.speed.speed_candidates import OutOfReachError, open_as
 from vitprune.speed.speed_folder import load_speed, save_for_speed
 
 

@@ -26,7 +26,9 @@ from vitprune.pruning.choose_tokens import weigh
 from vitprune.pruning.decide import check_parts
 from vitprune.seen_images import check_unseen, files_of, hash_images
 from vitprune.speed.fit_latency import Fitted, Format, Writer, fit_latency
-from vitprune.speed.prune_for_speed import DEFAULT_PARTS, OutOfReachError, PrunedForSpeed, open_as, prune_for_speed
+from vitprune.speed.prune_for_speed import PrunedForSpeed, prune_for_speed
+from vitprune.speed.speed_candidates import OutOfReachError, open_as
+from vitprune.speed.speed_reach import DEFAULT_PARTS
 from vitprune.speed.stages import open_stages
 
 # Speed-ups that are tried, from the second on up while they hold, else down; then one between the last two.

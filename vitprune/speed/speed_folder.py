@@ -11,7 +11,8 @@ from vitprune.figures.candidates_figure import draw_candidates
 from vitprune.figures.style import save_figure
 from vitprune.files import FORMAT_VERSION, atomic_folder, read_json, write_json, write_table
 from vitprune.models.saved_folder import FOLDER_FILES, save
-from vitprune.speed.prune_for_speed import Candidate, PrunedForSpeed, candidate_from_json
+from vitprune.speed.prune_for_speed import PrunedForSpeed
+from vitprune.speed.speed_candidates import Candidate, candidate_from_json
 
 SPEED_FILE, TABLE_FILE, PICTURE_FILE = "speed.json", "candidates.csv", "candidates.png"
 SPEED_FILES = FOLDER_FILES | {SPEED_FILE, TABLE_FILE, PICTURE_FILE}

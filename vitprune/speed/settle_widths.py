@@ -1,0 +1,111 @@
+"""Decide how wide everything is, and time models of these widths, before their weights are fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from vitprune.calibration.criteria import REGISTRY as CRITERIA
+from vitprune.data import Batches
+from vitprune.errors import VitpruneError
+from vitprune.images.resized_batches import resize_batches
+from vitprune.models.units import FFN
+from vitprune.options import DEFAULT_CRITERION
+from vitprune.pruning.choose_tokens import go_on
+from vitprune.pruning.decide_parts import Decided, decide_parts, study_parts
+from vitprune.pruning.latency_model import LatencyModel
+from vitprune.pruning.target import Target
+from vitprune.speed.fit_latency import Format
+from vitprune.speed.speed_candidates import Candidate, OutOfReachError, Seen, Timer, target_of
+
+# A result that is slower than this share of what was asked for is decided again, and more mildly one that is faster
+# than the other, so many times at most.
+TOLERANCE, GENEROUS = 0.985, 1.02
+MAX_ROUNDS = 3
+
+
+def cuts(target: Target) -> bool:
+    """Tell whether units have to go for a target."""
+    return target.dense > target.limit
+
+
+def is_near(speedups: Sequence[float], speedup: float, cuts: bool) -> bool:
+    """Tell whether a result is fast enough and not milder than need be; without units to keep it cannot be milder."""
+    return TOLERANCE * speedup <= min(speedups) <= (GENEROUS * speedup if cuts else float("inf"))
+
+
+class Shaper:
+    """What widths are decided from; each decision is made once.
+
+    Args:
+        model: the dense one.
+        batches: calibration images and labels.
+        parts: that may go.
+        limit: ms that a run may take, in the time of the fit.
+        look: fit -> candidates in its format, the least loss first, and the fit corrected by the best one's time.
+        timer: of models.
+        shared: ``ridge``, ``seed``, ``track``, ``allocation``, ``round_to`` and ``floor``, as ``prune`` takes them.
+        criterion: that will rank neurons.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        parts: Sequence[str],
+        limit: float,
+        look: Callable[[LatencyModel], tuple[list[Candidate], LatencyModel]],
+        timer: Timer,
+        shared: Mapping[str, Any],
+        criterion: str = DEFAULT_CRITERION,
+    ) -> None:
+        self.model, self.batches, self.parts, self.limit = model, batches, parts, limit
+        self.look, self.timer, self.shared = look, timer, shared
+        self.wanted = CRITERIA[criterion].statistics
+        self.known: dict[Any, Any] = {}
+
+    def settle(self, seen: Seen, speedup: float) -> Seen:
+        """Return what was seen, with a fit by which the widths that are decided turn out as fast as asked for."""
+        for _round in range(MAX_ROUNDS):
+            chosen = seen.candidates[seen.best]
+            try:
+                _shaped, _own, _left, target, decided = self.shape(seen)
+            except VitpruneError:
+                # The fit was further off than this schedule leaves room for: others, with what was measured.
+                try:
+                    again, latency = self.look(seen.latency)
+                except VitpruneError as error:
+                    raise OutOfReachError(f"{speedup:.4g} times as fast is out of reach; {error}") from error
+                seen = replace(seen, candidates=(*seen.candidates, *again), best=len(seen.candidates), latency=latency)
+                continue
+            if decided is None:
+                break
+            candidate = decided.in_shape
+            speedups = self.timer.speedups(candidate, Format(chosen.backend, chosen.precision))
+            if is_near(speedups, speedup, cuts(target)):
+                break
+            ratio = self.timer.dense_ms / seen.latency.predict(candidate) / min(speedups)
+            seen = replace(seen, latency=seen.latency.scaled(ratio))
+        return seen
+
+    def shape(self, seen: Seen) -> tuple[nn.Module, Batches, tuple[str, ...], Target, Decided | None]:
+        """Return the model with fewer tokens, its images, the parts that go of it, how far, and what is decided."""
+        chosen, meter = seen.candidates[seen.best], seen.latency.meter()
+        target = target_of(meter, self.model, self.limit)
+        shaped, target, left = go_on(self.model, chosen.fewer, target, self.parts, meter)
+        own = self.batches if chosen.image_size is None else resize_batches(self.batches, shaped)
+        if left == (FFN,) or not cuts(target):
+            return shaped, own, left, target, None
+        names = ("allocation", "round_to", "floor", "ridge", "seed", "track")
+        options = {name: self.shared[name] for name in names}
+        if (chosen.fewer, left) not in self.known:
+            measuring = {name: options[name] for name in ("ridge", "seed", "track")}
+            self.known[chosen.fewer, left] = study_parts(shaped, own, left, self.wanted, **measuring)
+        studied = self.known[chosen.fewer, left]
+        key = (chosen.fewer, seen.latency)
+        if key not in self.known:
+            self.known[key] = decide_parts(shaped, own, left, target=target, studied=studied, **options)
+        return shaped, own, left, target, self.known[key]
