@@ -201,7 +201,11 @@ def list_formats(backends: Sequence[str], allow: Sequence[str] = ()) -> list[For
 
 
 def time_sources(
-    sources: Mapping[tuple[Format, Any], nn.Module | Path], batch_size: int, num_threads: int | None = None
+    sources: Mapping[tuple[Format, Any], nn.Module | Path],
+    batch_size: int,
+    num_threads: int | None = None,
+    *,
+    seconds_each: float = SECONDS_EACH,
 ) -> dict[tuple[Format, Any], Latency]:
     """Time in turns what a ``Writer`` wrote.
 
@@ -209,6 +213,7 @@ def time_sources(
         sources: (format, name) -> a torch model, or a file that the format's backend runs.
         batch_size: images per run.
         num_threads: of the operators; None takes torch's.
+        seconds_each: to spend on each.
     """
     runners: dict[Any, Runner] = {}
     for key, source in sources.items():
@@ -218,7 +223,7 @@ def time_sources(
         setting = Setting(each.backend, precision, batch_size, num_threads or torch.get_num_threads(), device)
         runners[key] = make_backend_runner(source, setting)
         runners[key]()
-    return measure_latency(runners, seconds=SECONDS_EACH * len(runners))
+    return measure_latency(runners, seconds=seconds_each * len(runners))
 
 
 class Writer:

@@ -24,6 +24,9 @@ from vitprune.speed.fit_latency import Fitted, Format, Writer, time_sources
 from vitprune.timing import paired_speedup
 from vitprune.views import data_config
 
+# Of timing a candidate and the dense model: more than of the many for the fit, for one by one they decide.
+SECONDS_EACH = 4.0
+
 
 class OutOfReachError(VitpruneError):
     """A speed-up that all that may go does not give."""
@@ -236,6 +239,7 @@ class Timer:
         sources = {(self.reference, "dense"): dense, (wanted, "candidate"): self.write(model, wanted)}
         result = []
         for batch_size in self.batch_sizes:
-            first, second = time_sources(sources, batch_size, self.num_threads).values()
+            timed = time_sources(sources, batch_size, self.num_threads, seconds_each=SECONDS_EACH)
+            first, second = timed.values()
             result.append(paired_speedup(first, second).ratio)
         return tuple(result)
