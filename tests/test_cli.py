@@ -488,8 +488,10 @@ def test_every_public_name_is_there():
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_are_valid(recipe, capsys):
-    answer = run("run", recipe, "--dry-run", "--json", capsys=capsys)
+def test_recipes_are_valid(recipe, image_folder, capsys):
+    keys = yaml.safe_load(recipe.read_text()).get("keys", {})
+    given = [f"{name}={image_folder}" for name in keys if name in ("data", "eval_data")]
+    answer = run("run", recipe, *given, "--dry-run", "--json", capsys=capsys)
     assert answer["steps"]
     assert answer["answers"] == []
 

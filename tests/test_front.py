@@ -19,7 +19,7 @@ from vitprune.evaluation.alternatives import list_alternatives
 from vitprune.evaluation.front import ABOVE, BELOW, BEYOND, ON, load_front, measure_front, place_of
 from vitprune.models.merging import describe_merging
 from vitprune.pruning.latency_model import RATES, LatencyModel
-from vitprune.speed import prune_for_speed as pruning
+from vitprune.speed import speed_candidates
 from vitprune.speed.fit_latency import Fitted
 
 NAMES = ("bird", "cat", "dog")
@@ -94,7 +94,7 @@ class Machine:
         monkeypatch.setattr(judged_models, "fit_latency", fit)
         macs = vitprune.count_macs(model)
         monkeypatch.setattr(
-            pruning._Timer,
+            speed_candidates.Timer,
             "speedups",
             lambda timer, other, _format: (macs / vitprune.count_macs(other),) * len(timer.batch_sizes),
         )

@@ -55,7 +55,7 @@ CASES = [
     (["doctor", "nosuch.onnx"], "nosuch.onnx: no such file"),
     (["analyze", "nosuch", "-o", "o"], "nosuch"),
     (["report", "nosuch", "-o", "o.html"], "nosuch: no such folder"),
-    (["predict", MODEL[0], "nosuch.jpg", *MODEL[1:]], "nosuch.jpg: no such file"),
+    (["predict", MODEL[0], "nosuch.jpg", *MODEL[1:]], "nosuch.jpg: no such image or folder"),
     (["finetune", *MODEL, "--data", "nosuch", "-o", "o"], "nosuch: no such data folder"),
     (["finetune", *MODEL, *DATA, "-o", "taken"], "taken exists"),
 ]

@@ -32,7 +32,7 @@ def run(model, images, checkpoint, ratio, merge, top_k, batch_size, device, **op
     check_model(model, checkpoint, opening)
     for each in images:
         if not Path(each).exists():
-            raise VitpruneError(f"{each}: no such file")
+            raise VitpruneError(f"{each}: no such image or folder")
     where = device if Path(model).suffix in (".onnx", ".xml") else pick_device(device)
     network = open_model(Source(model, checkpoint, ratio, merge, read_opening(opening)), device=where)
     say_transform(network)

@@ -501,8 +501,6 @@ def _find_schedule(merge: str, network, batches) -> tuple[int, ...]:
 
 def _choose_parts(network, parts: Sequence[str] | None, targets: dict[str, float], *, shaped: bool) -> list[str]:
     """Return the parts that were named, or those that a target is spread over."""
-    from vitprune.models.image_size import check_image_size
-    from vitprune.models.merging import check_merging
     from vitprune.pruning.decide import check_parts
 
     if parts is not None:
@@ -516,12 +514,9 @@ def _choose_parts(network, parts: Sequence[str] | None, targets: dict[str, float
         note(f"of units, neurons alone go: {error}")
         chosen = ["ffn"]
     if "target_params" not in targets and not shaped:
-        for part, check, what in (
-            ("tokens", check_merging, "no tokens merge"),
-            ("pixels", check_image_size, "images stay as large"),
-        ):
+        for part, what in (("tokens", "no tokens merge"), ("pixels", "images stay as large")):
             try:
-                check(network)
+                check_parts(network, [part])
                 chosen.append(part)
             except VitpruneError as error:
                 note(f"{what}: {error}")

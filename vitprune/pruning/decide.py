@@ -54,7 +54,7 @@ def check_parts(model: nn.Module, parts: Sequence[str], *, mode: str = "remove")
         if describe_merging(model) is not None:
             raise VitpruneError("part tokens: the tokens of this model merge already; leave it out")
     if PIXELS in ordered:
-        check_image_size(model)
+        _check_pixels(model)
     by_loss = [part for part in ordered if part not in (FFN, QK)]
     if by_loss and not has_classifier(model):
         raise VitpruneError(f"part {by_loss[0]} is ranked by loss, but the model has no classifier; ffn and qk can go")
@@ -63,6 +63,19 @@ def check_parts(model: nn.Module, parts: Sequence[str], *, mode: str = "remove")
         find_layers(model)
         check_attention(model, [QK, VO])
     return ordered
+
+
+def _check_pixels(model: nn.Module) -> None:
+    check_image_size(model)
+    try:
+        check_merging(model)
+    except VitpruneError as error:
+        raise VitpruneError(
+            f"part pixels: an image size is chosen for trunks of equal blocks alone ({error}); resize it yourself "
+            "(set_image_size)"
+        ) from error
+    if describe_merging(model) is not None:
+        raise VitpruneError("part pixels: the tokens of this model merge already; leave it out")
 
 
 @dataclass(frozen=True)
