@@ -274,6 +274,20 @@ def quantize_openvino(source: Path, path: Path, images: Sequence[np.ndarray], fa
     _save(quantized, path, facts)
 
 
+def quantize_for_openvino(source: Path, path: Path, images: Sequence[np.ndarray], facts: Mapping[str, Any]) -> None:
+    """Write an ONNX file of standard operators as an 8-bit .xml file, by its float32 one, which is left beside it.
+
+    Args:
+        source: the ONNX file.
+        path: the .xml file to write.
+        images: as the file reads them, a batch each.
+        facts: what the new file says of itself.
+    """
+    exact = source.with_suffix(SUFFIX)
+    write_openvino(source, exact, facts)
+    quantize_openvino(exact, path, images, facts)
+
+
 def collect_images(batches: Any, batch_size: int | None, *, num_images: int = CALIBRATION_IMAGES) -> list[np.ndarray]:
     """Return the first images of batches as a file of this batch size (None: any) reads them, so many at most."""
     taken: list[Tensor] = []

@@ -43,6 +43,18 @@ def resize_batches(batches: Any, model: Any) -> Any:
     return _Resized(batches, tuple(data_config(model)["input_size"][1:])) if of_model is None else of_model(model)
 
 
+def follow_size(batches: Any, model: Any, dense: Any) -> Any:
+    """Return batches of ``dense`` as ``model`` reads them; as they are where both read images of one size.
+
+    >>> import timm
+    >>> model, batches = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32), []
+    >>> follow_size(batches, model, model) is batches
+    True
+    """
+    same = data_config(model)["input_size"] == data_config(dense)["input_size"]
+    return batches if same else resize_batches(batches, model)
+
+
 class _Resized:
     """Batches of tensors, each interpolated as it comes."""
 

@@ -17,7 +17,7 @@ from vitprune.discovery.discover import Discovery
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.images.coverage import warn_of_few_classes
-from vitprune.images.resized_batches import resize_batches
+from vitprune.images.resized_batches import follow_size
 from vitprune.models.attention import split_attention
 from vitprune.models.block_calls import BlockCall
 from vitprune.models.facts import Asked, Facts
@@ -244,7 +244,7 @@ def prune(
         model, target, parts = reduce_tokens_first(
             model, batches, target, parts, ridge=ridge, seed=seed, track=track, **widths
         )
-        batches = resize_batches(batches, model)
+        batches = follow_size(batches, model, dense)
     facts = Facts(
         criterion=criterion,
         allocation=allocation,
@@ -346,8 +346,7 @@ def prune_as_planned(
     check_choice("mode", mode, MODES)
     check_ridge(ridge)
     dense, model = model, shape_as_planned(model, plan)
-    if batches is not None and data_config(model)["input_size"] != data_config(dense)["input_size"]:
-        batches = resize_batches(batches, model)
+    batches = None if batches is None else follow_size(batches, model, dense)
     parts = check_parts(model, plan.parts, mode=mode)
     fit_plan(model if parts == (FFN,) else split_attention(model), plan)
     check_compensation(compensation, has_images=batches is not None)

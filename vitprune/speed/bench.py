@@ -30,9 +30,8 @@ from vitprune.export.openvino_file import (
     import_nncf,
     import_openvino,
     make_openvino_runner,
-    quantize_openvino,
+    quantize_for_openvino,
     read_openvino,
-    write_openvino,
 )
 from vitprune.export.profile import count_graph_macs, make_session_runner
 from vitprune.export.quantize import halve, quantize
@@ -323,10 +322,9 @@ class _Files:
         return self.exported[key]
 
     def _quantize_for_openvino(self, model: nn.Module, exact: Path, key: tuple[str, str, str]) -> None:
-        own, narrow = exact.with_suffix(SUFFIX), self.exported[key].with_suffix(SUFFIX)
+        narrow = self.exported[key].with_suffix(SUFFIX)
         facts = {"data_config": data_config(model), "num_classes": model.num_classes}
-        write_openvino(exact, own, facts)
-        quantize_openvino(own, narrow, [random_batch(model, 2)[0].numpy()], facts)
+        quantize_for_openvino(exact, narrow, [random_batch(model, 2)[0].numpy()], facts)
         self.exported[key] = narrow
 
     def precision(self, name: str, precision: str) -> str:

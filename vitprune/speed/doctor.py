@@ -145,7 +145,7 @@ def diagnose(
         _about_precision(nodes),
         _about_placement(nodes, backend),
         _about_opset(graph),
-        _about_facts(session),
+        about_facts(read_facts(session)),
     ]
     next(stages)
     findings.append(_about_batch(session, seconds / 4))
@@ -422,10 +422,10 @@ def _about_batch(session: onnxruntime.InferenceSession, seconds: float) -> Findi
     )
 
 
-def _about_facts(session: onnxruntime.InferenceSession) -> Finding:
-    facts = read_facts(session)
+def about_facts(facts: Mapping[str, Any]) -> Finding:
+    """Tell whether a file says how its images are prepared and what its classes are."""
     if facts:
-        return Finding("metadata", FINE, f"says its transform and classes ({facts['architecture']})")
+        return Finding("metadata", FINE, f"says its transform and classes ({facts.get('architecture', 'no name')})")
     text = "does not say which transform its images need, nor its classes"
     return Finding("metadata", KNOW, text, None, "files that vitprune exports do")
 

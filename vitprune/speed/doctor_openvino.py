@@ -20,7 +20,19 @@ from vitprune.export.openvino_file import (
     read_openvino,
 )
 from vitprune.progress import Track, untracked
-from vitprune.speed.doctor import BATCHES, COSTS, FINE, GAIN, KNOW, VERDICTS, WORTH, Diagnosis, Finding, thread_counts
+from vitprune.speed.doctor import (
+    BATCHES,
+    COSTS,
+    FINE,
+    GAIN,
+    KNOW,
+    VERDICTS,
+    WORTH,
+    Diagnosis,
+    Finding,
+    about_facts,
+    thread_counts,
+)
 from vitprune.timing import Latency, measure_latency, paired_speedup
 
 # Kinds of operators that are named with what they take.
@@ -77,7 +89,7 @@ def diagnose_openvino(
         _about_attention(operators),
         _about_precision(operators, is_quantised),
         *(_about_change(name, measured) for name in ("bf16", "int8") if name in measured),
-        _about_facts(facts),
+        about_facts(facts),
     ]
     if untried:
         findings.append(Finding("int8", KNOW, f"not tried: {untried}"))
@@ -155,13 +167,6 @@ def _about_change(name: str, measured: Mapping[str, Latency]) -> Finding:
     if name == "int8":
         remedy = "export it with `precision` int8, and evaluate what it costs in accuracy"
     return Finding(name, GAIN, f"in {name}: {told}", saved, remedy)
-
-
-def _about_facts(facts: Mapping) -> Finding:
-    if "data_config" in facts:
-        return Finding("metadata", FINE, f"says its transform and classes ({facts.get('architecture', 'no name')})")
-    text = "does not say which transform its images need, nor its classes"
-    return Finding("metadata", KNOW, text, None, "files that vitprune exports do")
 
 
 def _about_batch(path: Path, model, num_threads: int | None, seconds: float) -> Finding:

@@ -23,8 +23,7 @@ from vitprune.export.openvino_file import (
     collect_images,
     import_nncf,
     import_openvino,
-    quantize_openvino,
-    write_openvino,
+    quantize_for_openvino,
 )
 from vitprune.export.quantize import halve, quantize
 from vitprune.export.runtime import PROVIDERS, check_provider
@@ -256,11 +255,11 @@ class Writer:
         return narrow
 
     def _quantise_statically(self, model: nn.Module, path: Path) -> Path:
-        exact, narrow = path.with_suffix(SUFFIX), path.with_name(f"{path.stem}-int8{SUFFIX}")
+        narrow = path.with_name(f"{path.stem}-int8{SUFFIX}")
         if not narrow.exists():
             facts = {"data_config": data_config(model), "num_classes": model.num_classes}
-            write_openvino(path, exact, facts)
-            quantize_openvino(exact, narrow, collect_images(self._images(model), None, num_images=NUM_QUANTISED), facts)
+            images = collect_images(self._images(model), None, num_images=NUM_QUANTISED)
+            quantize_for_openvino(path, narrow, images, facts)
         return narrow
 
     def _images(self, model: nn.Module) -> Batches:

@@ -11,7 +11,7 @@ from torch import nn
 from vitprune.calibration.criteria import REGISTRY as CRITERIA
 from vitprune.data import Batches
 from vitprune.errors import VitpruneError
-from vitprune.images.resized_batches import resize_batches
+from vitprune.images.resized_batches import follow_size
 from vitprune.models.units import FFN
 from vitprune.options import DEFAULT_CRITERION
 from vitprune.pruning.choose_tokens import go_on
@@ -96,7 +96,7 @@ class Shaper:
         chosen, meter = seen.candidates[seen.best], seen.latency.meter()
         target = target_of(meter, self.model, self.limit)
         shaped, target, left = go_on(self.model, chosen.fewer, target, self.parts, meter)
-        own = self.batches if chosen.image_size is None else resize_batches(self.batches, shaped)
+        own = follow_size(self.batches, shaped, self.model)
         if left == (FFN,) or not cuts(target):
             return shaped, own, left, target, None
         names = ("allocation", "round_to", "floor", "ridge", "seed", "track")
