@@ -58,6 +58,11 @@ CASES = [
     (["predict", MODEL[0], "nosuch.jpg", *MODEL[1:]], "nosuch.jpg: no such image or folder"),
     (["finetune", *MODEL, "--data", "nosuch", "-o", "o"], "nosuch: no such data folder"),
     (["finetune", *MODEL, *DATA, "-o", "taken"], "taken exists"),
+    (["finetune", *MODEL, *DATA, "--lr", "0", "-o", "o"], "lr must be positive, got 0"),
+    (["recover", "dense", "--data", "nosuch", "-o", "o"], "nosuch: no such data folder"),
+    (["recover", "dense", *DATA, "-o", "taken"], "taken exists"),
+    (["recover", "dense", *DATA, "--losses", "answer", "-o", "o"], "answer"),
+    (["recover", "dense", *DATA, "--shard-teacher", "-o", "o"], "shares a teacher out among processes"),
 ]
 
 

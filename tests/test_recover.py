@@ -5,6 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -524,3 +528,97 @@ def test_one_output_is_trained_as_two_classes(losses, image_folder, tmp_path):
     for each, log in zip((one, two), steps, strict=True):
         recover(halved(each), images, teacher=each, training=training, log_step=log.append)
     assert steps[0][0]["loss"] == pytest.approx(steps[1][0]["loss"], rel=1e-9)
+
+
+def test_a_teacher_that_is_shared_out_teaches_the_same(saved_vit, image_folder, tmp_path):
+    student = halved(vitprune.load(saved_vit))
+    student.model_args = TINY
+    vitprune.save(student, tmp_path / "half")
+    asked = [
+        "recover", tmp_path / "half", "--data", image_folder, "--teacher", saved_vit, "--epochs", 1, "--held-back", 0.2,
+        "--batch-size", 4, "--device", "cpu",
+    ]  # fmt: skip
+    for name, more in (("whole", []), ("shared", ["--shard-teacher"])):
+        went_well, told = run_on_two_processes([*asked, *more, "-o", tmp_path / name], tmp_path)
+        assert went_well, told
+    whole, shared = (vitprune.load(tmp_path / name) for name in ("whole", "shared"))
+    assert same(whole, shared)
+    assert not same(whole, student)
+
+
+def test_each_process_holds_its_share_of_a_teacher(saved_vit, tmp_path):
+    """Otherwise sharing it out would be a name: half of the blocks' weights in each of two, and the same answers."""
+    script = tmp_path / "share.py"
+    script.write_text(
+        "import sys, torch, vitprune\n"
+        "from vitprune.processes import join_processes\n"
+        "from vitprune.training.sharded_teacher import spread_teacher\n"
+        "with join_processes(for_training=True) as processes:\n"
+        "    model = vitprune.load(sys.argv[1]).requires_grad_(False)\n"
+        "    images = torch.randn(2, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))\n"
+        "    expected, whole = model(images), sum(each.numel() for each in model.blocks.parameters())\n"
+        "    shared = spread_teacher(model, processes, torch.device('cpu'))\n"
+        "    for _ in range(2):\n"
+        "        with torch.no_grad():\n"
+        "            torch.testing.assert_close(shared(images), expected)\n"
+        "        held = sum(each.to_local().numel() for each in model.blocks.parameters())\n"
+        "        assert held <= 0.51 * whole, (held, whole)\n"
+    )
+    with socket.create_server(("localhost", 0)) as server:
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, saved_vit],
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    told = [process.communicate()[1] for process in ranks]
+    assert not any(process.returncode for process in ranks), told
+
+
+def test_tensorboard_has_every_loss(saved_vit, image_folder, tmp_path, capsys):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from vitprune.cli import main
+
+    asked = ["recover", saved_vit, "--data", image_folder, "--teacher", saved_vit, "--epochs", 2, "--batch-size", 4]
+    asked += ["--losses", "answers", "--tensorboard", tmp_path / "logs", "-o", tmp_path / "out"]
+    assert main([str(each) for each in asked]) == 0
+    found = events.EventAccumulator(str(tmp_path / "logs"))
+    found.Reload()
+    steps = [json.loads(line) for line in (tmp_path / "out" / STEPS_FILE).read_text().splitlines()]
+    rows = json.loads((tmp_path / "out" / "recovery.json").read_text())["epochs"]
+    logged = found.Scalars("step/answers")
+    assert [each.step for each in logged] == list(range(1, len(steps) + 1)) == [row["steps"] for row in steps]
+    assert [each.value for each in logged] == pytest.approx([row["answers"] for row in steps], rel=1e-6)
+    assert [each.value for each in found.Scalars("held back/loss")] == pytest.approx(
+        [row["held_back"] for row in rows], rel=1e-6
+    )
+
+
+def test_tensorboard_is_refused_where_it_is_absent(saved_vit, image_folder, tmp_path, capsys, monkeypatch):
+    from vitprune.cli import main
+
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    asked = ["recover", saved_vit, "--data", image_folder, "--tensorboard", tmp_path / "logs", "-o", tmp_path / "out"]
+    assert main([str(each) for each in asked]) == 2
+    assert "the package tensorboard is not installed" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_is_of_the_whole_training(images):
+    seen, told = [], []
+
+    def track(items, description):
+        told.append((len(items), description))
+        for item in items:
+            seen.append(item)
+            yield item
+
+    model = make_vit(num_classes=5)
+    training = replace(ANSWERS, epochs=3)
+    steps = recover(model, images, teacher=model, training=training, track=track).rows[-1].steps
+    assert told == [(steps, "train for 3 epochs")]
+    assert seen == list(range(steps))

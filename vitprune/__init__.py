@@ -70,6 +70,7 @@ _HOME_OF = {
     "Augmentation": "vitprune.training.settings",
     "open_teacher": "vitprune.training.teacher",
     "save_recovery": "vitprune.training.recovery_folder",
+    "log_to_tensorboard": "vitprune.training.tensorboard_log",
     "Accuracy": "vitprune.evaluation.accuracy",
     "evaluate": "vitprune.evaluation.accuracy",
     "predict": "vitprune.evaluation.predict",

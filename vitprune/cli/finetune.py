@@ -22,7 +22,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(
     model, checkpoint, checkpoint_key, model_args, image_size, mean, std, crop, interpolation, class_names, data,
-    device, output, overwrite, **options,
+    tensorboard, device, output, overwrite, **options,
 ):  # fmt: skip
     from vitprune.data import find_images
     from vitprune.files import refuse_existing
@@ -30,7 +30,10 @@ def run(
     from vitprune.processes import join_processes
     from vitprune.pruning.plan import find_plan
     from vitprune.training.recovery_folder import RECOVERED_FILES, describe_recovery
+    from vitprune.training.tensorboard_log import check_tensorboard
 
+    if tensorboard is not None:
+        check_tensorboard()
     training = make_training({"labels": 1.0}, options)
     refuse_existing(output, overwrite=overwrite, owned=RECOVERED_FILES)
     opening = {
@@ -45,8 +48,9 @@ def run(
         network = load_model(model, checkpoint, pick_device(device, processes), opening=opening)
         network = new_classifier(network, names, seed=training.seed)
         trained = train_and_save(
-            network, images, training, output, overwrite=overwrite, processes=processes, plan=find_plan(model)
-        )
+            network, images, training, output,
+            overwrite=overwrite, processes=processes, tensorboard=tensorboard, plan=find_plan(model),
+        )  # fmt: skip
     if trained is None:
         return None
     answer = {"output": output, "classes": names, **describe_recovery(trained, training)}

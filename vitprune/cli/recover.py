@@ -31,6 +31,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--labels", action="store_true", help="cross-entropy with the labels beside the other losses")
     parser.add_argument("--temperature", type=float, default=2.0, help="of the loss answers")
+    parser.add_argument(
+        "--shard-teacher",
+        action="store_true",
+        help="share the teacher's blocks out among torchrun's processes, where no GPU holds all of it (FSDP)",
+    )
     add_training(parser, epochs=8, lr=2e-4)
     add_device(parser)
     add_output(parser, "folder of the recovered model to write; a killed run goes on")
@@ -45,6 +50,8 @@ def run(
     losses,
     labels,
     temperature,
+    shard_teacher,
+    tensorboard,
     device,
     output,
     overwrite,
@@ -55,11 +62,15 @@ def run(
     from vitprune.pruning.plan import find_plan
     from vitprune.training.recovery_folder import RECOVERED_FILES, describe_recovery
     from vitprune.training.settings import DEFAULT_LOSSES
+    from vitprune.training.sharded_teacher import check_several
     from vitprune.training.teacher import open_teacher
+    from vitprune.training.tensorboard_log import check_tensorboard
 
     weights = dict(DEFAULT_LOSSES) if losses is None else _parse_losses(losses)
     if labels:
         weights.setdefault("labels", 1.0)
+    if tensorboard is not None:
+        check_tensorboard()
     training = make_training(weights, options, temperature=temperature)
     refuse_existing(output, overwrite=overwrite, owned=RECOVERED_FILES)
     if Path(output).resolve() == Path(model).resolve():
@@ -68,12 +79,15 @@ def run(
         raise VitpruneError(f"{model}: only a folder can be trained; prune to one ratio, or save one, first")
     check_data(data, class_map)
     with join_processes(for_training=True) as processes:
+        if shard_teacher:
+            check_several(processes)
         where = pick_device(device, processes)
         network = load_model(model, None, where)
         plan = find_plan(model)
         taught_by = None
         if set(weights) != {"labels"} or teacher is not None:
-            taught_by = open_teacher(network, plan, teacher, checkpoint=teacher_checkpoint, device=where)
+            whole = "cpu" if shard_teacher else where
+            taught_by = open_teacher(network, plan, teacher, checkpoint=teacher_checkpoint, device=whole)
         images = find_images(choose(data, class_map), network, labels_matter="labels" in weights)
         recovered = train_and_save(
             network,
@@ -82,7 +96,9 @@ def run(
             output,
             overwrite=overwrite,
             processes=processes,
+            tensorboard=tensorboard,
             teacher=taught_by,
+            shard_teacher=shard_teacher,
             plan=plan,
         )
     if recovered is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def add_training(parser: ArgumentParser, *, epochs: int, lr: float) -> None:
     parser.add_argument("--held-back", type=float, default=0.1, help="share of the images that choose the best epoch")
     parser.add_argument("--patience", type=int, help="stop after so many epochs without a better one")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images; 0: this one")
+    parser.add_argument("--tensorboard", type=str, help="folder to log losses to, where tensorboard is installed")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice")
 
 
@@ -58,26 +60,47 @@ def make_training(losses: dict[str, float], options: dict[str, Any], **more: Any
     return training
 
 
-def train_and_save(network: Any, images: Any, training: Any, output: str, *, overwrite: bool, processes: Any, **taught):
+def train_and_save(
+    network: Any,
+    images: Any,
+    training: Any,
+    output: str,
+    *,
+    overwrite: bool,
+    processes: Any,
+    tensorboard: str | None,
+    **taught: Any,
+):
     """Train a model and write its folder; None in all processes but the first."""
     from vitprune.training.loop import STEPS_FILE
     from vitprune.training.recover import recover
     from vitprune.training.recovery_folder import save_recovery
+    from vitprune.training.tensorboard_log import log_to_tensorboard
 
     unfinished, first = Path(f"{output}{UNFINISHED}"), processes.rank == 0
     if first:
         say_transform(network)
-    trained = recover(
-        network,
-        images,
-        training=training,
-        folder=unfinished,
-        overwrite=overwrite,
-        processes=processes,
-        log_epoch=lambda row: note(describe_epoch(row)),
-        track=track if first else lambda items, _description: items,
-        **taught,
-    )
+    logged = nullcontext((lambda row: None,) * 2)
+    if tensorboard is not None and first:
+        logged = log_to_tensorboard(tensorboard)
+    with logged as (log_step, log_epoch):
+
+        def say_epoch(row: Any) -> None:
+            note(describe_epoch(row))
+            log_epoch(row)
+
+        trained = recover(
+            network,
+            images,
+            training=training,
+            folder=unfinished,
+            overwrite=overwrite,
+            processes=processes,
+            log_step=log_step,
+            log_epoch=say_epoch,
+            track=track if first else lambda items, _description: items,
+            **taught,
+        )
     if not first:
         return None
     save_recovery(trained, training, output, steps=unfinished / STEPS_FILE)

@@ -9,8 +9,8 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,8 @@ def train(
         log_step: takes a row for every step; of the first process.
         log_epoch: takes a row for every epoch; of the first process.
         processes: that train together; None: this one alone.
-        track: wraps (steps, description) of each epoch, for progress.
+        track: wraps (steps, description), for progress: of the whole training; of each epoch, where it goes by the
+            clock.
 
     Raises:
         VitpruneError: if a loss is no number, naming step and files, or memory does not hold one image at a time.
@@ -121,10 +122,13 @@ def train(
     modes = {module: module.training for module in student.modules()}
     try:
         rows = [EpochRow(**row) for row in run.state.log]
-        while not run.finished(rows):
-            rows.append(run.epoch(judge, rows, track))
-            if processes.rank == 0:
-                log_epoch(rows[-1])
+        with closing(run.follow(track)) as steps:
+            while not run.finished(rows):
+                rows.append(run.epoch(judge, rows, steps))
+                if processes.rank == 0:
+                    log_epoch(rows[-1])
+            if training.minutes is None:
+                next(steps, None)  # the progress ends where the last step was taken
         run.restore_best()
     finally:
         for module, mode in modes.items():
@@ -241,8 +245,21 @@ class _Run:
             self.scaler.load_state_dict(state.scaler)
         self.best, self.state = state.best, replace(state, model={}, optimizer={}, ema={}, best={})
 
+    def follow(self, track: Track) -> Generator[int, None, None]:
+        """Yield once for every step that is to come, so that ``track`` sees how far the whole training is."""
+        training = self.training
+        if training.minutes is None:
+            done = self.state.epoch * self.steps_per_epoch + self.state.step
+            yield from track(range(done, self._num_updates), f"train for {training.epochs} epochs")
+        while training.minutes is not None:
+            gone = f"{self.seconds / 60:.0f} of {training.minutes:g} minutes are over"
+            yield from track(range(self.state.step, self.steps_per_epoch), f"epoch {self.state.epoch + 1} ({gone})")
+
     def epoch(
-        self, judge: Callable[[nn.Module], tuple[float | None, float | None]], rows: Sequence[EpochRow], track: Track
+        self,
+        judge: Callable[[nn.Module], tuple[float | None, float | None]],
+        rows: Sequence[EpochRow],
+        steps: Iterator[int],
     ) -> EpochRow:
         """Train one epoch, or what is left of it."""
         training, first = self.training, self.state.step
@@ -251,9 +268,10 @@ class _Run:
         totals = dict(self.state.totals)
         began, done, lr = time.perf_counter(), 0, training.lr
         batches = self.images.read(self.state.epoch, first=first * training.grad_accum_steps)
-        for step in track(range(first, self.steps_per_epoch), f"epoch {self.state.epoch + 1}"):
+        for step in range(first, self.steps_per_epoch):
             if training.minutes is not None and self._out_of_time():
                 break
+            next(steps)
             group = _take(batches, training.grad_accum_steps)
             lr = self._set_lr(step)
             with seeded(seed_of(training.seed, "step", self.state.epoch, step, self.processes.rank)):
@@ -262,7 +280,8 @@ class _Run:
             totals = {name: totals.get(name, 0.0) + value for name, value in parts.items()}
             self.state = replace(self.state, step=step + 1, totals=totals)
             if self.processes.rank == 0:
-                self._log({"epoch": self.state.epoch + 1, "step": step + 1, "lr": lr, **parts})
+                taken = self.state.epoch * self.steps_per_epoch + step + 1
+                self._log({"epoch": self.state.epoch + 1, "step": step + 1, "steps": taken, "lr": lr, **parts})
             if time.perf_counter() - self.saved > CHECKPOINT_SECONDS:
                 self._save()
         seconds = time.perf_counter() - began

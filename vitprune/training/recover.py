@@ -29,6 +29,7 @@ from vitprune.training.augmented_images import AugmentedImages, seed_of, seeded
 from vitprune.training.loop import STATE_FILE, STEPS_FILE, EpochRow, Trained, train
 from vitprune.training.losses import pair_up
 from vitprune.training.settings import Training, check_training
+from vitprune.training.sharded_teacher import spread_teacher
 from vitprune.views import data_config, has_classifier
 
 UNFINISHED_FILES = frozenset({STATE_FILE, STEPS_FILE})
@@ -66,6 +67,7 @@ def recover(
     folder: str | Path | None = None,
     overwrite: bool = False,
     processes: Processes | None = None,
+    shard_teacher: bool = False,
     log_step: Callable[[Mapping[str, Any]], None] = lambda row: None,
     log_epoch: Callable[[EpochRow], None] = lambda row: None,
     track: Track = untracked,
@@ -85,9 +87,11 @@ def recover(
             nothing is kept.
         overwrite: whether a folder that another training left may be replaced.
         processes: that train together, each with its share of every step's images; None: this one alone.
+        shard_teacher: whether the teacher's blocks are shared out among the processes, where no GPU holds all of them.
         log_step: takes a row for every step.
         log_epoch: takes a row for every epoch.
-        track: wraps (steps, description) of each epoch, for progress.
+        track: wraps (steps, description), for progress: of the whole training; of each epoch, where it goes by the
+            clock.
 
     Raises:
         VitpruneError: if teacher and model differ in classes or input, a setting means nothing, or a loss is no number.
@@ -120,7 +124,8 @@ def recover(
     if "labels" not in training.losses:
         trained_on = ImageSet(trained_on.root, trained_on.files, (0,) * len(trained_on))
     device = next(model.parameters()).device
-    student, frozen_teacher = copy.deepcopy(model), copy.deepcopy(teacher).to(device).requires_grad_(False)
+    student, frozen_teacher = copy.deepcopy(model), copy.deepcopy(teacher).requires_grad_(False)
+    frozen_teacher = spread_teacher(frozen_teacher, processes, device) if shard_teacher else frozen_teacher.to(device)
     student.requires_grad_(True)
     pair = pair_up(student, frozen_teacher, training)
     config = data_config(model)
