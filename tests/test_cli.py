@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from vitprune import options
 from vitprune.cli import main
 from vitprune.files import CARD_FILE
 from vitprune.models.macs import count_parameters
+from vitprune.progress import log_lines
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -515,3 +517,19 @@ def test_a_recipe_runs_and_its_mistakes_are_all_named(saved_vit, image_folder, t
     assert "step 4: discover: expected its options as a mapping" in line
     assert "step 5: bench: models: expected a list" in line
     assert "step 6: evaluate: 'config' is for the command line" in line
+
+
+def test_the_first_line_of_progress_does_not_wait_for_an_item(capsys, monkeypatch):
+    monkeypatch.setattr("vitprune.progress.SECONDS_BEFORE_A_LINE", 0.01)
+    said = ""
+
+    def items():
+        nonlocal said
+        until = time.monotonic() + 30
+        while not said and time.monotonic() < until:
+            said = capsys.readouterr().err
+        yield from "ab"
+
+    assert list(log_lines(items(), "decode", 2)) == ["a", "b"]
+    assert said == "decode 0/2 ...\n"
+    assert capsys.readouterr().err == "decode 2/2, 0:00:00\n"

@@ -29,6 +29,7 @@ from vitprune.seen_images import seen_by
 from vitprune.training import loop
 from vitprune.training.augmented_images import AugmentedImages, seed_of
 from vitprune.training.loop import STATE_FILE, STEPS_FILE
+from vitprune.training.losses import choose_losses
 from vitprune.training.recover import recover, split_images
 from vitprune.training.recovery_folder import save_recovery
 from vitprune.training.settings import Augmentation, Training
@@ -243,6 +244,25 @@ def test_an_encoder_is_taught_features(images):
     training = replace(QUICK, losses={"features": 1.0}, epochs=3, lr=2e-3)
     got = recover(halved(dense), images, teacher=dense, training=training)
     assert min(row.held_back for row in got.rows) < got.before[0]
+
+
+def test_what_is_compared_by_default_is_what_the_models_have(images):
+    dense = make_vit().float()
+    assert choose_losses(halved(dense), dense) == {"answers": 1.0, "blocks": 5.0}
+    assert set(recover(halved(dense), images, teacher=dense, training=QUICK).rows[0].losses) == {"answers", "blocks"}
+    encoder = make_vit(num_classes=0)
+    assert choose_losses(encoder, encoder) == {"blocks": 5.0}
+    swin = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1), embed_dim=24)
+    assert choose_losses(swin, swin) == {"answers": 1.0, "features": 1.0}
+    assert choose_losses(make_vit(depth=2), dense) == {"answers": 1.0, "features": 1.0}
+    pooled = set_merging(make_vit(class_token=False, global_pool="avg"), (0, 4, 0))
+    assert choose_losses(pooled, make_vit(class_token=False, global_pool="avg")) == {"answers": 1.0, "features": 1.0}
+
+
+def test_blocks_of_another_number_are_refused(images):
+    training = replace(QUICK, losses={"blocks": 1.0})
+    with pytest.raises(VitpruneError, match="the model has 2 blocks, the teacher 3; leave it out"):
+        recover(make_vit(depth=2), images, teacher=make_vit(), training=training)
 
 
 def test_half_precision_trains(images):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from threading import Timer
 from time import monotonic
 from typing import Any
 
@@ -11,6 +12,7 @@ from typing import Any
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 
 SECONDS_BETWEEN_LINES = 20
+SECONDS_BEFORE_A_LINE = 2
 
 
 def untracked(items: Sequence[Any], _description: str) -> Iterable[Any]:
@@ -55,18 +57,27 @@ class Reported:
 def log_lines(
     items: Iterable[Any], description: str, total: int | None, done: int = 0, every: float = SECONDS_BETWEEN_LINES
 ) -> Iterator[Any]:
-    """Yield items, and say on stderr now and then how many, out of how many, and how long the others will take."""
+    """Yield items, and say on stderr now and then how many, out of how many, and how long the others will take.
+
+    The first line does not wait for the first item: it comes after two seconds, whatever an item takes.
+    """
     started = said = monotonic()
     count = done
-    for item in items:
-        if monotonic() - said >= every:
-            said = monotonic()
-            so_far = f"{_clock(said - started)} so far"
-            if total is not None:
-                so_far += f", about {_clock((said - started) / max(count - done, 1) * (total - count))} left"
-            _say(f"{description} {_of(count, total)}, {so_far}")
-        yield item
-        count += 1
+    first = Timer(SECONDS_BEFORE_A_LINE, lambda: _say(f"{description} {_of(count, total)} ..."))
+    first.daemon = True
+    first.start()
+    try:
+        for item in items:
+            if monotonic() - said >= every:
+                said = monotonic()
+                so_far = f"{_clock(said - started)} so far"
+                if total is not None:
+                    so_far += f", about {_clock((said - started) / max(count - done, 1) * (total - count))} left"
+                _say(f"{description} {_of(count, total)}, {so_far}")
+            yield item
+            count += 1
+    finally:
+        first.cancel()
     if total is None or total > done:
         _say(f"{description} {_of(count if total is None else total, total)}, {_clock(monotonic() - started)}")
 

@@ -27,7 +27,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--losses",
         type=str,
         nargs="+",
-        help=f"what is minimised, NAME or NAME=WEIGHT: {listed(options.LOSSES)} (answers=1 features=1)",
+        help=f"what is minimised, NAME or NAME=WEIGHT: {listed(options.LOSSES)} "
+        "(answers=1 blocks=5; features=1 where a model has no blocks)",
     )
     parser.add_argument("--labels", action="store_true", help="cross-entropy with the labels beside the other losses")
     parser.add_argument("--temperature", type=float, default=2.0, help="of the loss answers")
@@ -57,17 +58,19 @@ def run(
     overwrite,
     **options,
 ):
+    from dataclasses import replace
+
     from vitprune.files import refuse_existing
     from vitprune.processes import join_processes
     from vitprune.pruning.plan import find_plan
+    from vitprune.training.losses import choose_losses
     from vitprune.training.recovery_folder import RECOVERED_FILES, describe_recovery
-    from vitprune.training.settings import DEFAULT_LOSSES
     from vitprune.training.sharded_teacher import check_several
     from vitprune.training.teacher import open_teacher
     from vitprune.training.tensorboard_log import check_tensorboard
 
-    weights = dict(DEFAULT_LOSSES) if losses is None else _parse_losses(losses)
-    if labels:
+    weights = None if losses is None else _parse_losses(losses)
+    if labels and weights is not None:
         weights.setdefault("labels", 1.0)
     if tensorboard is not None:
         check_tensorboard()
@@ -85,9 +88,12 @@ def run(
         network = load_model(model, None, where)
         plan = find_plan(model)
         taught_by = None
-        if set(weights) != {"labels"} or teacher is not None:
+        if weights is None or set(weights) != {"labels"} or teacher is not None:
             whole = "cpu" if shard_teacher else where
             taught_by = open_teacher(network, plan, teacher, checkpoint=teacher_checkpoint, device=whole)
+        if weights is None:
+            weights = {**choose_losses(network, taught_by), **({"labels": 1.0} if labels else {})}
+            training = replace(training, losses=weights)
         images = find_images(choose(data, class_map), network, labels_matter="labels" in weights)
         recovered = train_and_save(
             network,

@@ -47,7 +47,7 @@ def add_training(parser: ArgumentParser, *, epochs: int, lr: float) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of every random choice")
 
 
-def make_training(losses: dict[str, float], options: dict[str, Any], **more: Any):
+def make_training(losses: dict[str, float] | None, options: dict[str, Any], **more: Any):
     """Return the settings that options ask for."""
     from vitprune.training.settings import Augmentation, Training, check_training
 
@@ -127,3 +127,5 @@ def show_training(recovered: Any) -> None:
     if before is not None:
         best = next(row for row in recovered.rows if row.epoch == recovered.best)
         print(f"held-back images: loss {before:.4f} before, {best.held_back:.4f} after epoch {recovered.best}")
+        if best.held_back > before:
+            print("that is worse: train for longer, lower --lr, or stay with the model as it was")

@@ -56,6 +56,39 @@ class Outputs(nn.Module):
         return states if self.num_tokens is None else states[:, : self.num_tokens]
 
 
+def choose_losses(student: nn.Module, teacher: nn.Module) -> dict[str, float]:
+    """Return what a student is asked to match where nobody says: key of ``LOSSES`` -> weight.
+
+    Every token of every block says more about a teacher than its answers to a few images do, and is harder to learn by
+    heart; where there are no blocks to compare, what the classifier reads has to do.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=5)
+    >>> choose_losses(model, model)
+    {'answers': 1.0, 'blocks': 5.0}
+    """
+    answers = {"answers": 1.0} if has_classifier(student) else {}
+    states = {"features": 1.0} if why_no_blocks(student, teacher) else {"blocks": 5.0}
+    return {**answers, **states}
+
+
+def why_no_blocks(student: nn.Module, teacher: nn.Module) -> str:
+    """Return why the states after each block cannot be compared; empty where they can.
+
+    >>> why_no_blocks(nn.Identity(), nn.Identity())
+    'Identity has no row of equal blocks'
+    """
+    for model in (student, teacher):
+        if not hasattr(model, "blocks"):
+            return f"{type(model).__name__} has no row of equal blocks"
+    counts = [len(model.blocks) for model in (student, teacher)]
+    if counts[0] != counts[1]:
+        return f"the model has {counts[0]} blocks, the teacher {counts[1]}"
+    if (describe_merging(student) or describe_merging(teacher)) and not num_prefix_tokens(student):
+        return "the tokens merge and none is in front"
+    return ""
+
+
 def pair_up(student: nn.Module, teacher: nn.Module, training: Training) -> tuple[Outputs, Outputs]:
     """Return student and teacher as what is compared of them, after checking that it can be.
 
@@ -66,7 +99,7 @@ def pair_up(student: nn.Module, teacher: nn.Module, training: Training) -> tuple
 
     >>> import timm
     >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=0)
-    >>> pair_up(model, model, Training())
+    >>> pair_up(model, model, Training(losses={"answers": 1.0}))
     Traceback (most recent call last):
         ...
     vitprune.errors.VitpruneError: loss answers compares classes, and the model has none; leave it out of `losses`
@@ -74,15 +107,13 @@ def pair_up(student: nn.Module, teacher: nn.Module, training: Training) -> tuple
     for name, what in (("answers", "compares classes"), ("labels", "asks for classes")):
         if name in training.losses and not has_classifier(student):
             raise VitpruneError(f"loss {name} {what}, and the model has none; leave it out of `losses`")
-    if "blocks" in training.losses and not hasattr(student, "blocks"):
-        raise VitpruneError(
-            f"loss blocks: {type(student).__name__} has no row of equal blocks; leave it out of `losses`"
-        )
     num_tokens = None
-    if "blocks" in training.losses and (describe_merging(student) or describe_merging(teacher)):
-        num_tokens = num_prefix_tokens(student)
-        if not num_tokens:
-            raise VitpruneError("loss blocks: the tokens merge and none is in front; leave it out of `losses`")
+    if "blocks" in training.losses:
+        reason = why_no_blocks(student, teacher)
+        if reason:
+            raise VitpruneError(f"loss blocks: {reason}; leave it out of `losses`")
+        if describe_merging(student) or describe_merging(teacher):
+            num_tokens = num_prefix_tokens(student)
     wanted = list(training.losses)
     return Outputs(student, wanted, num_tokens), Outputs(teacher, wanted, num_tokens)
 

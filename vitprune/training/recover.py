@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from vitprune.pruning.plan import Plan, fit_plan
 from vitprune.seen_images import check_unseen
 from vitprune.training.augmented_images import AugmentedImages, seed_of, seeded
 from vitprune.training.loop import STATE_FILE, STEPS_FILE, EpochRow, Trained, train
-from vitprune.training.losses import pair_up
+from vitprune.training.losses import choose_losses, pair_up
 from vitprune.training.settings import Training, check_training
 from vitprune.training.sharded_teacher import spread_teacher
 from vitprune.views import data_config, has_classifier
@@ -115,10 +115,12 @@ def recover(
     training = Training() if training is None else training
     processes = Processes() if processes is None else processes
     check_training(training)
-    if teacher is None and set(training.losses) != {"labels"}:
+    if teacher is None and (training.losses is None or set(training.losses) != {"labels"}):
         raise VitpruneError("the losses compare with a `teacher`, which is missing; pass one, or train on labels alone")
     teacher = copy.deepcopy(model) if teacher is None else teacher
     check_pair(model, teacher)
+    if training.losses is None:
+        training = replace(training, losses=choose_losses(model, teacher))
     trained_on, held_back = split_images(images, training)
     check_unseen(held_back, hash_images(trained_on), "the training images; some are copies")
     if "labels" not in training.losses:

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from vitprune.errors import VitpruneError
 from vitprune.options import LOSSES, check_choice
 
-DEFAULT_LOSSES: Mapping[str, float] = {"answers": 1.0, "features": 1.0}
-
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -39,7 +37,7 @@ class Training:
     """How a model is trained; names and meanings are those of timm's ``train.py`` where it has them.
 
     Attributes:
-        losses: key of ``LOSSES`` -> weight, positive.
+        losses: key of ``LOSSES`` -> weight, positive; None: what ``choose_losses`` takes for the model.
         temperature: of ``answers``, positive.
         smoothing: of ``labels``, in [0, 1).
         epochs: passes over the training images.
@@ -62,7 +60,7 @@ class Training:
         seed: of everything drawn at random.
     """
 
-    losses: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_LOSSES))
+    losses: Mapping[str, float] | None = None
     temperature: float = 2.0
     smoothing: float = 0.1
     epochs: int = 8
@@ -96,9 +94,10 @@ def check_training(training: Training) -> None:
         ...
     vitprune.errors.VitpruneError: `lr` must be positive, got 0.0
     """
-    for name in training.losses:
+    losses = {"answers": 1.0} if training.losses is None else training.losses
+    for name in losses:
         check_choice("losses", name, LOSSES)
-    if not training.losses or min(training.losses.values()) <= 0:
+    if not losses or min(losses.values()) <= 0:
         raise VitpruneError(f"`losses` must name at least one of {', '.join(LOSSES)}, with positive weights")
     positive = ("temperature", "epochs", "batch_size", "grad_accum_steps", "lr")
     optional = ("minutes", "layer_decay", "clip_grad", "ema_decay", "patience")
