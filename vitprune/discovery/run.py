@@ -21,7 +21,8 @@ from vitprune.seen_images import SeenImages, as_hashes, as_numbers
 # Tensor of the paths file: hashes of the images, as ``as_numbers`` writes them.
 _SEEN = "seen_images"
 RUN_FILE, PATHS_FILE, SCORES_FILE = "run.json", "paths.safetensors", "class_scores.safetensors"
-RUN_FILES = frozenset({RUN_FILE, PATHS_FILE, SCORES_FILE})
+MARGINALS_FILE = "class_marginals.safetensors"
+RUN_FILES = frozenset({RUN_FILE, PATHS_FILE, SCORES_FILE, MARGINALS_FILE})
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def is_run(folder: str | Path) -> bool:
 
 
 def save_run(run: Run, folder: str | Path) -> None:
-    """Write a run folder, all or nothing: ``run.json``, ``paths.safetensors`` and ``class_scores.safetensors``.
+    """Write a run folder, all or nothing: ``run.json`` and its tensors.
 
     >>> import tempfile, timm
     >>> from vitprune import discover
@@ -99,6 +100,13 @@ def save_run(run: Run, folder: str | Path) -> None:
             kind="class_scores",
             facts={**facts, "ffns": found.ffns, "classes": found.classes},
         )
+        if found.class_marginals:
+            write_tensors(
+                temporary / MARGINALS_FILE,
+                found.class_marginals,
+                kind="class_marginals",
+                facts={**facts, "ffns": found.ffns, "classes": found.classes},
+            )
         write_json(
             temporary / RUN_FILE,
             {
@@ -139,6 +147,9 @@ def load_run(folder: str | Path) -> Run:
     facts = read_json(folder / RUN_FILE, kind="run")
     tensors, path_facts = read_tensors(folder / PATHS_FILE, kind="paths")
     class_scores, score_facts = read_tensors(folder / SCORES_FILE, kind="class_scores")
+    class_marginals = {}
+    if (folder / MARGINALS_FILE).is_file():
+        class_marginals, _facts = read_tensors(folder / MARGINALS_FILE, kind="class_marginals")
     _check_agreement(folder, tensors, path_facts, class_scores)
     found = Discovery(
         ffns=tuple(path_facts["ffns"]),
@@ -155,6 +166,7 @@ def load_run(folder: str | Path) -> Run:
         target=facts["target"],
         quantity=facts["quantity"],
         precision=facts.get("precision", "float32"),
+        class_marginals=class_marginals,
         seen=SeenImages(
             frozenset(as_hashes(tensors[_SEEN].tolist())) if _SEEN in tensors else frozenset(),
             facts["data"],

@@ -202,6 +202,7 @@ def write_shard(
     if part is not None:
         tensors = {name: getattr(part, name) for name in _TENSORS if getattr(part, name) is not None}
         tensors |= {f"score_sums.{name}": sum_CH for name, sum_CH in part.score_sums.items()}
+        tensors |= {f"marginal_sums.{name}": sum_CH for name, sum_CH in part.marginal_sums.items()}
     write_tensors(path, tensors, kind="shard", facts=facts)
 
 
@@ -233,6 +234,7 @@ def read_shards(search: Search, shards: Shards) -> tuple[Discovery, ImageSet, li
                     **{name: tensors[name].clone() if name in tensors else None for name in _TENSORS},
                     classes=tuple(facts["classes"]),
                     score_sums={ffn.name: tensors[f"score_sums.{ffn.name}"] for ffn in search.ffns},
+                    marginal_sums={ffn.name: tensors[f"marginal_sums.{ffn.name}"] for ffn in search.ffns},
                 )
 
     try:

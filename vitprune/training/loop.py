@@ -250,7 +250,7 @@ class _Run:
         training = self.training
         if training.minutes is None:
             done = self.state.epoch * self.steps_per_epoch + self.state.step
-            yield from track(range(done, self._num_updates), f"train for {training.epochs} epochs")
+            yield from track(range(done, self._num_updates), "train")
         while training.minutes is not None:
             gone = f"{self.seconds / 60:.0f} of {training.minutes:g} minutes are over"
             yield from track(range(self.state.step, self.steps_per_epoch), f"epoch {self.state.epoch + 1} ({gone})")
