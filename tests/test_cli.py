@@ -184,6 +184,27 @@ def test_evaluation_images_must_not_be_calibration_images(run_folder, pruned_fol
         assert "20 of 20 evaluation images were calibration images" in line
 
 
+def test_only_the_neurons_of_the_class_paths_stay(run_folder, image_folder, tmp_path, capsys):
+    found = vitprune.load_run(run_folder).found
+    answer = run("prune", run_folder, "--keep-paths", 3, "--json", "-o", tmp_path / "paths", capsys=capsys)
+    plan = vitprune.read_plan(tmp_path / "paths")
+    paths = vitprune.class_paths(found, 3).values()
+    for position, name in enumerate(found.ffns):
+        assert set(plan.kept(name).tolist()) == {int(each) for path in paths for each in path[position]}
+    assert answer["widths"] == plan.widths
+    assert plan.facts.keep_paths == 3
+    line = run("evaluate", tmp_path / "paths", "--data", image_folder, code=2, capsys=capsys)
+    assert "20 of 20 evaluation images were calibration images" in line
+    few_classes = ("--keep-classes", "class0", "class1", "--compensate", "none", "--json")
+    few = run("prune", run_folder, "--keep-paths", 3, *few_classes, "-o", tmp_path / "two", capsys=capsys)
+    assert few["classes"] == ["class0", "class1"]
+    assert all(width <= 6 for width in few["widths"].values())
+    assert run("report", tmp_path / "paths", "-o", tmp_path / "report.html", "--json", capsys=capsys)
+    assert "the paths of the classes, 3 neurons of each in each FFN" in (tmp_path / "report.html").read_text()
+    line = run("prune", run_folder, "--keep-paths", 999, "-o", tmp_path / "x", code=2, capsys=capsys)
+    assert "must be in [1, " in line
+
+
 def test_a_model_without_classifier_is_pruned_and_exported(image_folder, tmp_path, capsys):
     model = make_vit(num_classes=0).float()
     model.model_args = {**TINY, "num_classes": 0}

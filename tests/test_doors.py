@@ -80,6 +80,7 @@ CALLS = {
     "new_classifier": lambda model, at: vitprune.new_classifier(model, ["a", "b"]),
     "open_teacher": lambda model, at: vitprune.open_teacher(model, None),
     "parse_schedule": lambda model, at: vitprune.parse_schedule("constant:2", model),
+    "plan_paths": lambda model, at: vitprune.plan_paths(model, vitprune.discover(model, make_batches()), 4).widths,
     "plan_pruning": lambda model, at: half(model).widths,
     "predict": lambda model, at: [
         each.probabilities for each in vitprune.predict(model, [photos().root / "a" / "1.png"])

@@ -57,6 +57,7 @@ _HOME_OF = {
     "Statistics": "vitprune.calibration.statistics",
     "measure_statistics": "vitprune.calibration.statistics",
     "Target": "vitprune.pruning.target",
+    "plan_paths": "vitprune.pruning.keep_paths",
     "target_neurons": "vitprune.pruning.target",
     "target_parameters": "vitprune.pruning.target",
     "target_macs": "vitprune.pruning.target",

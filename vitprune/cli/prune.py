@@ -143,6 +143,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--ridge", type=float, default=options.DEFAULT_RIDGE, help="regularisation, relative to the mean variance"
     )
+    parser.add_argument(
+        "--keep-paths", type=int, help="of a run: keep this many neurons of each class's path in each FFN, no others"
+    )
     parser.add_argument("--plan", type=str, help="apply this plan (file or pruned folder) instead of making one")
     add_device(parser)
     add_output(parser, "folder of the pruned model to write (for an .onnx file: the .onnx file)")
@@ -152,16 +155,18 @@ def run(
     source, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, ratio,
     target_params, target_macs, target_latency, speedup, max_drop, eval_data, allow, export, parts, merge, image_size,
     backend, latency_batch_size, keep_classes, criterion, allocation, compensate, mode, round_to, floor, step, ridge,
-    plan, device, output, overwrite, **opening,
+    keep_paths, plan, device, output, overwrite, **opening,
 ):  # fmt: skip
     import time
 
     from vitprune.data import remember_names
+    from vitprune.discovery.run import is_run
     from vitprune.files import refuse_existing
     from vitprune.images.resized_batches import resize_batches
     from vitprune.models.image_size import set_image_size
     from vitprune.models.merging import describe_merging, set_merging
     from vitprune.models.saved_folder import save
+    from vitprune.pruning.keep_paths import plan_paths
     from vitprune.pruning.plan import read_plan
     from vitprune.pruning.prune import prune, prune_as_planned, shape_as_planned
     from vitprune.pruning.schedule import needs_steps
@@ -186,6 +191,11 @@ def run(
     given_plan = None if plan is None else read_plan(plan)
     shapes = {"parts": parts, "merge": merge, "image_size": image_size}
     shapes = {name: value for name, value in shapes.items() if value is not None}
+    if keep_paths is not None and (given_plan is not None or decisions or targets or shapes):
+        others = [*({} if plan is None else {"plan": plan}), *decisions, *targets, *shapes]
+        raise VitpruneError(f"--keep-paths decides what stays; leave {', '.join(others)} out")
+    if keep_paths is not None and not is_run(source):
+        raise VitpruneError("--keep-paths takes the paths of a run; name the folder that 'vitprune discover' wrote")
     if given_plan is not None and (decisions or targets or shapes):
         raise VitpruneError(f"--plan decides what stays; leave {', '.join({**decisions, **targets, **shapes})} out")
     for_speed = any(asked is not None for asked in (target_latency, speedup, max_drop))
@@ -244,6 +254,8 @@ def run(
     if keep_classes is not None:
         wanted = _classes_to_keep(keep_classes, images, data_given=data is not None)
         network, images, found = specialise(network, images, wanted, found=found)
+    if keep_paths is not None:
+        given_plan = plan_paths(network, found, keep_paths)
     dense, network = network, network if given_plan is None else shape_as_planned(network, given_plan)
     if image_size is not None:
         network = set_image_size(network, _parse_image_size(image_size))

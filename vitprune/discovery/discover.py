@@ -380,10 +380,14 @@ def check_class_marginals(found: Discovery) -> None:
         )
 
 
-def class_paths(found: Discovery) -> dict[int, Tensor]:
+def class_paths(found: Discovery, top_k: int | None = None) -> dict[int, Tensor]:
     """Return each class's path: per FFN the K neurons most often on the paths of its images.
 
-    Ties go to the higher mean score, where there are scores, then to the lower index.
+    Ties go to the higher mean score, where there are scores, then to the lower index. So do neurons on no path.
+
+    Args:
+        found: by any method.
+        top_k: K; None: as many as were selected of each image.
 
     Returns:
         class index -> int64 [L, K].
@@ -394,7 +398,7 @@ def class_paths(found: Discovery) -> dict[int, Tensor]:
     >>> {index: tuple(path.shape) for index, path in class_paths(discover(model, batches)).items()}
     {0: (2, 1), 1: (2, 1), 4: (2, 1)}
     """
-    top_k = found.neurons.shape[-1]
+    top_k = found.neurons.shape[-1] if top_k is None else top_k
     visits = count_visits(found)
     paths = {}
     for row, index in enumerate(found.classes):

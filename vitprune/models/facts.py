@@ -37,6 +37,7 @@ class Facts:
         pruning_ratio_asked: share of FFN neurons that was to be removed.
         target: what the model was to cost.
         criterion: key of ``CRITERIA``.
+        keep_paths: K, where the neurons of the class paths stay, K of each class in each FFN.
         allocation: key of ``ALLOCATIONS``.
         round_to: every width is a multiple of it.
         floor: share that ``global`` leaves to each group at least.
@@ -61,6 +62,7 @@ class Facts:
     pruning_ratio_asked: float | None = None
     target: Asked | None = None
     criterion: str | None = None
+    keep_paths: int | None = None
     allocation: str | None = None
     round_to: int | None = None
     floor: float | None = None

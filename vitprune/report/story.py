@@ -162,6 +162,7 @@ def _say_removed(pruned: PrunedModel) -> str:
     removed, dense = count_removed(pruned)
     facts = pruned.plan.facts
     how = "" if facts.criterion is None else f" by {facts.criterion}"
+    how = how if facts.keep_paths is None else ", those on no class's path"
     made_good = facts.compensation or "none"
     how += f", with {made_good} compensation" if made_good != "none" else ", without compensation"
     return f"{removed:,} of {dense:,} FFN neurons were removed{how}."

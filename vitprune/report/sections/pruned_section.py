@@ -127,6 +127,8 @@ def describe_decision(pruned: PrunedModel) -> str:
         ("allocation", options.ALLOCATIONS, facts.allocation),
     )
     said = [f"{what} {name} ({choices[name]})" for what, choices, name in known if name in choices]
+    if facts.keep_paths is not None:
+        said.append(f"the paths of the classes, {plural(facts.keep_paths, 'neuron')} of each in each FFN")
     if facts.compensation is not None:
         said.append("no compensation" if facts.compensation == "none" else f"compensation {facts.compensation}")
     return f"Decided by {', '.join(said)}." if said else "The plan does not say how it was decided."
