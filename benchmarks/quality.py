@@ -27,7 +27,7 @@ from vitprune.files import write_table
 from vitprune.options import CRITERIA
 
 EIGHT = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
-SLOW = ("integrated-gradients", "jas")
+SLOW = ("integrated-gradients", "jas", "jas-mean")
 
 
 def main(
@@ -41,6 +41,7 @@ def main(
     default_ratios: list[float] = EIGHT,
     distill_ratios: list[float] = [0.5, 0.7],  # noqa: B006
     criteria: list[str] | None = None,
+    allocations: list[str] = ["global"],  # noqa: B006
     slow_images: int = 250,
     label: str = "all",
 ):
@@ -58,6 +59,7 @@ def main(
         default_ratios: shares to remove by vitprune's default, in steps.
         distill_ratios: shares to remove by the default with distill as well.
         criteria: how neurons are ranked (default: all).
+        allocations: how many go of each FFN, where they go at once.
         slow_images: images for the path search and integrated gradients.
         label: names the files in benchmarks/results, where several runs share the work.
     """
@@ -68,11 +70,11 @@ def main(
     refuse_overlap(images, evaluated)
     points_folder = open_points(folder, network, images, evaluated)
     full, few, others = (read_batches(chosen, network) for chosen in (images, images.head(slow_images), evaluated))
-    found = vitprune.discover(network, track(few, "discover")) if "jas" in criteria else None
+    found = vitprune.discover(network, track(few, "discover")) if {"jas", "jas-mean"} & set(criteria) else None
     scores = {}
     if "integrated-gradients" in criteria:
         scores["integrated-gradients"] = integrated_gradients(network, track(few, "integrated gradients"))
-    one_shot = Curve(criteria, ["global"], ["none", "ridge"], step=1.0, folder=points_folder / "points")
+    one_shot = Curve(criteria, allocations, ["none", "ridge"], step=1.0, folder=points_folder / "points")
     in_steps = Curve(["obs"], ["global"], ["sequential"], folder=points_folder / "default")
     baseline = replace(one_shot, criteria=["variance"], allocations=["uniform"], compensations=["ridge"])
     points = []
