@@ -15,6 +15,8 @@ from report_folders import CLASSES, NUM_PER_CLASS
 
 import vitprune
 from vitprune.cli import main
+from vitprune.evaluation.front import Front, FrontRow, save_front
+from vitprune.files import open_resumable
 from vitprune.report.artefacts import KINDS
 from vitprune.report.page import write_report
 from vitprune.report.page_blocks import Cell, Column, Grid, Row, grid_of, without_empty
@@ -221,6 +223,37 @@ def test_other_folders_are_refused(folders, tmp_path, capsys, saved_vit):
     (tmp_path / "r.html").write_text("mine")
     assert main(["report", str(folders["run"]), "-o", str(tmp_path / "r.html")]) == 2
     assert "add --overwrite" in capsys.readouterr().err
+
+
+def test_a_front_says_which_speed_is_had_by_what(folders, tmp_path):
+    """Of made-up rows: the sentences name the cheapest of each kind that is as fast, and the table has all."""
+    request = json.loads((folders["curve"] / "request.json").read_text())["request"]
+    request |= {"speedups": [1.5, 2.0, 3.0], "parts": ["ffn", "tokens"]}
+    shared = {"speedup_low": 0.9, "speedup_high": 4.0, "macs_share": 0.5, "top1_low": 0.6, "top1_high": 0.9}
+    shared |= {"backend": "onnxruntime-cpu", "drop_bound": 0.1}
+    made = [
+        ("dense", "", "float32", 1.0, 0.86, "on"),
+        ("budget", "1.5x", "float32", 1.52, 0.85, "on"),
+        ("budget", "2x", "int8", 1.99, 0.83, "on"),
+        ("pixels", "160 x 160", "float32", 2.2, 0.70, "below"),
+        ("merging", "39, 39, 39", "int8", 2.5, 0.84, "above"),
+    ]
+    rows = tuple(
+        FrontRow(lever=lever, name=name, precision=precision, speedup=speedup, predicted_speedup=None, top1=top1,
+                 drop=0.86 - top1, place=place, **shared)
+        for lever, name, precision, speedup, top1, place in made
+    )  # fmt: skip
+    folder = open_resumable(tmp_path / "front", request, owned=frozenset(), overwrite=False)
+    save_front(Front(rows, {"4x, int8": "beyond what parts give"}, {}, (1, 8), 100, request), folder)
+    assert main(["report", str(folder), "-o", str(tmp_path / "r.html")]) == 0
+    page = Page((tmp_path / "r.html").read_text())
+    text = " ".join(" ".join(page.text).split())
+    assert "at many speeds" in text
+    assert "At 2.00 ×: as fast as asked for, 3.0 points less (int8); without a budget, at best 2.0 points less" in text
+    assert "At 3.00 ×: nothing was pruned for it; without a budget, nothing is as fast." in text
+    assert "Above the front: tokens merged in equal steps (39, 39, 39), int8 (2.50 ×)." in text
+    assert "4x, int8: not measured (beyond what parts give)." in text
+    assert not re.search(r"https?://(?!www\.w3\.org)", (tmp_path / "r.html").read_text())
 
 
 def test_a_figure_that_is_missing_is_asked_for(folders, tmp_path):

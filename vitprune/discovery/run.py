@@ -13,7 +13,7 @@ from torch import nn
 from vitprune.data import ImageSet, hash_images, remember_names
 from vitprune.discovery.discover import Discovery
 from vitprune.errors import VitpruneError
-from vitprune.files import FORMAT_VERSION, atomic_folder, read_json, read_tensors, write_json, write_tensors
+from vitprune.files import FORMAT_VERSION, atomic_folder, hash_file, read_json, read_tensors, write_json, write_tensors
 from vitprune.models.identity import hash_weights
 from vitprune.models.load import load
 from vitprune.seen_images import SeenImages, as_hashes, as_numbers
@@ -59,6 +59,12 @@ class Run:
 def is_run(folder: str | Path) -> bool:
     """Tell whether ``folder`` was written by ``save_run``."""
     return (Path(folder) / RUN_FILE).is_file()
+
+
+def hash_run(folder: str | Path) -> dict[str, str]:
+    """Return the hash of each file of a run; runs of earlier versions and converted ones have fewer."""
+    paths = [Path(folder) / name for name in sorted(RUN_FILES)]
+    return {path.name: hash_file(path) for path in paths if path.is_file()}
 
 
 def save_run(run: Run, folder: str | Path) -> None:

@@ -231,7 +231,7 @@ def measure_front(
     rows = _compare(made, latencies)
     count = made[0].accuracy.num_images
     front = Front(tuple(rows), unreached, left_out, options["batch_sizes"], count, request)
-    _save(front, folder)
+    save_front(front, folder)
     shutil.rmtree(points)
     return load_front(folder)
 
@@ -296,7 +296,9 @@ def _least_speedup(first: int, second: int, latencies: Sequence[Sequence[Latency
     return min((paired_speedup(of[first], of[second]) for of in latencies), key=lambda speedup: speedup.ratio)
 
 
-def _save(front: Front, folder: Path) -> None:
+def save_front(front: Front, folder: str | Path) -> None:
+    """Write what ``load_front`` reads, and a table and pictures beside it, into a folder that knows its request."""
+    folder = Path(folder)
     content = {name: value for name, value in asdict(front).items() if name != "request"}
     title = f"{front.request['architecture']}, {front.num_images} images, no retraining"
     for suffix in ("png", "svg"):

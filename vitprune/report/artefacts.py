@@ -14,6 +14,7 @@ from vitprune.discovery.run import RUN_FILE, load_run
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.curve_folder import CURVE_FILE, load_curve
 from vitprune.evaluation.evaluation_folder import EVALUATION_FILE, load_evaluation
+from vitprune.evaluation.front import FRONT_FILE, load_front
 from vitprune.models.saved_folder import PLAN_FILE
 from vitprune.report.card_facts import (
     Fact,
@@ -21,6 +22,7 @@ from vitprune.report.card_facts import (
     bench_facts,
     curve_facts,
     evaluation_facts,
+    front_facts,
     pruned_facts,
     run_facts,
 )
@@ -30,6 +32,7 @@ from vitprune.report.sections.analysis_section import analysis_section
 from vitprune.report.sections.bench_section import bench_section
 from vitprune.report.sections.curve_section import curve_section
 from vitprune.report.sections.evaluation_section import evaluation_section
+from vitprune.report.sections.front_section import front_section
 from vitprune.report.sections.pruned_section import pruned_section
 from vitprune.report.sections.run_section import run_section
 from vitprune.report.shown_folder import Artefact
@@ -58,6 +61,7 @@ KINDS: Mapping[str, Kind] = {
     "evaluation": Kind(EVALUATION_FILE, load_evaluation, evaluation_section, evaluation_facts),
     "pruned": Kind(PLAN_FILE, load_pruned, pruned_section, pruned_facts),
     "bench": Kind(BENCH_FILE, load_bench, bench_section, bench_facts),
+    "front": Kind(FRONT_FILE, load_front, front_section, front_facts),
     "curve": Kind(CURVE_FILE, load_curve, curve_section, curve_facts),
     "run": Kind(RUN_FILE, load_run, run_section, run_facts),
     "analysis": Kind(ANALYSIS_FILE, load_analysis, analysis_section, analysis_facts),

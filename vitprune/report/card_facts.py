@@ -11,6 +11,7 @@ from vitprune.data import digest_images
 from vitprune.discovery.run import Run
 from vitprune.evaluation.curve_folder import CurveRecord
 from vitprune.evaluation.evaluation_folder import Evaluation
+from vitprune.evaluation.front import Front
 from vitprune.evaluation.model_facts import ModelFacts
 from vitprune.report.pruned_folder import PrunedModel
 from vitprune.report.text import count, plural
@@ -98,7 +99,18 @@ def run_facts(run: Run) -> list[Fact]:
 def pruned_facts(pruned: PrunedModel) -> list[Fact]:
     """Say which model it is, and what decided about its neurons."""
     facts = pruned.plan.facts
-    known = ("criterion", "allocation", "compensation", "mode", "step", "round_to", "floor", "ridge", "seed")
+    known = (
+        "criterion",
+        "keep_paths",
+        "allocation",
+        "compensation",
+        "mode",
+        "step",
+        "round_to",
+        "floor",
+        "ridge",
+        "seed",
+    )
     seen = facts.calibration
     said = [f"{name} {getattr(facts, name)}" for name in known if getattr(facts, name) is not None]
     described = [
@@ -126,16 +138,32 @@ def evaluation_facts(evaluation: Evaluation) -> list[Fact]:
 def curve_facts(curve: CurveRecord) -> list[Fact]:
     """Say which model and images its points are of."""
     request = curve.request
-    facts = [
-        Fact("model", request["architecture"]),
-        Fact("model: SHA-256 of the weights", request["weights"], code=True),
-        Fact("model: transform", describe_transform(request["transform"])),
-    ]
+    facts = _describe_asked(request)
     for role in ("calibration images", "evaluation images"):
         hashes = [digest for digest, _label in request[role]]
         described = _describe_images(curve.data, len(hashes), digest_images(hashes), role=role)
         facts += described if role == "evaluation images" else [described[0], described[2]]
     return [*facts, Fact("decision", f"step {request['step']:g}, seed {request['seed']}")]
+
+
+def front_facts(front: Front) -> list[Fact]:
+    """Say which model and images its rows are of."""
+    facts = _describe_asked(front.request)
+    for role in ("calibration images", "evaluation images"):
+        hashes = [digest for digest, _label in front.request[role]]
+        facts += [
+            Fact(role, plural(len(hashes), "image")),
+            Fact(f"{role}: SHA-256 of their contents", digest_images(hashes), code=True),
+        ]
+    return [*facts, Fact("decision", f"parts {', '.join(front.request['parts'])}, seed {front.request['seed']}")]
+
+
+def _describe_asked(request: Mapping[str, Any]) -> list[Fact]:
+    return [
+        Fact("model", request["architecture"]),
+        Fact("model: SHA-256 of the weights", request["weights"], code=True),
+        Fact("model: transform", describe_transform(request["transform"])),
+    ]
 
 
 def bench_facts(bench: BenchRecord) -> list[Fact]:

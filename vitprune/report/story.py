@@ -155,6 +155,8 @@ def _title(main: _Main, artefacts: Sequence[Artefact]) -> str:
         return f"Neuron paths of {Path(artefact.content.model).name}"
     for artefact in of_kind(artefacts, "curve"):
         return f"{artefact.content.request['architecture']} at many sizes"
+    for artefact in of_kind(artefacts, "front"):
+        return f"{artefact.content.request['architecture']} at many speeds"
     return ", ".join(artefact.name for artefact in artefacts)
 
 
