@@ -21,10 +21,10 @@ from test_shards import run_on_two_processes
 
 import vitprune
 from vitprune import VitpruneError
-from vitprune.data import find_images
+from vitprune.data import find_images, hash_images
 from vitprune.models.attention import split_attention
 from vitprune.models.merging import set_merging
-from vitprune.pruning.apply import mask_neurons, remove_neurons
+from vitprune.pruning.apply import mask_neurons, remember, remove_neurons
 from vitprune.seen_images import seen_by
 from vitprune.training import loop
 from vitprune.training.augmented_images import AugmentedImages, seed_of
@@ -263,6 +263,13 @@ def test_blocks_of_another_number_are_refused(images):
     training = replace(QUICK, losses={"blocks": 1.0})
     with pytest.raises(VitpruneError, match="the model has 2 blocks, the teacher 3; leave it out"):
         recover(make_vit(depth=2), images, teacher=make_vit(), training=training)
+
+
+def test_it_says_so_where_pruning_saw_the_images_held_back(images):
+    dense = make_vit().float()
+    assert not recover(halved(dense), images, teacher=dense, training=replace(QUICK, epochs=1)).is_flattered
+    pruned = remember(halved(dense), frozenset(hash_images(images)))
+    assert recover(pruned, images, teacher=dense, training=replace(QUICK, epochs=1)).is_flattered
 
 
 def test_half_precision_trains(images):

@@ -127,5 +127,7 @@ def show_training(recovered: Any) -> None:
     if before is not None:
         best = next(row for row in recovered.rows if row.epoch == recovered.best)
         print(f"held-back images: loss {before:.4f} before, {best.held_back:.4f} after epoch {recovered.best}")
-        if best.held_back > before:
+        if recovered.is_flattered:
+            print("(the pruning was fitted to them too, so that 'before' looks better than it is: evaluate on others)")
+        elif best.held_back > before:
             print("that is worse: train for longer, lower --lr, or stay with the model as it was")

@@ -24,7 +24,7 @@ from vitprune.processes import Processes
 from vitprune.progress import Track, untracked
 from vitprune.pruning.apply import remember, silence
 from vitprune.pruning.plan import Plan, fit_plan
-from vitprune.seen_images import check_unseen
+from vitprune.seen_images import check_unseen, seen_by
 from vitprune.training.augmented_images import AugmentedImages, seed_of, seeded
 from vitprune.training.loop import STATE_FILE, STEPS_FILE, EpochRow, Trained, train
 from vitprune.training.losses import choose_losses, pair_up
@@ -46,6 +46,8 @@ class Recovered:
         best: the number of the best one.
         before: what held-back images cost before training, and their accuracy; None where there are none.
         sha256: hashes of the images trained on and held back.
+        is_flattered: whether ``before`` is of images that the model was fitted to already, so that it looks better on
+            them than it is.
     """
 
     model: nn.Module
@@ -54,6 +56,7 @@ class Recovered:
     best: int
     before: tuple[float | None, float | None]
     sha256: frozenset[str]
+    is_flattered: bool = False
 
 
 @entry
@@ -158,7 +161,8 @@ def recover(
             processes=processes,
             track=track,
         )
-    return _finish(model, plan, trained, before, hashes)
+    is_flattered = bool(seen_by(model) & set(hash_images(held_back)))
+    return replace(_finish(model, plan, trained, before, hashes), is_flattered=is_flattered)
 
 
 def _finish(

@@ -28,12 +28,14 @@ class Recovery:
         best: the number of the one that was kept.
         before: what held-back images cost before training, and their accuracy.
         num_images: that had a say.
+        is_flattered: whether ``before`` is of images that the model was fitted to already.
     """
 
     rows: tuple[EpochRow, ...]
     best: int
     before: tuple[float | None, float | None]
     num_images: int
+    is_flattered: bool = False
 
 
 def load_recovery(folder: str | Path) -> Recovery | None:
@@ -48,7 +50,13 @@ def load_recovery(folder: str | Path) -> Recovery | None:
     content = read_json(path, kind="recovery")
     before = content["before"]
     rows = tuple(EpochRow(**row) for row in content["epochs"])
-    return Recovery(rows, content["best"], (before["held_back"], before["accuracy"]), content["num_images"])
+    return Recovery(
+        rows,
+        content["best"],
+        (before["held_back"], before["accuracy"]),
+        content["num_images"],
+        is_flattered=content.get("before_is_flattered", False),
+    )
 
 
 def describe_recovery(recovered: Recovered, training: Training) -> dict[str, Any]:
@@ -61,6 +69,7 @@ def describe_recovery(recovered: Recovered, training: Training) -> dict[str, Any
     return {
         "training": asdict(training),
         "before": {"held_back": recovered.before[0], "accuracy": recovered.before[1]},
+        "before_is_flattered": recovered.is_flattered,
         "best": recovered.best,
         "num_images": len(recovered.sha256),
         "epochs": [asdict(row) for row in recovered.rows],

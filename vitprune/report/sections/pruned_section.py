@@ -102,6 +102,10 @@ def _describe_recovery(recovery: Recovery) -> str:
     return (
         f"{told}: the loss of images held back went from {recovery.before[0]:.4f} to {best.held_back:.4f} in epoch "
         f"{recovery.best}, which was kept."
+        + (
+            " Pruning was fitted to these images too: before, it looks better on them than it is."
+            * recovery.is_flattered
+        )
     )
 
 
