@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentParser
 
+# What may be said of a model beside its name, its checkpoint and the size of its images.
+OPENING = ("checkpoint_key", "model_args", "mean", "std", "crop", "interpolation", "class_names")
+
 
 def listed(choices) -> str:
     return "; ".join(f"{name}: {summary}" for name, summary in choices.items())

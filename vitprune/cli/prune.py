@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -13,18 +16,15 @@ from vitprune import options
 from vitprune.cli.arguments import add_checkpoint, add_device, add_images, add_output, listed
 from vitprune.cli.inputs import (
     calibration_images,
-    check_data,
     choose,
     find_images,
     make_batches,
     open_source,
     reads_labels,
-    refuse_without_data,
     report_skipped,
     say_transform,
 )
 from vitprune.cli.prune_for_speed import (
-    check_export,
     check_images_for,
     describe_within,
     export_for_speed,
@@ -35,6 +35,7 @@ from vitprune.cli.prune_for_speed import (
     stages_of,
 )
 from vitprune.cli.prune_onnx import run_onnx
+from vitprune.cli.prune_request import PruneRequest, check_deciders, check_output, check_together
 from vitprune.cli.terminal import Tracked, note, print_table, track
 from vitprune.errors import VitpruneError
 
@@ -151,177 +152,215 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_output(parser, "folder of the pruned model to write (for an .onnx file: the .onnx file)")
 
 
-def run(
-    source, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, ratio,
-    target_params, target_macs, target_latency, speedup, max_drop, eval_data, allow, export, parts, merge, image_size,
-    backend, latency_batch_size, keep_classes, criterion, allocation, compensate, mode, round_to, floor, step, ridge,
-    keep_paths, plan, device, output, overwrite, **opening,
-):  # fmt: skip
-    import time
-
-    from vitprune.data import remember_names
-    from vitprune.discovery.run import is_run
-    from vitprune.files import refuse_existing
-    from vitprune.images.resized_batches import resize_batches
-    from vitprune.models.image_size import set_image_size
-    from vitprune.models.merging import describe_merging, set_merging
-    from vitprune.models.saved_folder import save
-    from vitprune.pruning.keep_paths import plan_paths
+def run(source, output, overwrite, **given):
     from vitprune.pruning.plan import read_plan
-    from vitprune.pruning.prune import prune, prune_as_planned, shape_as_planned
-    from vitprune.pruning.schedule import needs_steps
-    from vitprune.pruning.specialise import specialise
-    from vitprune.speed.fit_latency import list_formats
-    from vitprune.speed.latency_target import default_backend, measure_reached
-    from vitprune.speed.speed_folder import SPEED_FILES, describe_speed, save_for_speed
 
-    is_onnx = Path(source).suffix == ".onnx"
-    refuse_existing(output, overwrite=overwrite, owned=None if is_onnx else SPEED_FILES)
-    if criterion is not None:
-        options.check_choice("criterion", criterion, options.CRITERIA)
-    if Path(output).resolve() == Path(source).resolve():
-        raise VitpruneError(f"{output} is the model itself; choose another output")
-    decisions = {"pruning_ratio": ratio, "criterion": criterion, "allocation": allocation}
-    round_to = _parse_round_to(round_to)
-    decisions = {**decisions, "round_to": round_to, "floor": floor, "step": step}
-    decisions = {name: value for name, value in decisions.items() if value is not None}
-    targets = {"target_params": target_params, "target_macs": target_macs, "target_latency": target_latency}
-    targets |= {"speedup": speedup, "max_drop": max_drop}
-    targets = {name: value for name, value in targets.items() if value is not None}
-    given_plan = None if plan is None else read_plan(plan)
-    shapes = {"parts": parts, "merge": merge, "image_size": image_size}
-    shapes = {name: value for name, value in shapes.items() if value is not None}
-    if keep_paths is not None and (given_plan is not None or decisions or targets or shapes):
-        others = [*({} if plan is None else {"plan": plan}), *decisions, *targets, *shapes]
-        raise VitpruneError(f"--keep-paths decides what stays; leave {', '.join(others)} out")
-    if keep_paths is not None and not is_run(source):
-        raise VitpruneError("--keep-paths takes the paths of a run; name the folder that 'vitprune discover' wrote")
-    if given_plan is not None and (decisions or targets or shapes):
-        raise VitpruneError(f"--plan decides what stays; leave {', '.join({**decisions, **targets, **shapes})} out")
-    for_speed = any(asked is not None for asked in (target_latency, speedup, max_drop))
-    if (max_drop is None) != (eval_data is None):
-        raise VitpruneError("--max-drop is judged on --eval-data DIR; name both or neither")
-    timed = for_speed or round_to == "auto"
-    if not timed and (backend, latency_batch_size) != (None, None):
-        raise VitpruneError("--backend and --latency-batch-size go with --target-latency, --speedup or --round-to auto")
-    if not for_speed and (allow, export) != (None, None):
-        raise VitpruneError("--allow and --export go with --speedup or --target-latency")
-    if min(latency_batch_size or [1]) < 1:
-        raise VitpruneError(f"latency_batch_size must be at least 1, got {min(latency_batch_size)}")
-    if for_speed and mode == "mask":
-        name = next(name for name in ("target_latency", "speedup", "max_drop") if targets.get(name) is not None)
-        raise VitpruneError(
-            f"--{name.replace('_', '-')} is for --mode remove; a masked model is as slow as the dense one"
-        )
-    if export is not None:
-        check_export(export, overwrite=overwrite)
-    if is_onnx:
-        if given_plan is None:
-            raise VitpruneError(f"{source}: an ONNX file is pruned by a plan; pass --plan (a file, or a pruned folder)")
-        unused = {"checkpoint": checkpoint, "keep_classes": keep_classes, "device": device, **opening}
-        unused = [name for name, value in unused.items() if value is not None]
-        if unused or mode != "remove":
-            raise VitpruneError(f"{', '.join(unused or ['mode mask'])}: not for ONNX files, whose neurons are removed")
-        return run_onnx(
-            source, plan, given_plan, output, compensate, ridge, data, class_map, classes, images_per_class,
-            strict, batch_size, workers, seed,
-        )  # fmt: skip
-    compensate = options.DEFAULT_COMPENSATION if compensate is None else compensate
-    if len(targets) + (ratio is not None) > 1:
-        raise VitpruneError(
-            f"one target at a time, got {', '.join([*targets, *(['ratio'] if ratio is not None else [])])}"
-        )
-    if for_speed and (merge, image_size) != (None, None):
-        raise VitpruneError("--speedup and --target-latency choose how tokens merge; leave --merge, --image-size out")
-    if for_speed and backend:
-        list_formats(backend, allow or [])
-    if floor is not None and allocation == "uniform":
-        raise VitpruneError("--floor is for --allocation global; uniform leaves every FFN the same share")
-    if step not in (None, 1) and not needs_steps(criterion or options.DEFAULT_CRITERION):
-        raise VitpruneError(f"--step: the scores of criterion {criterion} do not change on the way; leave it out")
-    refuse_without_data(data, class_map=class_map, classes=classes, images_per_class=images_per_class)
-    check_data(data, class_map)
-    if eval_data is not None:
-        check_data(eval_data)
-    run, network = open_source(source, checkpoint, device, opening)
-    if given_plan is not None:
-        remember_names(network, given_plan.facts.label_names or ())
-    labels_matter = keep_classes is not None or reads_labels([criterion or options.DEFAULT_CRITERION])
+    asked = PruneRequest.read(SimpleNamespace(**given))
+    check_output(source, output, asked.given.export, overwrite=overwrite)
+    plan = None if asked.given.plan is None else read_plan(asked.given.plan)
+    if Path(source).suffix == ".onnx":
+        return _prune_onnx(source, output, plan, asked)
+    check_together(source, asked)
+    start = _open(source, plan, asked)
+    outcome = _prune(start, asked, output)
+    return _write(start, outcome, output, asked)
+
+
+def _prune_onnx(source: str, output: str, plan: Any, asked: PruneRequest):
+    given = asked.given
+    check_deciders(given, {**asked.decisions, **asked.targets, **asked.shapes})
+    if plan is None:
+        raise VitpruneError(f"{source}: an ONNX file is pruned by a plan; pass --plan (a file, or a pruned folder)")
+    unused = {"checkpoint": given.checkpoint, "keep_classes": given.keep_classes, "device": given.device}
+    unused = [name for name, value in {**unused, **asked.opening}.items() if value is not None]
+    if unused or given.mode != "remove":
+        raise VitpruneError(f"{', '.join(unused or ['mode mask'])}: not for ONNX files, whose neurons are removed")
+    return run_onnx(
+        source, given.plan, plan, output, given.compensate, given.ridge, given.data, given.class_map, given.classes,
+        given.images_per_class, given.strict, given.batch_size, given.workers, given.seed,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a pruning starts from.
+
+    Attributes:
+        dense: the model that sizes are compared with.
+        network: the same, fed the images and merging the tokens that were asked for.
+        plan: which units stay, where that is decided already.
+        found: the discovery of the run; None where the source is no run.
+        batches: calibration images; None where there are none.
+        tracked: these, with progress.
+        evaluation: images that a drop is judged on.
+    """
+
+    dense: Any
+    network: Any
+    plan: Any
+    found: Any
+    batches: Any
+    tracked: Any
+    evaluation: Any
+
+
+def _open(source: str, plan: Any, asked: PruneRequest) -> _Start:
+    from vitprune.data import remember_names
+    from vitprune.models.image_size import set_image_size
+    from vitprune.models.merging import set_merging
+    from vitprune.pruning.keep_paths import plan_paths
+    from vitprune.pruning.prune import shape_as_planned
+    from vitprune.pruning.specialise import specialise
+
+    given = asked.given
+    run, network = open_source(source, given.checkpoint, given.device, asked.opening)
+    if plan is not None:
+        remember_names(network, plan.facts.label_names or ())
+    labels_matter = given.keep_classes is not None or reads_labels([given.criterion or options.DEFAULT_CRITERION])
     images = calibration_images(
-        source, run, network, data, class_map, classes, images_per_class, seed, labels_matter=labels_matter
-    )
+        source, run, network, given.data, given.class_map, given.classes, given.images_per_class, given.seed,
+        labels_matter=labels_matter,
+    )  # fmt: skip
     found = None if run is None else run.found
-    if keep_classes is not None:
-        wanted = _classes_to_keep(keep_classes, images, data_given=data is not None)
+    if given.keep_classes is not None:
+        wanted = _classes_to_keep(given.keep_classes, images, data_given=given.data is not None)
         network, images, found = specialise(network, images, wanted, found=found)
-    if keep_paths is not None:
-        given_plan = plan_paths(network, found, keep_paths)
-    dense, network = network, network if given_plan is None else shape_as_planned(network, given_plan)
-    if image_size is not None:
-        network = set_image_size(network, _parse_image_size(image_size))
-    batches = tracked = None
+    if given.keep_paths is not None:
+        plan = plan_paths(network, found, given.keep_paths)
+    dense, network = network, network if plan is None else shape_as_planned(network, plan)
+    if given.image_size is not None:
+        network = set_image_size(network, _parse_image_size(given.image_size))
+    reading = {"batch_size": given.batch_size, "workers": given.workers, "strict": given.strict}
+    batches = tracked = evaluation = None
     if images is not None:
-        batches = make_batches(images, network, batch_size=batch_size, workers=workers, strict=strict)
+        batches = make_batches(images, network, **reading)
         tracked = Tracked(batches, "calibrate")
         say_transform(network)
-    applied = {"compensation": compensate, "mode": mode, "ridge": ridge, "seed": seed, "track": track}
-    backends = backend or ([default_backend(network)] if timed else [])
+    if given.eval_data is not None:
+        others = find_images(choose(given.eval_data, given.class_map, None, None, given.seed), network)
+        evaluation = make_batches(others, network, **reading)
+    if given.merge is not None:
+        network = set_merging(network, _find_schedule(given.merge, network, tracked))
+    return _Start(dense, network, plan, found, batches, tracked, evaluation)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What came out.
+
+    Attributes:
+        model: the pruned one.
+        plan: which units it has.
+        seconds: that it took.
+        speed: from ``run_for_speed``; None where nothing was asked of the speed of the whole model.
+        within: how a drop was kept to; None where none was asked for.
+        latency: measured against what was asked for, where FFNs alone were timed; else None.
+    """
+
+    model: Any
+    plan: Any
+    seconds: float
+    speed: Any = None
+    within: Any = None
+    latency: dict[str, Any] | None = None
+
+
+def _prune(start: _Start, asked: PruneRequest, output: str) -> _Outcome:
+    from vitprune.pruning.prune import prune_as_planned
+
+    given = asked.given
+    compensate = options.DEFAULT_COMPENSATION if given.compensate is None else given.compensate
     started = time.perf_counter()
-    result = report = within = evaluation = None
-    if eval_data is not None:
-        others = find_images(choose(eval_data, class_map, classes, None, seed), network)
-        evaluation = make_batches(others, network, batch_size=batch_size, workers=workers, strict=strict)
-    whole = for_speed and _follows_shapes(network, parts, round_to)
-    if whole:
-        check_images_for(tracked)
-        decided = {name: value for name, value in decisions.items() if name != "pruning_ratio"}
-        result, within = run_for_speed(
-            network, tracked, backends=backends, allow=allow or [], export=export, speedup=speedup,
-            latency_ms=target_latency, max_drop=max_drop, evaluation=evaluation,
-            parts=_choose_parts(network, parts, targets, shaped=False),
-            batch_sizes=latency_batch_size or [1], ridge=ridge, seed=seed, compensate=compensate, found=found,
-            output=output,
-            **decided,
-        )  # fmt: skip
-        pruned, made = result.model, result.plan
-    elif max_drop is not None or len(backends) > 1 or len(latency_batch_size or []) > 1 or allow or export:
+    if asked.for_speed and _follows_shapes(start.network, given.parts, given.round_to):
+        return _prune_for_speed(start, asked, compensate, output, started)
+    if (
+        given.max_drop is not None
+        or len(given.backend or []) > 1
+        or len(given.latency_batch_size or []) > 1
+        or (given.allow or given.export)
+    ):
         raise VitpruneError(
             "--max-drop, several backends or batch sizes, --allow and --export are for models whose tokens can merge, "
             "and for all their parts; name one backend"
         )
-    timing = {"backend": backends[0] if backends else None, "batch_size": (latency_batch_size or [1])[0]}
-    if merge is not None:
-        network = set_merging(network, _find_schedule(merge, network, tracked))
-    if given_plan is None and result is None:
-        merges = describe_merging(network) is not None
-        parts = _choose_parts(dense, parts, targets, shaped=network is not dense or merges)
-        target = _make_target(network, timing, parts, **_in_units(dense, **targets))
-        if shapes and not targets and parts == ["ffn"] and "parts" not in shapes:
-            decisions.setdefault("pruning_ratio", 0.0)
-        if round_to == "auto":
-            decisions["round_to"] = _find_multiple(network, target, ratio, timing)
-        if tracked is not None and parts == ["ffn"]:
-            tracked.description = _describe_passes(network, ratio, target, criterion, step, compensate)
-        shape = {"parts": parts, "dense": dense}
-        pruned, made = prune(network, tracked, **decisions, target=target, found=found, **shape, **applied)
-    elif result is None:
-        pruned, made = prune_as_planned(dense, given_plan, tracked, **applied)
+    applied = {"compensation": compensate, "mode": given.mode, "ridge": given.ridge, "seed": given.seed, "track": track}
+    if start.plan is not None:
+        pruned, plan = prune_as_planned(start.dense, start.plan, start.tracked, **applied)
+        return _Outcome(pruned, plan, time.perf_counter() - started)
+    return _prune_to_target(start, asked, compensate, applied, started)
+
+
+def _prune_for_speed(start: _Start, asked: PruneRequest, compensate: str, output: str, started: float) -> _Outcome:
+    from vitprune.speed.latency_target import default_backend
+
+    given, network = asked.given, start.network
+    check_images_for(start.tracked)
+    decided = {name: value for name, value in asked.decisions.items() if name != "pruning_ratio"}
+    result, within = run_for_speed(
+        network, start.tracked, backends=given.backend or [default_backend(network)], allow=given.allow or [],
+        export=given.export, speedup=given.speedup, latency_ms=given.target_latency, max_drop=given.max_drop,
+        evaluation=start.evaluation, parts=_choose_parts(network, given.parts, asked.targets, shaped=False),
+        batch_sizes=given.latency_batch_size or [1], ridge=given.ridge, seed=given.seed, compensate=compensate,
+        found=start.found, output=output, **decided,
+    )  # fmt: skip
+    return _Outcome(result.model, result.plan, time.perf_counter() - started, result, within)
+
+
+def _prune_to_target(
+    start: _Start, asked: PruneRequest, compensate: str, applied: dict[str, Any], started: float
+) -> _Outcome:
+    from vitprune.models.merging import describe_merging
+    from vitprune.pruning.prune import prune
+    from vitprune.speed.latency_target import default_backend, measure_reached
+
+    given, network, decisions = asked.given, start.network, dict(asked.decisions)
+    timing = {"backend": None, "batch_size": (given.latency_batch_size or [1])[0]}
+    if asked.timed:
+        timing["backend"] = (given.backend or [default_backend(network)])[0]
+    merges = describe_merging(network) is not None
+    shaped = network is not start.dense or merges
+    parts = _choose_parts(start.dense, given.parts, asked.targets, shaped=shaped)
+    target = _make_target(network, timing, parts, **_in_units(start.dense, **asked.targets))
+    if asked.shapes and not asked.targets and parts == ["ffn"] and "parts" not in asked.shapes:
+        decisions.setdefault("pruning_ratio", 0.0)
+    if given.round_to == "auto":
+        decisions["round_to"] = _find_multiple(network, target, given.ratio, timing)
+    if start.tracked is not None and parts == ["ffn"]:
+        start.tracked.description = _describe_passes(
+            network, given.ratio, target, given.criterion, given.step, compensate
+        )
+    shape = {"parts": parts, "dense": start.dense}
+    pruned, plan = prune(network, start.tracked, **decisions, target=target, found=start.found, **shape, **applied)
     seconds = time.perf_counter() - started
-    skipped = report_skipped(batches) if tracked is not None and tracked.passes else []
+    latency = None
+    if asked.for_speed:
+        latency = vars(measure_reached(network, pruned, plan.facts.target, **timing, track=track))
+    return _Outcome(pruned, plan, seconds, latency=latency)
+
+
+def _write(start: _Start, outcome: _Outcome, output: str, asked: PruneRequest):
+    """Write the folder, and return the answer and what shows it."""
+    from vitprune.images.resized_batches import resize_batches
+    from vitprune.models.saved_folder import save
+    from vitprune.speed.speed_folder import describe_speed, save_for_speed
+
+    export, result, within, made = asked.given.export, outcome.speed, outcome.within, outcome.plan
+    read = start.tracked is not None and start.tracked.passes
+    skipped = report_skipped(start.batches) if read else []
+    report = None
     if result is None:
-        save(pruned, output, plan=made)
+        save(outcome.model, output, plan=made)
     else:
         save_for_speed(result, output, facts=None if within is None else describe_within(within))
-        report = None if export is None else export_for_speed(result, export, resize_batches(batches, result.model))
+        report = (
+            None if export is None else export_for_speed(result, export, resize_batches(start.batches, result.model))
+        )
         shutil.rmtree(stages_of(output))
     facts = made.facts
-    latency = None
-    if for_speed and result is None:
-        latency = vars(measure_reached(network, pruned, facts.target, **timing, track=track))
     answer = {
         "output": output,
         "export": export,
-        "latency": latency,
+        "latency": outcome.latency,
         "speed": None if result is None else describe_speed(result),
         "within_drop": None if within is None else describe_within(within),
         "widths": made.widths,
@@ -335,14 +374,14 @@ def run(
         "pruning_ratio": made.pruning_ratio,
         "target": None if facts.target is None else vars(facts.target),
         "round_to": facts.round_to,
-        "classes": list(getattr(network, "label_names", None) or ()),
+        "classes": list(getattr(start.network, "label_names", None) or ()),
         "num_parameters": facts.sizes.num_parameters,
         "num_parameters_dense": facts.sizes_dense.num_parameters,
         "macs": facts.sizes.macs,
         "macs_dense": facts.sizes_dense.macs,
         "ffn_share": facts.ffn_share,
         "speedup_ceiling": facts.speedup_ceiling,
-        "seconds": seconds,
+        "seconds": outcome.seconds,
         "skipped": skipped,
     }
 
@@ -351,7 +390,7 @@ def run(
             show_tried(within)
         if result is not None:
             show_candidates(result)
-        _show(answer, made, mode=mode, targeted=bool(targets) and result is None)
+        _show(answer, made, mode=asked.given.mode, targeted=bool(asked.targets) and result is None)
         if result is not None:
             show_speed(result, answer["output"], report)
 
@@ -435,14 +474,6 @@ def _describe_passes(
     stops = list_stops(target.share, options.DEFAULT_STEP if step is None else step)
     then = ", then compensation" if reads_images(compensate) else ""
     return f"calibrate: {len(stops)} {'ranking' if len(stops) == 1 else 'rankings'}{then}"
-
-
-def _parse_round_to(round_to: str | None) -> int | str | None:
-    if round_to in (None, "auto"):
-        return round_to
-    if not round_to.isdecimal() or int(round_to) < 1:
-        raise VitpruneError(f"round_to must be a number of at least 1, or auto; got {round_to}")
-    return int(round_to)
 
 
 def _share(target, ratio: float | None) -> float:
