@@ -254,6 +254,9 @@ def test_what_is_compared_by_default_is_what_the_models_have(images):
     assert choose_losses(encoder, encoder) == {"blocks": 5.0}
     swin = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1), embed_dim=24)
     assert choose_losses(swin, swin) == {"answers": 1.0, "features": 1.0}
+    for name in ("twins_svt_small", "crossvit_tiny_240"):  # 'blocks' that are stages, or answer with several tensors
+        model = timm.create_model(name)
+        assert choose_losses(model, model) == {"answers": 1.0, "features": 1.0}
     assert choose_losses(make_vit(depth=2), dense) == {"answers": 1.0, "features": 1.0}
     pooled = set_merging(make_vit(class_token=False, global_pool="avg"), (0, 4, 0))
     assert choose_losses(pooled, make_vit(class_token=False, global_pool="avg")) == {"answers": 1.0, "features": 1.0}

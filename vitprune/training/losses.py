@@ -5,6 +5,7 @@ Letters: B images, N tokens, D embedding width, C classes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from vitprune.answers import log_shares, of_classes
 from vitprune.errors import VitpruneError
 from vitprune.models.merging import describe_merging
+from vitprune.models.units import find_groups
 from vitprune.training.settings import Training
-from vitprune.views import has_classifier, num_prefix_tokens
+from vitprune.views import block_of, has_classifier, num_prefix_tokens
 
 
 class Outputs(nn.Module):
@@ -78,15 +80,23 @@ def why_no_blocks(student: nn.Module, teacher: nn.Module) -> str:
     >>> why_no_blocks(nn.Identity(), nn.Identity())
     'Identity has no row of equal blocks'
     """
-    for model in (student, teacher):
-        if not hasattr(model, "blocks"):
-            return f"{type(model).__name__} has no row of equal blocks"
+    if not _has_row_of_blocks(teacher):
+        return f"{type(teacher).__name__} has no row of equal blocks"
     counts = [len(model.blocks) for model in (student, teacher)]
     if counts[0] != counts[1]:
         return f"the model has {counts[0]} blocks, the teacher {counts[1]}"
     if (describe_merging(student) or describe_merging(teacher)) and not num_prefix_tokens(student):
         return "the tokens merge and none is in front"
     return ""
+
+
+def _has_row_of_blocks(model: nn.Module) -> bool:
+    """Tell whether ``blocks`` are blocks, and no stages or branches of such."""
+    try:
+        groups = find_groups(model)
+    except VitpruneError:  # none of its modules is known
+        return False
+    return all(re.fullmatch(r"blocks\.\d+", block_of(group.name)) for group in groups)
 
 
 def pair_up(student: nn.Module, teacher: nn.Module, training: Training) -> tuple[Outputs, Outputs]:
