@@ -357,7 +357,7 @@ def test_teachers_that_do_not_fit_are_refused(images):
     with pytest.raises(VitpruneError, match="a `teacher`, which is missing"):
         recover(dense, images, training=QUICK)
     with pytest.raises(VitpruneError, match="loss answers compares classes"):
-        recover(make_vit(num_classes=0), images, teacher=make_vit(num_classes=0), training=QUICK)
+        recover(make_vit(num_classes=0), images, teacher=make_vit(num_classes=0), training=ANSWERS)
 
 
 def test_the_teacher_is_the_model_that_was_pruned(saved_vit, tmp_path):

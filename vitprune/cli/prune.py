@@ -35,7 +35,7 @@ from vitprune.cli.prune_for_speed import (
     stages_of,
 )
 from vitprune.cli.prune_onnx import run_onnx
-from vitprune.cli.prune_request import PruneRequest, check_deciders, check_output, check_together
+from vitprune.cli.prune_request import PruneRequest, check_deciders, check_output, check_timing, check_together
 from vitprune.cli.terminal import Tracked, note, print_table, track
 from vitprune.errors import VitpruneError
 
@@ -169,6 +169,7 @@ def run(source, output, overwrite, **given):
 def _prune_onnx(source: str, output: str, plan: Any, asked: PruneRequest):
     given = asked.given
     check_deciders(given, {**asked.decisions, **asked.targets, **asked.shapes})
+    check_timing(asked)
     if plan is None:
         raise VitpruneError(f"{source}: an ONNX file is pruned by a plan; pass --plan (a file, or a pruned folder)")
     unused = {"checkpoint": given.checkpoint, "keep_classes": given.keep_classes, "device": given.device}

@@ -85,17 +85,7 @@ def check_together(source: str, asked: PruneRequest) -> None:
     check_deciders(given, {**decisions, **targets, **shapes})
     if given.keep_paths is not None and not is_run(source):
         raise VitpruneError("--keep-paths takes the paths of a run; name the folder that 'vitprune discover' wrote")
-    if (given.max_drop is None) != (given.eval_data is None):
-        raise VitpruneError("--max-drop is judged on --eval-data DIR; name both or neither")
-    if not asked.timed and (given.backend, given.latency_batch_size) != (None, None):
-        raise VitpruneError("--backend and --latency-batch-size go with --target-latency, --speedup or --round-to auto")
-    if not asked.for_speed and (given.allow, given.export) != (None, None):
-        raise VitpruneError("--allow and --export go with --speedup or --target-latency")
-    if asked.for_speed and given.mode == "mask":
-        name = next(name for name in ("target_latency", "speedup", "max_drop") if name in targets)
-        raise VitpruneError(
-            f"--{name.replace('_', '-')} is for --mode remove; a masked model is as slow as the dense one"
-        )
+    check_timing(asked)
     if len(targets) + (given.ratio is not None) > 1:
         named = [*targets, *(["ratio"] if given.ratio is not None else [])]
         raise VitpruneError(f"one target at a time, got {', '.join(named)}")
@@ -114,6 +104,22 @@ def check_together(source: str, asked: PruneRequest) -> None:
     check_data(given.data, given.class_map)
     if given.eval_data is not None:
         check_data(given.eval_data)
+
+
+def check_timing(asked: PruneRequest) -> None:
+    """Refuse what goes with a speed where none is asked for, and what a speed cannot have."""
+    given = asked.given
+    if (given.max_drop is None) != (given.eval_data is None):
+        raise VitpruneError("--max-drop is judged on --eval-data DIR; name both or neither")
+    if not asked.timed and (given.backend, given.latency_batch_size) != (None, None):
+        raise VitpruneError("--backend and --latency-batch-size go with --target-latency, --speedup or --round-to auto")
+    if not asked.for_speed and (given.allow, given.export) != (None, None):
+        raise VitpruneError("--allow and --export go with --speedup or --target-latency")
+    if asked.for_speed and given.mode == "mask":
+        name = next(name for name in ("target_latency", "speedup", "max_drop") if name in asked.targets)
+        raise VitpruneError(
+            f"--{name.replace('_', '-')} is for --mode remove; a masked model is as slow as the dense one"
+        )
 
 
 def check_deciders(given: SimpleNamespace, others: Mapping[str, Any]) -> None:

@@ -101,8 +101,8 @@ class Shards:
                 facts = json.loads((stream.metadata() or {}).get("vitprune", "{}"))
         except (FileNotFoundError, SafetensorError):
             return False
-        # Earlier versions wrote no hashes.
-        known = "sha256" in facts and facts.get("identity") == self.identity(number)
+        # Earlier versions wrote no hashes, or not what neurons add.
+        known = {"sha256", "marginals"} <= facts.keys() and facts.get("identity") == self.identity(number)
         return known and not (strict and facts["skipped"])
 
     def remove(self) -> None:
@@ -197,7 +197,7 @@ def write_shard(
     """
     classes = [] if part is None else part.classes
     facts = {"identity": identity, "files": files, "sha256": hashes, "pixels": pixels, "skipped": skipped}
-    facts["classes"] = classes
+    facts |= {"classes": classes, "marginals": True}
     tensors = {}
     if part is not None:
         tensors = {name: getattr(part, name) for name in _TENSORS if getattr(part, name) is not None}
