@@ -46,7 +46,7 @@ def _measure(model: str, checkpoint: str, data: str, criterion: str, count: int)
     batches = list(vitprune.ImageBatches(images, network, batch_size=32))
     before = peak_memory_bytes()
     started = time.perf_counter()
-    found = vitprune.discover(network, batches) if criterion in ("jas", "jas-mean") else None
+    found = vitprune.discover(network, batches) if criterion == "jas" else None
     vitprune.score_neurons(network, criterion, batches=batches, found=found)
     seconds = time.perf_counter() - started
     return {

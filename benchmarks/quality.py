@@ -27,7 +27,7 @@ from vitprune.files import write_table
 from vitprune.options import CRITERIA
 
 EIGHT = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
-SLOW = ("integrated-gradients", "jas", "jas-mean")
+SLOW = ("integrated-gradients", "jas")
 
 
 def main(
@@ -70,7 +70,7 @@ def main(
     refuse_overlap(images, evaluated)
     points_folder = open_points(folder, network, images, evaluated)
     full, few, others = (read_batches(chosen, network) for chosen in (images, images.head(slow_images), evaluated))
-    found = vitprune.discover(network, track(few, "discover")) if {"jas", "jas-mean"} & set(criteria) else None
+    found = vitprune.discover(network, track(few, "discover")) if "jas" in criteria else None
     scores = {}
     if "integrated-gradients" in criteria:
         scores["integrated-gradients"] = integrated_gradients(network, track(few, "integrated gradients"))

@@ -56,7 +56,6 @@ def main(num_shards: int = 500):
                 completeness_errors=None,
                 classes=classes,
                 score_sums={name: torch.rand(len(classes), NUM_NEURONS, dtype=torch.float64) for name in names},
-                marginal_sums={name: torch.rand(len(classes), NUM_NEURONS, dtype=torch.float64) for name in names},
             )
             of_shard = [files[place] for place in shards.places(number)]
             identity, hashes = shards.identity(number), [f"{place:016x}" for place in shards.places(number)]

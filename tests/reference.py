@@ -13,8 +13,6 @@ Source: arXiv:2503.09046.
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
@@ -98,35 +96,6 @@ def search(
         neurons.append(_best(score_H, top_k))
         scores.append(score_H)
     return neurons, scores
-
-
-def scores_of_silent_neurons(model, image, label, neurons, nodes, weights, tokens, complete=False) -> list[float]:
-    """Return per layer the score of one neuron more, appended to the FFN, whose activation and output weights are 0."""
-    scores = []
-    for layer in range(len(neurons)):
-        wider = copy.deepcopy(model)
-        mlp = wider.blocks[layer].mlp
-        hidden = mlp.fc2.in_features
-        old = mlp.fc2.weight.detach()
-        mlp.fc2 = nn.Linear(hidden + 1, len(old)).to(old.dtype)
-        mlp.fc2.load_state_dict(
-            {"weight": torch.cat([old, old.new_zeros(len(old), 1)], 1), "bias": model.blocks[layer].mlp.fc2.bias}
-        )
-        mlp.fc2.register_forward_pre_hook(lambda _module, args: nn.functional.pad(args[0], (0, 1)))
-        clean = clean_hidden(wider, image, tokens)
-        scaled = [*neurons[:layer], list(range(hidden + 1))]
-        gradients = _integrated_gradients(wider, image, label, clean, scaled, nodes, weights, tokens, softmax)
-        activation_T, gradient_T, product_T = (torch.zeros_like(clean[layer][:, 0]) for _ in range(3))
-        for earlier, p in _pairs(neurons[:layer]):
-            activation_T = activation_T + clean[earlier][:, p]
-            gradient_T = gradient_T + gradients[earlier][:, p]
-            product_T = product_T + clean[earlier][:, p] * gradients[earlier][:, p]
-        w_T, gradient_w_T = clean[layer][:, hidden], gradients[layer][:, hidden]
-        if complete:
-            scores.append((w_T * gradient_w_T + product_T).sum().item())
-        else:
-            scores.append(((w_T + activation_T) * (gradient_w_T + gradient_T)).mean().item())
-    return scores
 
 
 def integrated_gradients(model, image, label, nodes, weights, tokens, answer=softmax) -> list[Tensor]:

@@ -11,18 +11,7 @@ from timm.layers import SwiGLUPacked
 from torch.nn.functional import cross_entropy
 
 import vitprune
-from vitprune.calibration.criteria import (
-    REGISTRY,
-    integrated_gradients,
-    jas,
-    jas_mean,
-    magnitude,
-    random,
-    score_neurons,
-)
-from vitprune.discovery.discover import only_classes
-from vitprune.discovery.engine import search_paths
-from vitprune.discovery.methods import plan_search
+from vitprune.calibration.criteria import REGISTRY, integrated_gradients, jas, magnitude, random, score_neurons
 from vitprune.options import CRITERIA
 
 LABELS = torch.tensor([0, 3, 1])
@@ -134,39 +123,16 @@ def test_integrated_gradients_are_those_of_a_fine_sum_and_complete(tiny_vit, tin
     torch.testing.assert_close(got, totals.abs().mean(0), rtol=1e-3, atol=1e-7)
 
 
-def test_jas_is_the_size_of_what_a_neuron_adds(tiny_vit, tiny_images):
-    labels = torch.tensor([2, 2, 4])
-    found = vitprune.discover(tiny_vit, [(tiny_images, labels)], quadrature="gauss-legendre:3")
-    search = plan_search(tiny_vit, quadrature="gauss-legendre:3")
-    paths = search_paths(tiny_vit, search, tiny_images, labels)
-    for layer, name in enumerate(found.ffns):
-        added_BH = (paths.scores[layer] - paths.alone[layer].unsqueeze(1)).abs()
-        expected_H = (added_BH[:2].mean(0) + added_BH[2]) / 2
-        torch.testing.assert_close(jas(found)[name], expected_H.float(), rtol=1e-5, atol=1e-9)
-        torch.testing.assert_close(found.class_marginals[name][0], added_BH[:2].mean(0).float())
-    assert not torch.equal(jas(found)["blocks.2.mlp"], jas_mean(found)["blocks.2.mlp"])
-    only = jas(only_classes(found, [4]))
-    torch.testing.assert_close(only["blocks.1.mlp"], found.class_marginals["blocks.1.mlp"][1])
-
-
-def test_a_run_of_an_earlier_version_says_what_it_lacks(tiny_vit, tiny_images):
-    found = vitprune.discover(tiny_vit, [(tiny_images, LABELS)])
-    old = replace(found, class_marginals={})
-    with pytest.raises(vitprune.VitpruneError, match="found by an earlier version.*jas-mean"):
-        score_neurons(tiny_vit, "jas", found=old)
-    assert score_neurons(tiny_vit, "jas-mean", found=old).keys() == set(found.ffns)
-
-
-def test_jas_mean_is_the_mean_over_classes_above_the_weakest_neuron(tiny_vit, tiny_images):
+def test_jas_is_the_mean_over_classes_above_the_weakest_neuron(tiny_vit, tiny_images):
     found = vitprune.discover(tiny_vit, [(tiny_images, torch.tensor([2, 2, 4]))])
     assert found.classes == (2, 4)
     scores = found.class_scores["blocks.0.mlp"]
     mean = (scores[0] + scores[1]) / 2
-    torch.testing.assert_close(jas_mean(found)["blocks.0.mlp"], mean - mean.min())
+    torch.testing.assert_close(jas(found)["blocks.0.mlp"], mean - mean.min())
     # What all neurons of an FFN have in common says nothing about them.
     shifted = replace(found, class_scores={name: each + 7 for name, each in found.class_scores.items()})
-    for name, scores_H in jas_mean(shifted).items():
-        torch.testing.assert_close(scores_H, jas_mean(found)[name], rtol=1e-4, atol=1e-5)
+    for name, scores_H in jas(shifted).items():
+        torch.testing.assert_close(scores_H, jas(found)[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("criterion", "message"), [("jas", "needs the scores of a run"), ("taylor", "needs calib")])

@@ -74,10 +74,6 @@ def test_search_equals_the_slow_reference(trunk, scope, top_k, complete, tiny_im
         neurons, scores = reference.search(model, image, label, top_k, *rule, complete=complete)
         for layer, score_H in enumerate(scores):
             torch.testing.assert_close(paths.scores[layer][index], score_H, rtol=1e-9, atol=1e-9)
-        if top_k == 5:
-            chosen = paths.neurons_BLK[index].tolist()
-            silent = reference.scores_of_silent_neurons(model, image, label, chosen, *rule, complete=complete)
-            assert [each[index].item() for each in paths.alone] == pytest.approx(silent, rel=1e-9, abs=1e-9)
         # The last layer's patch neurons do not reach a class-token head: all scores tie there, order is noise.
         reached = [layer for layer, score_H in enumerate(scores) if score_H.unique().numel() > 2]
         got = paths.neurons_BLK[index].tolist()

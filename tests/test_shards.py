@@ -20,7 +20,7 @@ import vitprune
 from vitprune.cli import main
 from vitprune.discovery.run import RUN_FILES
 from vitprune.discovery.shards import Shards, share, write_shard
-from vitprune.files import CARD_FILE, held, read_tensors, write_tensors
+from vitprune.files import CARD_FILE, held
 from vitprune.processes import Processes
 
 MORE = ["--batch-size", "2", "--shard-size", "3", "--top-k", "2"]
@@ -138,17 +138,6 @@ def test_a_changed_image_makes_its_shard_stale(interrupted, saved_vit, tmp_path,
     assert main(command(saved_vit, interrupted, tmp_path / "clean")) == 0
     for name in RUN_FILES:
         assert (tmp_path / "r" / name).read_bytes() == (tmp_path / "clean" / name).read_bytes(), name
-
-
-def test_shards_of_an_earlier_version_are_made_anew(interrupted, saved_vit, tmp_path, capsys):
-    for path in (tmp_path / "r.shards").glob("shard-*"):
-        tensors, facts = read_tensors(path, kind="shard")
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("marginal_sums.")}
-        write_tensors(path, tensors, kind="shard", facts={k: v for k, v in facts.items() if k != "marginals"})
-    capsys.readouterr()
-    assert main(command(saved_vit, interrupted, tmp_path / "r")) == 0
-    assert "shards are there already" not in capsys.readouterr().err
-    assert set(vitprune.load_run(tmp_path / "r").found.class_marginals) == {f"blocks.{i}.mlp" for i in range(3)}
 
 
 def test_another_list_of_images_is_refused(interrupted, saved_vit, tmp_path, capsys):

@@ -65,8 +65,7 @@ CRITERIA: Mapping[str, str] = {
     "taylor": "first-order change of the loss (needs labels)",
     "fisher": "second-order change of the loss, diagonal",
     "integrated-gradients": "change of the loss along the way from a silent FFN (needs labels; slow)",
-    "jas": "mean size of what a neuron adds to its path's score (needs a run)",
-    "jas-mean": "mean score of the path search over classes (needs a run)",
+    "jas": "mean score of the path search over classes (needs a run)",
     "obs": "loss that removal costs after compensation, neurons eliminated one by one",
 }
 

@@ -23,7 +23,7 @@ from vitprune.calibration.statistics import (
     measure_statistics,
 )
 from vitprune.data import Batches, on_device
-from vitprune.discovery.discover import Discovery, check_class_marginals, check_class_scores
+from vitprune.discovery.discover import Discovery, check_class_scores
 from vitprune.discovery.quadrature import parse_fixed_quadrature
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
@@ -244,31 +244,6 @@ def _loss_at(model: nn.Module, group: Group, images: Tensor, labels: Tensor, sca
 
 
 def jas(found: Discovery) -> Scores:
-    r"""Take the mean size of what a neuron adds to the joint score of the path before it.
-
-    .. math:: s_i = \frac{1}{C} \sum_c \operatorname{mean}_{x \in c} \left| \mathrm{score}_x[i] - W_x G_x \right|
-
-    W and G are the summed activations and the integrated gradient of the path before the layer: a neuron that is never
-    active and changes nothing still has the score W G. What a neuron adds may lower the score of one class and raise
-    that of another; removing it costs both, so its size counts.
-
-    Args:
-        found: result of ``discover``, by any method.
-
-    Returns:
-        FFN name -> scores [H]; float32, non-negative; higher is more important.
-
-    Raises:
-        VitpruneError: if ``found`` has paths only, or is of an earlier version.
-
-    Source:
-        arXiv:2503.09046 has the joint score; it keeps the K neurons most often on a class's paths.
-    """
-    check_class_marginals(found)
-    return {name: marginals.mean(0) for name, marginals in found.class_marginals.items()}
-
-
-def jas_mean(found: Discovery) -> Scores:
     r"""Take a neuron's mean score in the path search, over what the weakest neuron of its FFN has.
 
     .. math:: s_i = \frac{1}{C} \sum_c S_{ci} - \min_j \frac{1}{C} \sum_c S_{cj}
@@ -304,7 +279,6 @@ class Criterion:
         across_ffns: True where scores of different FFNs share a unit, so that one ranking needs no normalisation.
         needs_classifier: True where the score comes from the loss.
         needs_labels: True where that is the loss of the labels given.
-        check_found: refuses a discovery that lacks what it reads.
     """
 
     score: Callable[..., Scores]
@@ -313,7 +287,6 @@ class Criterion:
     across_ffns: bool = False
     needs_classifier: bool = False
     needs_labels: bool = False
-    check_found: Callable[[Discovery], None] = check_class_scores
 
 
 REGISTRY: Mapping[str, Criterion] = {
@@ -329,10 +302,7 @@ REGISTRY: Mapping[str, Criterion] = {
     "integrated-gradients": Criterion(
         integrated_gradients, needs=("batches",), across_ffns=True, needs_classifier=True, needs_labels=True
     ),
-    "jas": Criterion(
-        lambda _model, found: jas(found), needs=("found",), across_ffns=True, check_found=check_class_marginals
-    ),
-    "jas-mean": Criterion(lambda _model, found: jas_mean(found), needs=("found",)),
+    "jas": Criterion(lambda _model, found: jas(found), needs=("found",)),
     "obs": Criterion(
         obs,
         needs=("statistics", "ridge", "track"),
@@ -356,7 +326,7 @@ def check_needs(
     if "found" in row.needs and found is None:
         raise VitpruneError(f"criterion {criterion} needs the scores of a run; pass `found`")
     if "found" in row.needs:
-        row.check_found(found)
+        check_class_scores(found)
     if {"batches", "statistics"} & set(row.needs) and batches is None:
         raise VitpruneError(f"criterion {criterion} needs calibration images; pass `batches`")
     if row.needs_classifier and not has_classifier(model):
@@ -383,7 +353,7 @@ def score_neurons(
         model: timm Vision Transformer in eval mode.
         criterion: key of ``CRITERIA``.
         batches: calibration images with labels; only for criteria that need them.
-        found: a discovery on this model; only for ``jas`` and ``jas-mean``.
+        found: a discovery on this model; only for ``jas``.
         statistics: from ``measure_statistics`` on this model, with what the criterion's row in ``REGISTRY`` says;
             measured here from ``batches`` where they are not given.
         ridge: λ of ``obs``, relative to the mean variance of the hidden neurons; positive.

@@ -40,9 +40,6 @@ class Discovery:
         classes: the class indices present, ascending; rows of ``class_scores``.
         class_scores: FFN name -> float32 [C, H]; mean score of every neuron over the images of a class. [0, H] where
             they are not known: paths of another program (``vitprune.interop.authors``) come without them.
-        class_marginals: FFN name -> float32 [C, H]; mean size of what a neuron adds to the score of the path before it,
-            abs(score - that of a neuron which is never active and changes nothing), over the images of a class. Empty
-            where they are not known, as in runs of earlier versions.
         method: key of ``METHODS``.
         tokens: ``cls``, ``patch`` or ``all``.
         quadrature: as in ``parse_quadrature``.
@@ -67,7 +64,6 @@ class Discovery:
     quantity: str = "probability"
     precision: str = "float32"
     seen: SeenImages = field(default_factory=SeenImages)
-    class_marginals: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = []
@@ -99,7 +95,6 @@ class Part:
         completeness_errors: float32 [I] for ``jas-complete``, else None.
         classes: the class indices present, ascending.
         score_sums: FFN name -> float64 [C, H]; sums over the images of a class.
-        marginal_sums: FFN name -> float64 [C, H]; sums of the sizes of what neurons add.
     """
 
     neurons: Tensor
@@ -109,7 +104,6 @@ class Part:
     completeness_errors: Tensor | None
     classes: tuple[int, ...]
     score_sums: Mapping[str, Tensor]
-    marginal_sums: Mapping[str, Tensor]
 
 
 @entry
@@ -209,7 +203,6 @@ def find_part(
     """
     parts: dict[str, list[Tensor]] = {name: [] for name in ("neurons", "scores", "errors", "labels", "predictions")}
     sums: dict[str, dict[int, Tensor]] = {ffn.name: {} for ffn in search.ffns}
-    marginals: dict[str, dict[int, Tensor]] = {ffn.name: {} for ffn in search.ffns}
     for batch_images, batch_labels in on_device(model, batches):
         check_one_class(batch_labels, "a path")
         check_label_range(batch_labels, model.num_classes, "the path search")
@@ -227,10 +220,8 @@ def find_part(
                 torch.cuda.empty_cache()
                 continue
             start += len(images)
-            alone = [0.0] * len(search.ffns) if paths.alone is None else [each.unsqueeze(1) for each in paths.alone]
-            for ffn, score_BH, alone_B1 in zip(search.ffns, paths.scores, alone, strict=True):
+            for ffn, score_BH in zip(search.ffns, paths.scores, strict=True):
                 _add_by_class(sums[ffn.name], score_BH, labels)
-                _add_by_class(marginals[ffn.name], (score_BH - alone_B1).abs(), labels)
             parts["neurons"].append(paths.neurons_BLK.cpu())
             parts["scores"].append(paths.joint_scores_B.float().cpu())
             parts["labels"].append(labels.cpu())
@@ -248,13 +239,8 @@ def find_part(
         predictions=torch.cat(parts["predictions"]),
         completeness_errors=torch.cat(parts["errors"]) if parts["errors"] else None,
         classes=classes,
-        score_sums=_stack(sums, classes),
-        marginal_sums=_stack(marginals, classes),
+        score_sums={name: torch.stack([by_class[index] for index in classes]) for name, by_class in sums.items()},
     )
-
-
-def _stack(sums: Mapping[str, Mapping[int, Tensor]], classes: Sequence[int]) -> dict[str, Tensor]:
-    return {name: torch.stack([by_class[index] for index in classes]) for name, by_class in sums.items()}
 
 
 @dataclass
@@ -302,15 +288,13 @@ def combine(search: Search, parts: Iterable[Part]) -> Discovery:
     """
     kept: dict[str, list[Tensor]] = {}
     sums: dict[str, dict[int, Tensor]] = {ffn.name: {} for ffn in search.ffns}
-    marginals: dict[str, dict[int, Tensor]] = {ffn.name: {} for ffn in search.ffns}
     for part in parts:
         for name in ("neurons", "joint_scores", "labels", "predictions", "completeness_errors"):
             kept.setdefault(name, []).append(getattr(part, name))
-        for into, of_part in ((sums, part.score_sums), (marginals, part.marginal_sums)):
-            for name, sum_CH in of_part.items():
-                for index, sum_H in zip(part.classes, sum_CH, strict=True):
-                    # A view would keep the file that it was read from in memory.
-                    into[name][index] = into[name][index] + sum_H if index in into[name] else sum_H.clone()
+        for name, sum_CH in part.score_sums.items():
+            for index, sum_H in zip(part.classes, sum_CH, strict=True):
+                # A view would keep the file that it was read from in memory.
+                sums[name][index] = sums[name][index] + sum_H if index in sums[name] else sum_H.clone()
     if not kept:
         raise VitpruneError("no images to discover paths on")
     errors = kept.pop("completeness_errors")
@@ -322,8 +306,10 @@ def combine(search: Search, parts: Iterable[Part]) -> Discovery:
         **whole,
         completeness_errors=None if errors[0] is None else torch.cat(errors),
         classes=classes,
-        class_scores=_average(sums, counts),
-        class_marginals=_average(marginals, counts),
+        class_scores={
+            name: torch.stack([by_class[index] / counts[index] for index in classes]).float()
+            for name, by_class in sums.items()
+        },
         method=search.method,
         tokens=search.tokens,
         quadrature=search.rule.name,
@@ -331,14 +317,6 @@ def combine(search: Search, parts: Iterable[Part]) -> Discovery:
         quantity=search.objective.quantity,
         precision=search.precision,
     )
-
-
-def _average(sums: Mapping[str, Mapping[int, Tensor]], counts: Mapping[int, int]) -> dict[str, Tensor]:
-    classes = sorted(counts)
-    return {
-        name: torch.stack([by_class[index] / counts[index] for index in classes]).float()
-        for name, by_class in sums.items()
-    }
 
 
 def _add_by_class(sums: dict[int, Tensor], score_BH: Tensor, labels: Tensor) -> None:
@@ -363,20 +341,6 @@ def check_class_scores(found: Discovery) -> None:
         raise VitpruneError(
             "the run has paths, but no scores of the neurons beside them (it was converted from files without any); "
             "discover its images anew, or ask for what needs paths only"
-        )
-
-
-def check_class_marginals(found: Discovery) -> None:
-    """Refuse a discovery that does not know what each neuron adds.
-
-    Raises:
-        VitpruneError: if it has only paths, or was found by an earlier version.
-    """
-    check_class_scores(found)
-    if not found.class_marginals:
-        raise VitpruneError(
-            "the run was found by an earlier version, which did not keep what each neuron adds to its path; discover "
-            "its images anew, or take criterion jas-mean"
         )
 
 
@@ -482,5 +446,4 @@ def only_classes(found: Discovery, classes: Sequence[int]) -> Discovery:
         class_scores={
             name: scores[rows] if has_class_scores(found) else scores for name, scores in found.class_scores.items()
         },
-        class_marginals={name: marginals[rows] for name, marginals in found.class_marginals.items()},
     )

@@ -16,8 +16,7 @@ An adaptive rule takes further nodes where the first ones leave in doubt which n
 for those images and that layer alone, by going through the blocks before it again.
 
 Letters: B images, F some of them, N tokens, T scoped tokens, D embedding width, H hidden neurons, L FFNs, K neurons per
-FFN, Q quadrature nodes, R = Q*B rows (node-major), I = H + 1 scores of a layer: those of its neurons and, last, that of
-a neuron that is never active and changes nothing. Tensors without an H at the end that start with R may have B rows
+FFN, Q quadrature nodes, R = Q*B rows (node-major). Tensors without an H at the end that start with R may have B rows
 only while all nodes still share one state.
 """
 
@@ -69,8 +68,6 @@ class PathBatch:
         completeness_errors_B: abs(integral - (F(1) - F(0))) for the complete variant, else None.
         scores: per FFN, score_l[i] of every neuron [B, H].
         logits_BC: the model's undisturbed answer.
-        alone: per FFN, the score of a neuron that is never active and changes nothing [B]: what the path before it has
-            by itself, and every neuron's score holds; None where scores hold no path.
     """
 
     neurons_BLK: Tensor
@@ -78,7 +75,6 @@ class PathBatch:
     completeness_errors_B: Tensor | None
     scores: tuple[Tensor, ...]
     logits_BC: Tensor
-    alone: tuple[Tensor, ...] | None = None
 
 
 def search_paths(
@@ -119,17 +115,14 @@ def search_paths(
     ffns = search.ffns
     neurons: list[Tensor] = []
     scores: list[Tensor] = []
-    alone: list[Tensor] = []
     with course.grad_mode():
         prefix = course.start()
         for index in range(len(ffns)):
             layer = _enter(model, course, index, prefix)
-            score_BI = _score(model, ffns, course, rules, neurons, layer, search.top_k)
-            score_BH = score_BI[:, :-1]
+            score_BH = _score(model, ffns, course, rules, neurons, layer, search.top_k)
             best_BK = best_neurons(score_BH, search.top_k)
             prefix = _advance(model, ffns, course, index, layer, best_BK)
             scores.append(score_BH)
-            alone.append(score_BI[:, -1])
             neurons.append(best_BK)
         neurons_BLK = torch.stack(neurons, 1)
         if complete:
@@ -138,7 +131,7 @@ def search_paths(
             )
         else:
             joint_B, errors_B = _joint_score(model, course, prefix, first.weights), None
-    return PathBatch(neurons_BLK, joint_B, errors_B, tuple(scores), course.clean.logits_BC, tuple(alone))
+    return PathBatch(neurons_BLK, joint_B, errors_B, tuple(scores), course.clean.logits_BC)
 
 
 def first_rule(quadrature: Quadrature, *, one_token: bool) -> Quadrature:
@@ -188,8 +181,7 @@ def score_alone(
         prefix = course.start()
         for index, (block, ffn) in enumerate(zip(model.blocks, ffns, strict=True)):
             layer = _enter(model, course, index, prefix)
-            score_BI = _integrate(_score_nodes(model, ffns, course, index, layer), search.rule.weights)
-            scores.append(score_BI[:, :-1])
+            scores.append(_integrate(_score_nodes(model, ffns, course, index, layer), search.rule.weights))
             prefix = _leave(block, layer, model.get_submodule(ffn.down_proj)(clean.hidden_BTH[index]), None)
     return tuple(scores), clean.logits_BC
 
@@ -292,40 +284,39 @@ class _Layer:
 
 
 def _score(model, ffns, course: _Course, rules: Sequence[Quadrature], neurons, layer: _Layer, top_k: int) -> Tensor:
-    """Return the scores of a layer [B, I], by as many of the rules as settle which K neurons are the best.
+    """Return the scores of a layer [B, H], by as many of the rules as settle which K neurons are the best.
 
     The layer is the one after ``neurons``, at the nodes of one of the rules: the coarsest to be taken.
     """
-    score_QFI = _score_nodes(model, ffns, course, len(neurons), layer)
-    rows_F = torch.arange(score_QFI.shape[1], device=score_QFI.device)
+    score_QFH = _score_nodes(model, ffns, course, len(neurons), layer)
+    rows_F = torch.arange(score_QFH.shape[1], device=score_QFH.device)
     (start,) = (level for level, rule in enumerate(rules) if rule.nodes == course.nodes)
-    score_BI = _integrate(score_QFI, rules[start].weights)
+    score_BH = _integrate(score_QFH, rules[start].weights)
     if course.precision != "float32":
-        rows_F = _find_unsettled(rules, start, score_BI, score_QFI, top_k, noise=NOISE[course.precision])
+        rows_F = _find_unsettled(rules, start, score_BH, score_QFH, top_k, noise=NOISE[course.precision])
         if len(rows_F) == 0:
-            return score_BI
-        score_QFI = _score_more_nodes(model, ffns, course, rows_F, course.nodes, neurons)
+            return score_BH
+        score_QFH = _score_more_nodes(model, ffns, course, rows_F, course.nodes, neurons)
     for level, rule in enumerate(rules[start:], start):
-        if len(rule.nodes) > len(score_QFI):
-            more_nodes = rule.nodes[len(score_QFI) :]
-            more_QFI = _score_more_nodes(model, ffns, course, rows_F, more_nodes, neurons)
-            score_QFI = torch.cat([score_QFI, more_QFI])
-        score_FI = _integrate(score_QFI, rule.weights)
-        score_BI[rows_F] = score_FI
+        if len(rule.nodes) > len(score_QFH):
+            more_nodes = rule.nodes[len(score_QFH) :]
+            more_QFH = _score_more_nodes(model, ffns, course, rows_F, more_nodes, neurons)
+            score_QFH = torch.cat([score_QFH, more_QFH])
+        score_FH = _integrate(score_QFH, rule.weights)
+        score_BH[rows_F] = score_FH
         if rule is rules[-1]:
             break
-        unsettled = _find_unsettled(rules, level, score_FI, score_QFI, top_k, noise=0)
+        unsettled = _find_unsettled(rules, level, score_FH, score_QFH, top_k, noise=0)
         if len(unsettled) == 0:
             break
-        rows_F, score_QFI = rows_F[unsettled], score_QFI[:, unsettled]
-    return score_BI
+        rows_F, score_QFH = rows_F[unsettled], score_QFH[:, unsettled]
+    return score_BH
 
 
 def _find_unsettled(
-    rules: Sequence[Quadrature], level: int, score_BI, score_QBI, top_k: int, *, noise: float
+    rules: Sequence[Quadrature], level: int, score_BH, score_QBH, top_k: int, *, noise: float
 ) -> Tensor:
     """Return the images whose K best neurons a rule leaves in doubt, given scores by it and by each of its nodes."""
-    score_BH, score_QBH = score_BI[..., :-1], score_QBI[..., :-1]
     if level == 0:
         return find_doubtful(score_BH, score_QBH, top_k, share=NODE_DOUBT, noise=noise)
     coarser = rules[level - 1]
@@ -334,7 +325,7 @@ def _find_unsettled(
 
 
 def _score_more_nodes(model, ffns, course: _Course, rows_F: Tensor, nodes: tuple[float, ...], neurons) -> Tensor:
-    """Return scores [nodes, F, I] of some images in the layer after ``neurons``, at nodes that the course lacks."""
+    """Return scores [nodes, F, H] of some images in the layer after ``neurons``, at nodes that the course lacks."""
     room = len(course.classes_B) * len(course.nodes)  # rows at once, as many as the course itself has
     at_once = min(room, len(nodes))
     scores = []
@@ -358,7 +349,7 @@ def _walk(model, ffns, course: _Course, neurons_LBK: Sequence[Tensor]) -> _Prefi
 
 
 def _score_nodes(model, ffns, course: _Course, index: int, layer: _Layer) -> Tensor:
-    """Return the scores that each node alone would give [Q, B, I]; they are linear in the gradient."""
+    """Return the scores that each node alone would give [Q, B, H]; they are linear in the gradient."""
     block, down, w_BTH = model.blocks[index], model.get_submodule(ffns[index].down_proj), course.clean.hidden_BTH[index]
     cut = _leave(block, layer, down(course.alphas() * w_BTH).flatten(0, 1), None)
     grad_RND, _ = _suffix_gradient(model, course, index, cut.x_RND)
@@ -368,12 +359,9 @@ def _score_nodes(model, ffns, course: _Course, index: int, layer: _Layer) -> Ten
     for slope_BTD, before_BT1 in zip(*(each.chunk(len(course.nodes)) for each in (slope_RTD, before_RT1)), strict=True):
         along_BTH = slope_BTD @ down.weight
         if course.complete:
-            neurons_BH = (w_BTH * along_BTH + before_BT1).sum(1)
-            alone_B1 = before_BT1.expand(-1, w_BTH.shape[1], 1).sum(1)
+            scores.append((w_BTH * along_BTH + before_BT1).sum(1))
         else:
-            neurons_BH = ((w_BTH + layer.prefix.selected_BT1) * (along_BTH + before_BT1)).mean(1)
-            alone_B1 = (layer.prefix.selected_BT1 * before_BT1).mean(1)
-        scores.append(torch.cat([neurons_BH, alone_B1], 1))
+            scores.append(((w_BTH + layer.prefix.selected_BT1) * (along_BTH + before_BT1)).mean(1))
     return torch.stack(scores).detach()
 
 

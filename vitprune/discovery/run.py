@@ -13,7 +13,7 @@ from torch import nn
 from vitprune.data import ImageSet, hash_images, remember_names
 from vitprune.discovery.discover import Discovery
 from vitprune.errors import VitpruneError
-from vitprune.files import FORMAT_VERSION, atomic_folder, hash_file, read_json, read_tensors, write_json, write_tensors
+from vitprune.files import FORMAT_VERSION, atomic_folder, read_json, read_tensors, write_json, write_tensors
 from vitprune.models.identity import hash_weights
 from vitprune.models.load import load
 from vitprune.seen_images import SeenImages, as_hashes, as_numbers
@@ -21,8 +21,7 @@ from vitprune.seen_images import SeenImages, as_hashes, as_numbers
 # Tensor of the paths file: hashes of the images, as ``as_numbers`` writes them.
 _SEEN = "seen_images"
 RUN_FILE, PATHS_FILE, SCORES_FILE = "run.json", "paths.safetensors", "class_scores.safetensors"
-MARGINALS_FILE = "class_marginals.safetensors"
-RUN_FILES = frozenset({RUN_FILE, PATHS_FILE, SCORES_FILE, MARGINALS_FILE})
+RUN_FILES = frozenset({RUN_FILE, PATHS_FILE, SCORES_FILE})
 
 
 @dataclass(frozen=True)
@@ -61,14 +60,8 @@ def is_run(folder: str | Path) -> bool:
     return (Path(folder) / RUN_FILE).is_file()
 
 
-def hash_run(folder: str | Path) -> dict[str, str]:
-    """Return the hash of each file of a run; runs of earlier versions and converted ones have fewer."""
-    paths = [Path(folder) / name for name in sorted(RUN_FILES)]
-    return {path.name: hash_file(path) for path in paths if path.is_file()}
-
-
 def save_run(run: Run, folder: str | Path) -> None:
-    """Write a run folder, all or nothing: ``run.json`` and its tensors.
+    """Write a run folder, all or nothing: ``run.json``, ``paths.safetensors`` and ``class_scores.safetensors``.
 
     >>> import tempfile, timm
     >>> from vitprune import discover
@@ -106,13 +99,6 @@ def save_run(run: Run, folder: str | Path) -> None:
             kind="class_scores",
             facts={**facts, "ffns": found.ffns, "classes": found.classes},
         )
-        if found.class_marginals:
-            write_tensors(
-                temporary / MARGINALS_FILE,
-                found.class_marginals,
-                kind="class_marginals",
-                facts={**facts, "ffns": found.ffns, "classes": found.classes},
-            )
         write_json(
             temporary / RUN_FILE,
             {
@@ -153,9 +139,6 @@ def load_run(folder: str | Path) -> Run:
     facts = read_json(folder / RUN_FILE, kind="run")
     tensors, path_facts = read_tensors(folder / PATHS_FILE, kind="paths")
     class_scores, score_facts = read_tensors(folder / SCORES_FILE, kind="class_scores")
-    class_marginals = {}
-    if (folder / MARGINALS_FILE).is_file():
-        class_marginals, _facts = read_tensors(folder / MARGINALS_FILE, kind="class_marginals")
     _check_agreement(folder, tensors, path_facts, class_scores)
     found = Discovery(
         ffns=tuple(path_facts["ffns"]),
@@ -172,7 +155,6 @@ def load_run(folder: str | Path) -> Run:
         target=facts["target"],
         quantity=facts["quantity"],
         precision=facts.get("precision", "float32"),
-        class_marginals=class_marginals,
         seen=SeenImages(
             frozenset(as_hashes(tensors[_SEEN].tolist())) if _SEEN in tensors else frozenset(),
             facts["data"],

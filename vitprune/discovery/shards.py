@@ -101,8 +101,8 @@ class Shards:
                 facts = json.loads((stream.metadata() or {}).get("vitprune", "{}"))
         except (FileNotFoundError, SafetensorError):
             return False
-        # Earlier versions wrote no hashes, or not what neurons add.
-        known = {"sha256", "marginals"} <= facts.keys() and facts.get("identity") == self.identity(number)
+        # Earlier versions wrote no hashes.
+        known = "sha256" in facts and facts.get("identity") == self.identity(number)
         return known and not (strict and facts["skipped"])
 
     def remove(self) -> None:
@@ -197,12 +197,11 @@ def write_shard(
     """
     classes = [] if part is None else part.classes
     facts = {"identity": identity, "files": files, "sha256": hashes, "pixels": pixels, "skipped": skipped}
-    facts |= {"classes": classes, "marginals": True}
+    facts["classes"] = classes
     tensors = {}
     if part is not None:
         tensors = {name: getattr(part, name) for name in _TENSORS if getattr(part, name) is not None}
         tensors |= {f"score_sums.{name}": sum_CH for name, sum_CH in part.score_sums.items()}
-        tensors |= {f"marginal_sums.{name}": sum_CH for name, sum_CH in part.marginal_sums.items()}
     write_tensors(path, tensors, kind="shard", facts=facts)
 
 
@@ -234,7 +233,6 @@ def read_shards(search: Search, shards: Shards) -> tuple[Discovery, ImageSet, li
                     **{name: tensors[name].clone() if name in tensors else None for name in _TENSORS},
                     classes=tuple(facts["classes"]),
                     score_sums={ffn.name: tensors[f"score_sums.{ffn.name}"] for ffn in search.ffns},
-                    marginal_sums={ffn.name: tensors[f"marginal_sums.{ffn.name}"] for ffn in search.ffns},
                 )
 
     try:

@@ -11,12 +11,12 @@ from torch import nn
 
 from vitprune.data import ImageBatches, ImageSet, hash_images
 from vitprune.discovery.discover import Discovery
-from vitprune.discovery.run import hash_run
+from vitprune.discovery.run import RUN_FILES
 from vitprune.entry import entry
 from vitprune.evaluation.curve import Curve, CurvePoint, find_largest_ratio, measure_curve
 from vitprune.figures.curve_figure import draw_curve
 from vitprune.figures.style import save_figure
-from vitprune.files import FORMAT_VERSION, REQUEST_FILE, open_resumable, read_json, write_json, write_table
+from vitprune.files import FORMAT_VERSION, REQUEST_FILE, hash_file, open_resumable, read_json, write_json, write_table
 from vitprune.models.identity import architecture, hash_weights
 from vitprune.progress import Track, untracked
 from vitprune.seen_images import check_unseen, seen_by
@@ -121,7 +121,7 @@ def record_curve(
     check_unseen(evaluation.images, {*hash_images(calibration.images), *seen_by(model), *_seen_in(found)})
     request = {
         **describe_request(model, calibration.images, evaluation.images),
-        "run": None if source is None else hash_run(source),
+        "run": None if source is None else {name: hash_file(Path(source) / name) for name in sorted(RUN_FILES)},
         "step": curve.step,
         "seed": curve.seed,
     }
