@@ -61,8 +61,8 @@ class Outputs(nn.Module):
 def choose_losses(student: nn.Module, teacher: nn.Module) -> dict[str, float]:
     """Return what a student is asked to match where nobody says: key of ``LOSSES`` -> weight.
 
-    Every token of every block says more about a teacher than its answers to a few images do, and is harder to learn by
-    heart; where there are no blocks to compare, what the classifier reads has to do.
+    Every token of every block says more about a teacher than its answers to a few images do; where there are no blocks
+    to compare, what the classifier reads has to do.
 
     >>> import timm
     >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=5)

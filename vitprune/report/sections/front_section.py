@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vitprune.evaluation.front import ON, Front, FrontRow
+from vitprune.evaluation.front import ABOVE, BELOW, BEYOND, ON, Front, FrontRow
 from vitprune.options import BUDGET, DENSE, LEVERS
 from vitprune.report.page_blocks import Cell, Column, Grid, Row, Section
 from vitprune.report.pictures import read_svg
@@ -12,7 +12,7 @@ from vitprune.report.shown_folder import Artefact, card_id, part_name
 from vitprune.report.text import percent, plural, points, times
 
 # Words of the table for where a row lies.
-PLACES = {"on": "", "above": "above the front", "below": "below it", "beyond": "faster than it goes"}
+PLACES = {ON: "", ABOVE: "above the front", BELOW: "below it", BEYOND: "faster than it goes"}
 
 
 def front_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Section:
@@ -90,7 +90,7 @@ def _front_grid(artefact: Artefact, rows: Sequence[FrontRow]) -> Grid:
             Cell(f"{100 * row.top1_low:.1f} to {100 * row.top1_high:.1f}", row.top1_low),
             Cell("" if row is rows[0] else points(-row.drop), -row.drop),
             Cell("" if row is rows[0] else points(-row.drop_bound), -row.drop_bound),
-            Cell("" if row.place == ON else PLACES[row.place], row.place),
+            Cell(PLACES[row.place], row.place),
         )
 
     columns = (

@@ -99,13 +99,10 @@ def _describe_recovery(recovery: Recovery) -> str:
     best = next((row for row in recovery.rows if row.epoch == recovery.best), None)
     if best is None or best.held_back is None or recovery.before[0] is None:
         return f"{told}."
+    flattered = " Pruning was fitted to these images too: before, it looks better on them than it is."
     return (
         f"{told}: the loss of images held back went from {recovery.before[0]:.4f} to {best.held_back:.4f} in epoch "
-        f"{recovery.best}, which was kept."
-        + (
-            " Pruning was fitted to these images too: before, it looks better on them than it is."
-            * recovery.is_flattered
-        )
+        f"{recovery.best}, which was kept.{flattered if recovery.is_flattered else ''}"
     )
 
 
