@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import vitprune
 from vitprune import VitpruneError, count_macs, split_attention, target_macs
-from vitprune.calibration.layer_losses import mean_divergence
+from vitprune.answer_loss import mean_divergence
 from vitprune.images.resized_batches import resize_batches
 from vitprune.models.fewer_tokens import FewerTokens, reduce_tokens
 from vitprune.models.image_size import smaller_sizes

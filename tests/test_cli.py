@@ -213,7 +213,11 @@ def test_a_model_without_classifier_is_pruned_and_exported(image_folder, tmp_pat
     run("prune", tmp_path / "headless", "--criterion", "activation", *images, "-o", tmp_path / "half", capsys=capsys)
     answer = run("export", tmp_path / "half", tmp_path / "half.onnx", "--json", capsys=capsys)
     assert answer["max_abs_diff"] < 1e-4
-    for command in (("prune", tmp_path / "headless", "-o", tmp_path / "x"), ("evaluate", tmp_path / "half")):
+    for command in (
+        ("prune", tmp_path / "headless", "-o", tmp_path / "x", "--criterion", "taylor"),
+        ("discover", tmp_path / "headless", "-o", tmp_path / "x"),
+        ("evaluate", tmp_path / "half"),
+    ):
         assert "classifier" in run(*command, *images, code=2, capsys=capsys)
 
 

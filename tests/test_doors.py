@@ -61,6 +61,8 @@ CALLS = {
     "discover": lambda model, at: vitprune.discover(model, make_batches()).joint_scores,
     "discover_run": lambda model, at: vitprune.discover_run(model, None, at, source="x"),
     "distill": lambda model, at: vitprune.distill(model, model, half(model), make_batches(), num_steps=1),
+    "embed": lambda model, at: vitprune.embed(model, make_batches()),
+    "compare_embeddings": lambda model, at: vitprune.compare_embeddings(model, model, make_batches()).cosines,
     "evaluate": lambda model, at: vitprune.evaluate(model, make_batches()).correct,
     "export_onnx": lambda model, at: vitprune.export_onnx(model, at / "a.onnx", make_batches()).top1,
     "ffn_share": lambda model, at: vitprune.ffn_share(model),
@@ -358,10 +360,10 @@ def test_one_output_is_two_classes():
 
 def test_the_fisher_information_of_sigmoids_is_that_of_their_labels():
     """Summed exactly over both answers of every output, against the estimate from many signs."""
-    from vitprune.calibration.statistics import draw_directions
+    from vitprune.answer_loss import draw_class_directions
 
     logits = torch.tensor([[0.5, -1.0, 2.0]], dtype=torch.float64).expand(40000, 3)
-    drawn = draw_directions(logits, torch.Generator().manual_seed(0), several=True)
+    drawn = draw_class_directions(logits, torch.Generator().manual_seed(0), several=True)
     share = logits[0].sigmoid()
     second_moment = drawn.T @ drawn / len(drawn)
     torch.testing.assert_close(second_moment, torch.diag(share * (1 - share)), rtol=0.02, atol=0.01)

@@ -21,8 +21,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "vitprune"
 LAYERS = (
     ("errors", "progress", "table"),
     ("options", "processes", "intervals", "wrappers", "batches"),
-    ("files", "timing", "views", "answers", "entry"),
-    ("card", "images"),
+    ("files", "timing", "views", "entry"),
+    ("answers",),
+    ("answer_loss", "card", "images"),
     ("data",),
     ("seen_images",),
     ("models",),

@@ -143,7 +143,7 @@ def _nothing_is_loaded(monkeypatch):
         raise AssertionError("a model was loaded before the output was looked at")
 
     monkeypatch.setattr("vitprune.models.load.load", refuse)
-    monkeypatch.setattr("vitprune.evaluation.judge.load", refuse)
+    monkeypatch.setattr("vitprune.evaluation.open_model.load", refuse)
     monkeypatch.setattr(timm, "create_model", refuse)
 
 

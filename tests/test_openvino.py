@@ -15,7 +15,7 @@ from torch import nn
 from vitprune import bench, export_onnx, set_merging
 from vitprune.cli.commands import main
 from vitprune.errors import VitpruneError
-from vitprune.evaluation.judge import Source, open_model
+from vitprune.evaluation.open_model import Source, open_model
 from vitprune.export import onnx_file
 from vitprune.export.openvino_file import (
     _products_of_merging,

@@ -12,14 +12,15 @@ from families import build
 
 import vitprune
 from vitprune import Plan, VitpruneError, count_macs, find_groups, mask_neurons, masked, remove_neurons, target_macs
+from vitprune.answer_loss import measure_divergence
 from vitprune.calibration.attention_moments import QueryKeySums, measure_query_key_losses
-from vitprune.calibration.layer_losses import StandIn, fit_stand_ins, measure_divergence, measure_stand_ins
+from vitprune.calibration.layer_losses import StandIn, fit_stand_ins, measure_stand_ins
 from vitprune.calibration.statistics import measure_statistics
 from vitprune.models.attention import check_attention, split_attention
 from vitprune.models.left_out import describe_left_out
 from vitprune.models.merging import describe_merging, set_merging
 from vitprune.models.trunk import check_trunk
-from vitprune.models.units import KINDS
+from vitprune.models.units import KINDS, kind_of
 from vitprune.pruning.decide import Decision, check_parts, decide
 from vitprune.pruning.prune import prune_as_planned
 from vitprune.pruning.rotate import _eliminate_heads, rotate_queries_keys, rotate_values, sort_heads
@@ -304,13 +305,15 @@ def test_a_ratio_takes_that_share_of_every_part(part):
     assert plan.pruning_ratio == 0
 
 
-def test_queries_and_keys_of_a_model_without_classifier_can_go():
-    model, batches = make_vit(num_classes=0), make_batches()
-    options = {"pruning_ratio": 0.5, "parts": ["qk"], "criterion": "variance"}
-    pruned, _plan = vitprune.prune(model, batches, allocation="uniform", **options)
+def test_every_part_of_a_model_without_classifier_can_go():
+    model, batches = make_vit(num_classes=0), make_batches(4)
+    pruned, _plan = vitprune.prune(model, batches, ratio=0.5, parts=["qk"], allocation="uniform", criterion="variance")
     assert pruned.blocks[0].attn.qk_width == 4
-    with pytest.raises(VitpruneError, match="the model has no classifier; ask for a share"):
-        vitprune.prune(model, batches, allocation="global", **options)
+    parts = ["ffn", "qk", "vo", "heads", "layers"]
+    target = target_macs(split_attention(model), 0.6 * count_macs(model), kinds=["ffn", "qk", "vo"])
+    pruned, plan = vitprune.prune(model, batches, target=target, parts=parts)
+    assert {kind_of(name) for name in plan.widths} == set(parts)
+    assert count_macs(pruned) <= 0.6 * count_macs(model)
 
 
 @torch.no_grad()

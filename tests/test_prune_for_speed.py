@@ -290,7 +290,7 @@ def test_as_many_images_are_asked_for_as_it_takes(max_drop):
 
 
 def test_an_8_bit_candidate_is_weighed_as_its_file_answers(tmp_path):
-    from vitprune.calibration.layer_losses import mean_divergence
+    from vitprune.answer_loss import mean_divergence
     from vitprune.speed.speed_candidates import _open, open_as
 
     model, batches = make_vit(**SIZES).float(), [(images.float(), labels) for images, labels in make_batches()]

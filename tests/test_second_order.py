@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import vitprune
+from vitprune.answer_loss import draw_class_directions
 from vitprune.calibration import second_order
 from vitprune.calibration.second_order import eliminate, obs
-from vitprune.calibration.statistics import GRADIENTS, MOMENTS, draw_directions, measure_statistics
+from vitprune.calibration.statistics import GRADIENTS, MOMENTS, measure_statistics
 from vitprune.models.units import find_feed_forwards
 
 IMAGES = torch.randn(12, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -76,7 +77,7 @@ def test_scores_rise_along_the_elimination(tiny_vit):
 
 def test_directions_have_the_fisher_information_as_second_moment():
     logits = torch.tensor([[2.0, 0.0, -1.0, 0.5]], dtype=torch.float64).expand(20000, 4)
-    drawn = draw_directions(logits, torch.Generator().manual_seed(0))
+    drawn = draw_class_directions(logits, torch.Generator().manual_seed(0))
     share = logits[0].softmax(0)
     expected = torch.diag(share) - torch.outer(share, share)
     torch.testing.assert_close(drawn.T @ drawn / 20000, expected, rtol=0, atol=0.01)

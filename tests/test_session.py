@@ -39,7 +39,7 @@ def test_every_choice_has_its_row(registry, named):
 
 def test_one_pass_measures_all_that_is_wanted():
     batches = Counted()
-    wanted = needed_statistics(make_vit(), criteria=["obs", "taylor"], compensations=["sequential", "ridge"])
+    wanted = needed_statistics(criteria=["obs", "taylor"], compensations=["sequential", "ridge"])
     session = Session(make_vit(), batches, wanted=wanted)
     assert batches.passes == 0  # nothing is made before it is asked for
     session.score("obs"), session.score("taylor"), session.token_weights

@@ -1,17 +1,18 @@
-"""What a model answers: asked in one place, so that nothing but finite logits [B, C] gets further.
+"""What a model answers: asked in one place, so that nothing but finite logits or embeddings gets further.
 
-Letters: B images, C outputs.
+Letters: B images, C outputs, P places (tokens, cells of a feature map), E width of an embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from vitprune.batches import NO_LABEL, inside_door, where_read
 from vitprune.errors import VitpruneError
+from vitprune.views import has_classifier
 from vitprune.wrappers import input_size
 
 # Of an image's outputs, where they are shares of one whole.
@@ -19,20 +20,24 @@ _SHARES_SUM_TO = 1e-3
 
 
 def ask(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Return a model's logits [B, C], which are finite.
+    """Return a model's logits [B, C] or, of one without classes, its embeddings: [B, E], or [B, P, E]; finite.
 
     Args:
         model: images [B, channels, height, width] -> logits.
         images: on its device and of its dtype.
 
     Raises:
-        VitpruneError: if the model cannot read images of this shape, answers something else than [B, C], or holds NaN
-            or infinity in its answer.
+        VitpruneError: if the model cannot read images of this shape, answers something else than that, or holds NaN or
+            infinity in its answer.
 
     >>> ask(lambda images: images.flatten(1), torch.ones(2, 1, 1, 3)).shape
     torch.Size([2, 3])
     """
     logits = run(model, images)
+    if isinstance(model, nn.Module) and not has_classifier(model):
+        logits = shape_like(model, logits)
+        check_finite_logits(model, logits)
+        return logits
     if not isinstance(logits, Tensor):
         raise VitpruneError(
             f"{_name(model)} answers a {type(logits).__name__}, not logits [images, classes]; pass a model that gives "
@@ -45,6 +50,46 @@ def ask(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         )
     check_finite_logits(model, logits)
     return logits
+
+
+def shape_embeddings(answer: Tensor | Sequence[Tensor], *, channels_last: bool = False) -> Tensor:
+    """Return embeddings with their width at the end: pooled ones [B, E], of tokens or feature maps [B, P, E].
+
+    Args:
+        answer: of an encoder: [B, E], tokens [B, N, E], a feature map [B, E, h, w], or several of these, whose places
+            then stand side by side; narrower ones are filled up with zeros, which change no cosine.
+        channels_last: whether a feature map is [B, h, w, E].
+
+    Raises:
+        VitpruneError: if it is none of these.
+
+    >>> shape_embeddings([torch.ones(2, 8, 3, 3), torch.ones(2, 5, 4)]).shape
+    torch.Size([2, 14, 8])
+    """
+    if isinstance(answer, Tensor):
+        if answer.ndim == 4:
+            return answer.flatten(1, 2) if channels_last else answer.flatten(2).transpose(1, 2)
+        if answer.ndim in (2, 3):
+            return answer
+    elif isinstance(answer, list | tuple) and answer and all(isinstance(each, Tensor) for each in answer):
+        shaped = [shape_embeddings(each, channels_last=channels_last) for each in answer]
+        places = [each.unsqueeze(1) if each.ndim == 2 else each for each in shaped]
+        width = max(each.shape[-1] for each in places)
+        return torch.cat([nn.functional.pad(each, (0, width - each.shape[-1])) for each in places], 1)
+    found = list(answer.shape) if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+    raise VitpruneError(
+        f"a model without classes answers {found}, neither embeddings [images, width] nor tokens nor a feature map"
+    )
+
+
+def shape_like(model: nn.Module, answer: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return what an encoder, or a file of it, answers as ``shape_embeddings`` does.
+
+    Args:
+        model: timm model without classes, which knows where the width of its feature maps is.
+        answer: its own, or of a file of it.
+    """
+    return shape_embeddings(answer, channels_last=getattr(model, "output_fmt", "") == "NHWC")
 
 
 def run(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ from vitprune.discovery.run import Run, save_run
 from vitprune.evaluation.accuracy import compare, count_right
 from vitprune.evaluation.curve import Curve, measure_curve
 from vitprune.evaluation.evaluation_folder import Evaluation, save_evaluation
-from vitprune.evaluation.judge import Reading, judge_network
+from vitprune.evaluation.judge import judge_network
+from vitprune.evaluation.open_model import Reading
 from vitprune.export.onnx_file import export_onnx
 from vitprune.figures.curve_figure import draw_curve
 from vitprune.figures.style import save_figure

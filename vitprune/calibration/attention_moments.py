@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vitprune.answer_loss import answer_loss
 from vitprune.answers import ask, has_several
-from vitprune.calibration.statistics import at_least_float32, draw_directions
+from vitprune.calibration.statistics import at_least_float32
 from vitprune.data import Batches, on_device
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
@@ -116,7 +117,7 @@ def measure_query_key_losses(
     for images, labels in on_device(model, batches):
         with capture(model, groups, outputs=True) as seen:
             logits = ask(model, images)
-        directions = draw_directions(logits, generator, several=has_several(labels))
+        directions = answer_loss(model).draw_directions(logits, generator, has_several(labels))
         gradients = torch.autograd.grad(logits, list(seen.values()), grad_outputs=directions)
         for group, gradient in zip(groups, gradients, strict=True):
             along = at_least_float32(seen[group.name].detach()) * at_least_float32(gradient)

@@ -277,15 +277,13 @@ class Criterion:
         needs: names of the arguments that it takes beside the model, as in ``score_neurons``.
         statistics: what ``statistics`` must hold, in the words of ``measure_statistics``.
         across_ffns: True where scores of different FFNs share a unit, so that one ranking needs no normalisation.
-        needs_classifier: True where the score comes from the loss.
-        needs_labels: True where that is the loss of the labels given.
+        needs_labels: True where the score comes from the loss of the labels given.
     """
 
     score: Callable[..., Scores]
     needs: tuple[str, ...] = ("statistics",)
     statistics: frozenset[str] = frozenset()
     across_ffns: bool = False
-    needs_classifier: bool = False
     needs_labels: bool = False
 
 
@@ -295,20 +293,15 @@ REGISTRY: Mapping[str, Criterion] = {
     "activation": Criterion(activation, statistics=frozenset({ABSOLUTE})),
     "variance": Criterion(variance, statistics=frozenset({MOMENTS})),
     "wanda": Criterion(wanda, statistics=frozenset({MOMENTS})),
-    "taylor": Criterion(
-        taylor, statistics=frozenset({TAYLOR}), across_ffns=True, needs_classifier=True, needs_labels=True
-    ),
-    "fisher": Criterion(fisher, statistics=frozenset({FISHER}), across_ffns=True, needs_classifier=True),
-    "integrated-gradients": Criterion(
-        integrated_gradients, needs=("batches",), across_ffns=True, needs_classifier=True, needs_labels=True
-    ),
+    "taylor": Criterion(taylor, statistics=frozenset({TAYLOR}), across_ffns=True, needs_labels=True),
+    "fisher": Criterion(fisher, statistics=frozenset({FISHER}), across_ffns=True),
+    "integrated-gradients": Criterion(integrated_gradients, needs=("batches",), across_ffns=True, needs_labels=True),
     "jas": Criterion(lambda _model, found: jas(found), needs=("found",)),
     "obs": Criterion(
         obs,
         needs=("statistics", "ridge", "track"),
         statistics=frozenset({MOMENTS, GRADIENTS}),
         across_ffns=True,
-        needs_classifier=True,
     ),
 }
 
@@ -329,9 +322,12 @@ def check_needs(
         check_class_scores(found)
     if {"batches", "statistics"} & set(row.needs) and batches is None:
         raise VitpruneError(f"criterion {criterion} needs calibration images; pass `batches`")
-    if row.needs_classifier and not has_classifier(model):
-        raise VitpruneError(f"criterion {criterion} needs a classifier, but the model has none (num_classes=0)")
     if row.needs_labels:
+        if not has_classifier(model):
+            raise VitpruneError(
+                f"criterion {criterion} needs a classifier, but the model has none (num_classes=0); obs and fisher "
+                "go by its embeddings"
+            )
         check_labels(model, batches)
 
 

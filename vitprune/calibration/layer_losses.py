@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitprune.answers import ask, check_one_class, log_shares, run
+from vitprune.answer_loss import answer_loss
+from vitprune.answers import ask, check_one_class, run
 from vitprune.calibration.moments import Moments
 from vitprune.calibration.statistics import at_least_float32
 from vitprune.data import Batches, on_device
@@ -35,7 +36,7 @@ class StandIn:
         layer: name of the attention or FFN.
         kind: ``bias`` or ``map``.
         module: ``Bias`` or ``TokenMap``, fitted to what the layer answers.
-        loss: KL(dense ‖ with it) in nats per image.
+        loss: how far answers with it are from the dense model's, in the unit of ``answer_loss``.
     """
 
     layer: str
@@ -112,7 +113,7 @@ def measure_stand_ins(
     """Measure what each layer's stand-ins cost, one layer at a time.
 
     Args:
-        model: timm Vision Transformer in eval mode, with a classifier.
+        model: timm Vision Transformer in eval mode.
         fitted: from ``fit_stand_ins`` on this model.
         batches: images other than those that were fitted to, if the losses shall be believed; readable more than once.
         track: wraps (layers, description), for progress.
@@ -144,19 +145,19 @@ def measure_replaced(
     *,
     track: Track = untracked,
 ) -> dict[str, list[float]]:
-    """Measure KL(dense ‖ with another module in a layer's place), one layer at a time.
+    """Measure how far answers are from the dense ones with another module in a layer's place, one layer at a time.
 
     Blocks before the layer are run once for all.
 
     Args:
-        model: timm Vision Transformer in eval mode, with a classifier; stays as it is.
+        model: timm Vision Transformer in eval mode; stays as it is.
         replacements: name of an attention or FFN -> what to try in its place.
         batches: pairs of images [B, 3, height, width] (normalised by the model's own transform) and labels, which are
             not used. Read once.
         track: wraps (layers, description), for progress.
 
     Returns:
-        Name -> a loss for each that was tried; nats per image.
+        Name -> a loss for each that was tried, per image; in the unit of ``answer_loss``.
 
     Raises:
         VitpruneError: if ``batches`` is empty.
@@ -176,11 +177,12 @@ def measure_replaced(
     if not images:
         raise VitpruneError("no calibration images")
     starts: dict[str, list[tuple[Any, ...]]] = {name: [] for name in dict.fromkeys(map(block_of, replacements))}
+    loss = answer_loss(model)
     with ExitStack() as stack:
         for name, seen in starts.items():
             hook = lambda _module, args, seen=seen: seen.append(args)  # noqa: E731
             stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
-        dense = [log_shares(ask(model, each)) for each in images]
+        dense = [loss.refer(ask(model, each)) for each in images]
     resumes = _resumes(model, starts, dense[0])
     found: dict[str, list[float]] = {}
     for name in track(list(replacements), "layers"):
@@ -189,60 +191,28 @@ def measure_replaced(
         for module in replacements[name]:
             work.set_submodule(name, module)
             losses = [
-                measure_divergence(dense_BC, _resume(work, block, start) if resumes else work(each))
-                for dense_BC, each, start in zip(dense, images, starts[block], strict=True)
+                loss.diverge(reference, _resume(work, block, start) if resumes else ask(work, each))
+                for reference, each, start in zip(dense, images, starts[block], strict=True)
             ]
             found[name].append(float(torch.cat(losses).mean()))
         work.set_submodule(name, layer)
     return found
 
 
-def _resumes(model: nn.Module, starts: Mapping[str, list[tuple[Any, ...]]], dense_BC: Tensor) -> bool:
+def _resumes(model: nn.Module, starts: Mapping[str, list[tuple[Any, ...]]], reference: Tensor) -> bool:
     """Tell whether a model's answers come out where only its blocks from some one on are run."""
     first = next(iter(starts))
     try:
-        logits = _resume(model, first, starts[first][0])
+        resumed = answer_loss(model).refer(_resume(model, first, starts[first][0]))
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return False
-    return torch.allclose(log_shares(logits), dense_BC, rtol=1e-4, atol=1e-4)
+    return resumed.shape == reference.shape and torch.allclose(resumed, reference, rtol=1e-4, atol=1e-4)
 
 
 def _resume(model: nn.Module, block: str, args: tuple[Any, ...]) -> Tensor:
-    """Return the logits [B, C] from what a block is handed on."""
+    """Return the answers from what a block is handed on."""
     prefix, _dot, index = block.rpartition(".")
     for each in list(model.get_submodule(prefix))[int(index) :]:
         output = each(*args)
         args = output[:2] if isinstance(output, tuple) else (output,)
     return head(model, args[0])
-
-
-def measure_divergence(dense_BC: Tensor, logits_BC: Tensor) -> Tensor:
-    """Return KL(dense ‖ other) of each image [B] in nats, in float64.
-
-    Args:
-        dense_BC: log-probabilities of the dense model.
-        logits_BC: logits of the other one.
-
-    >>> measure_divergence(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 1.0]])).tolist()
-    [0.0]
-    """
-    dense_BC, other_BC = dense_BC.double(), log_shares(logits_BC.double())
-    return (dense_BC.exp() * (dense_BC - other_BC)).sum(-1).clamp_min(0)
-
-
-@torch.no_grad()
-def mean_divergence(dense: nn.Module, other: nn.Module, images: Sequence[Tensor]) -> float:
-    """Return the mean over images of KL(dense ‖ other), nats.
-
-    Args:
-        dense: model whose answers are the reference.
-        other: model that answers the same classes.
-        images: batches [B, 3, height, width], on the device of both.
-
-    >>> import timm
-    >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5).eval()
-    >>> mean_divergence(model, model, [torch.randn(2, 3, 32, 32)]) < 1e-6
-    True
-    """
-    losses = [measure_divergence(log_shares(dense(each)), other(each)) for each in images]
-    return float(torch.cat(losses).mean())

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vitprune.answer_loss import answer_loss
 from vitprune.answers import ask, has_several, loss_of, run
 from vitprune.calibration.moments import Moments
 from vitprune.data import Batches, on_device
@@ -37,7 +38,8 @@ class Statistics:
         taylor_H: mean over images of \|Σ_n h ∂L/∂h\|, L the cross-entropy with the given labels; with ``taylor``.
         fisher_H: mean over images of (Σ_n h ∂L/∂h)², in expectation over labels drawn from the model's answer; with
             ``fisher``.
-        gradient_DD: E[g gᵀ], in the same expectation, summed over tokens, mean over images; with ``gradients``.
+        gradient_DD: E[g gᵀ], in the same expectation (of an encoder: for the curvature of its embedding's cosine
+            distance), summed over tokens, mean over images; with ``gradients``.
         energy_N: E[gᵀ g] of each token; with ``gradients``.
     """
 
@@ -58,9 +60,8 @@ def measure_statistics(
 ) -> dict[str, Statistics]:
     r"""Stream the calibration images once and return the statistics of every group.
 
-    The Fisher information J^T (diag(p) - p p^T) J of the logits is estimated by one backward pass for each batch: from
-    z = √p ⊙ s - p (√p · s) with random signs s, whose second moment is diag(p) - p p^T. A label drawn from p would be
-    right on average as well, but on an image that the model is sure of it says nothing at all but for rare surprises.
+    The Fisher information J^T (diag(p) - p p^T) J of the logits, or the Gauss-Newton matrix of an encoder's embedding,
+    is estimated by one backward pass for each batch, along directions that ``answer_loss`` draws.
 
     Products are taken in the model's dtype (float32 for 16-bit models), second moments around the first batch's mean,
     and summed in float64.
@@ -97,7 +98,7 @@ def measure_statistics(
             if wanted & {TAYLOR, FISHER, GRADIENTS}:
                 with capture(model, groups, outputs=True) as outputs:
                     logits = ask(model, images)
-                _add_gradients(sums, outputs, logits, labels, wanted, generator)
+                _add_gradients(answer_loss(model), sums, outputs, logits, labels, wanted, generator)
             else:
                 with torch.no_grad():
                     run(model, images)
@@ -107,36 +108,17 @@ def measure_statistics(
     return {name: sums.pop(name).finish(num_images) for name in list(sums)}
 
 
-def draw_directions(logits_BC: Tensor, generator: torch.Generator, *, several: bool = False) -> Tensor:
-    """Draw a direction of the logits for each image whose second moment is the Fisher information of its answer.
-
-    That is diag(p) - p p^T of a softmax, and diag(p (1 - p)) of sigmoids: of one output, or of ``several`` classes
-    for one image.
-
-    Returns:
-        [B, C], of the dtype and on the device of the logits.
-    """
-    wide_BC = at_least_float32(logits_BC.detach())
-    sigmoids = several or logits_BC.shape[-1] == 1
-    share_BC = wide_BC.sigmoid() if sigmoids else wide_BC.softmax(-1)
-    signs_BC = torch.randint(0, 2, share_BC.shape, generator=generator).to(share_BC) * 2 - 1
-    if sigmoids:
-        return ((share_BC * (1 - share_BC)).sqrt() * signs_BC).to(logits_BC.dtype)
-    root_BC = share_BC.sqrt() * signs_BC
-    return (root_BC - share_BC * root_BC.sum(-1, keepdim=True)).to(logits_BC.dtype)
-
-
-def _add_gradients(sums, outputs, logits, labels, wanted, generator) -> None:
+def _add_gradients(loss, sums, outputs, logits, labels, wanted, generator) -> None:
     points = list(outputs.values())
     if wanted & {FISHER, GRADIENTS}:
-        directions = draw_directions(logits, generator, several=has_several(labels))
+        directions = loss.draw_directions(logits, generator, has_several(labels))
         gradients = torch.autograd.grad(logits, points, grad_outputs=directions, retain_graph=TAYLOR in wanted)
         for name, gradient in zip(outputs, gradients, strict=True):
             sums[name].add_sampled(gradient, len(logits))
     if TAYLOR in wanted:
         with torch.enable_grad():
-            loss = loss_of(logits, labels, "criterion taylor")
-        for name, gradient in zip(outputs, torch.autograd.grad(loss, points), strict=True):
+            of_labels = loss_of(logits, labels, "criterion taylor")
+        for name, gradient in zip(outputs, torch.autograd.grad(of_labels, points), strict=True):
             sums[name].add_taylor(gradient, len(logits))
 
 

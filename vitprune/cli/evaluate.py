@@ -28,6 +28,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="its weights, as for --checkpoint; default: those that MODEL was pruned from, where it says so",
     )
     parser.add_argument(
+        "--knn",
+        type=str,
+        metavar="DIR",
+        help="of a model without classes: folder of images of known classes, whose nearest neighbours answer",
+    )
+    parser.add_argument("--num-neighbours", type=int, help="how many neighbours vote (20)")
+    parser.add_argument(
         "--allow-overlap",
         action="store_true",
         help="measure on calibration images as well, and count them",
@@ -39,22 +46,28 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(
     model, checkpoint, ratio, merge, data, class_map, classes, images_per_class, strict, batch_size, workers, seed,
-    against, against_checkpoint, allow_overlap, device, output, overwrite, **opening,
+    against, against_checkpoint, knn, num_neighbours, allow_overlap, device, output, overwrite, **opening,
 ):  # fmt: skip
-    from vitprune.data import describe_class
-    from vitprune.evaluation.evaluation_folder import EVALUATION_FILES, describe_evaluation, save_evaluation
-    from vitprune.evaluation.judge import Reading, Source, judge
+    from vitprune.data import ImageChoice
+    from vitprune.evaluation.embeddings import NUM_NEIGHBOURS
+    from vitprune.evaluation.embeddings_folder import EMBEDDINGS_FILES, EmbeddingComparison
+    from vitprune.evaluation.evaluation_folder import EVALUATION_FILES
+    from vitprune.evaluation.judge import judge
+    from vitprune.evaluation.open_model import Reading, Source
     from vitprune.files import refuse_existing
 
     if output is not None:
-        refuse_existing(output, overwrite=overwrite, owned=EVALUATION_FILES)
+        refuse_existing(output, overwrite=overwrite, owned=EVALUATION_FILES | EMBEDDINGS_FILES)
     if against is None and against_checkpoint is not None:
         raise VitpruneError("--against-checkpoint has the weights of --against MODEL, which is missing")
     check_model(model, checkpoint, opening)
     if against is not None:
         check_model(against, against_checkpoint, {})
     check_data(data, class_map)
-    evaluation, images = judge(
+    if knn is None and num_neighbours is not None:
+        raise VitpruneError("--num-neighbours vote among the images of --knn DIR, which is missing")
+    check_data(knn)
+    told, images = judge(
         Source(model, checkpoint, ratio, merge, read_opening(opening)),
         choose(data, class_map, classes, images_per_class, seed),
         against=None if against is None else Source(against, against_checkpoint),
@@ -62,7 +75,38 @@ def run(
         onnx_device=device,
         reading=Reading(batch_size, workers, strict, Tracked),
         allow_overlap=allow_overlap,
+        knn=None if knn is None else ImageChoice(knn),
+        num_neighbours=num_neighbours or NUM_NEIGHBOURS,
     )
+    if isinstance(told, EmbeddingComparison):
+        return _tell_embeddings(told, images, output)
+    return _tell_accuracy(told, images, model, against, output, by_neighbours=knn is not None)
+
+
+def _tell_embeddings(comparison, images, output):
+    from vitprune.evaluation.embeddings import describe_fidelity
+    from vitprune.evaluation.embeddings_folder import EMBEDDINGS_FILES, save_embeddings
+
+    say_found(images, 0)
+    say_transform(comparison.model.transform)
+    if comparison.skipped:
+        note(f"skipped {len(comparison.skipped)} images that cannot be decoded (first: {comparison.skipped[0]})")
+    if output is not None:
+        save_embeddings(comparison, output)
+    answer = {**describe_fidelity(comparison.fidelity), "skipped": list(comparison.skipped), "output": output}
+
+    def show() -> None:
+        print(comparison.fidelity)
+        if output is not None:
+            print(f"wrote {output}: {', '.join(sorted(EMBEDDINGS_FILES))}")
+
+    return answer, show
+
+
+def _tell_accuracy(evaluation, images, model: str, against: str | None, output: str | None, *, by_neighbours: bool):
+    from vitprune.data import describe_class
+    from vitprune.evaluation.evaluation_folder import EVALUATION_FILES, describe_evaluation, save_evaluation
+
     reference = evaluation.against
     say_found(images, evaluation.judged.model.num_classes)
     say_transform(evaluation.judged.model.transform)
@@ -70,7 +114,7 @@ def run(
         say_transform(reference.model.transform, against)
     if evaluation.skipped:
         note(f"skipped {len(evaluation.skipped)} images that cannot be decoded (first: {evaluation.skipped[0]})")
-    if evaluation.judged.answers.are_shares:
+    if evaluation.judged.answers.are_shares and not by_neighbours:
         note("the model answers probabilities (it ends in a softmax), which are taken as they are")
     if evaluation.judged.answers.num_overlap:
         note(f"warning: {evaluation.judged.answers.num_overlap} of these images had a say in the model")
@@ -79,6 +123,8 @@ def run(
     answer = {**describe_evaluation(evaluation), "output": output}
 
     def show() -> None:
+        if evaluation.fidelity is not None:
+            print(evaluation.fidelity)
         if reference is not None:
             _show_comparison(answer, model, against)
         low, high = answer["top1_interval"]

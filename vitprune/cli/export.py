@@ -95,6 +95,7 @@ def run(
         "max_abs_diff": report.max_abs_diff,
         "top1_agreement": report.top1_agreement,
         "top1": report.top1,
+        "mean_cosine": report.mean_cosine,
         "size_bytes": report.size_bytes,
         "num_images": report.num_images,
         "near_ties": report.near_ties,

@@ -20,6 +20,7 @@ _RANGES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
     "latency_batch_size": _AT_LEAST_1,
     "top_k": _AT_LEAST_1,
     "keep_paths": _AT_LEAST_1,
+    "num_neighbours": _AT_LEAST_1,
     "workers": ("at least 0", lambda value: value >= 0),
     "ratio": ("in [0, 1)", lambda value: 0 <= value < 1),
     "max_drop": _PROPER,

@@ -26,7 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(model, images, checkpoint, ratio, merge, top_k, batch_size, device, **opening):
     from pathlib import Path
 
-    from vitprune.evaluation.judge import Source, open_model
+    from vitprune.evaluation.open_model import Source, open_model
     from vitprune.evaluation.predict import predict
 
     check_model(model, checkpoint, opening)

@@ -232,7 +232,7 @@ class _Course:
         self, model: nn.Module, calibration: Batches, evaluation: Batches, curve: Curve, found: Discovery | None
     ) -> None:
         self.evaluation, self.curve = evaluation, curve
-        wanted = needed_statistics(model, criteria=curve.criteria, compensations=curve.compensations, bridged=True)
+        wanted = needed_statistics(criteria=curve.criteria, compensations=curve.compensations, bridged=True)
         self.session = Session(model, calibration, found=found, wanted=wanted, seed=curve.seed)
         self.dense, self.size = self._evaluated(DENSE, lambda: model)
 

@@ -13,6 +13,7 @@ import torch
 from vitprune.data import ImageSet, class_names
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.accuracy import Accuracy, Answers, compare, count_right, drop_bound
+from vitprune.evaluation.embeddings import Fidelity, describe_fidelity, read_fidelity
 from vitprune.evaluation.model_facts import ModelFacts
 from vitprune.files import FORMAT_VERSION, atomic_file, atomic_folder, read_json, write_json
 from vitprune.table import align
@@ -49,6 +50,7 @@ class Evaluation:
         skipped: images that could not be decoded.
         judged: the model that was evaluated.
         against: the model that it is compared with, on the same images; None where there is none.
+        fidelity: how near their embeddings are, where both have no classes and answer by neighbours.
     """
 
     root: Path
@@ -57,6 +59,7 @@ class Evaluation:
     skipped: tuple[str, ...]
     judged: Judged
     against: Judged | None = None
+    fidelity: Fidelity | None = None
 
     def __str__(self) -> str:
         rows = []
@@ -117,6 +120,8 @@ def describe_evaluation(evaluation: Evaluation) -> dict[str, Any]:
         answer["num_overlap"] = judged.answers.num_overlap
     if against is None:
         return answer
+    if evaluation.fidelity is not None:
+        answer["embeddings"] = describe_fidelity(evaluation.fidelity)
     before = count_right(against.answers)
     lost, gained = flipped(evaluation)
     answer["against"] = {
@@ -175,6 +180,8 @@ def _rows(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
     columns: dict[str, Sequence[Any]] = {"file": evaluation.files, **_columns(evaluation.judged.answers)}
     if evaluation.against is not None:
         columns |= {f"against_{name}": column for name, column in _columns(evaluation.against.answers).items()}
+    if evaluation.fidelity is not None:
+        columns["cosine"] = evaluation.fidelity.cosines
     for row in zip(*columns.values(), strict=True):
         yield dict(zip(columns, row, strict=True))
 
@@ -210,6 +217,7 @@ def load_evaluation(folder: str | Path) -> Evaluation:
         skipped=tuple(content["skipped"]),
         judged=_read_judged(content["models"]["model"], rows, ""),
         against=_read_judged(content["models"]["against"], rows, "against_") if content["against"] else None,
+        fidelity=read_fidelity(content["embeddings"], rows) if "embeddings" in content else None,
     )
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from vitprune.data import (
-    Batches,
     ImageBatches,
     ImageChoice,
     ImageSet,
@@ -22,104 +21,11 @@ from vitprune.data import (
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.accuracy import collect_answers
+from vitprune.evaluation.embeddings import NUM_NEIGHBOURS, NeighbourClassifier, compare_embedded, embed
+from vitprune.evaluation.embeddings_folder import EmbeddingComparison
 from vitprune.evaluation.evaluation_folder import Evaluation, Judged, name_classes
-from vitprune.evaluation.model_facts import describe_file, describe_network
-from vitprune.export.openvino_file import OpenVinoModel, open_openvino
-from vitprune.export.runtime import OnnxModel, open_onnx
-from vitprune.models.identity import hash_weights
-from vitprune.models.load import load
-from vitprune.models.sources import spell
-from vitprune.pruning.plan import find_plan
+from vitprune.evaluation.open_model import Reading, Source, describe_source, open_sources, read_images, refuse_changed
 from vitprune.seen_images import check_unseen, seen_by
-
-# What may be said of an ONNX file's images, where it does not say so itself.
-TOLD_OF_FILES = frozenset({"mean", "std", "crop_pct", "interpolation", "image_size"})
-
-
-@dataclass(frozen=True)
-class Source:
-    """What to open, as ``open_model`` takes it.
-
-    Attributes:
-        name: timm name, folder of a saved model, elastic file, or ONNX file.
-        checkpoint: weights for a timm name.
-        ratio: of an elastic file.
-        merge: which tokens merge, as ``parse_schedule`` reads it; None: as the model has it.
-        opening: what else ``vitprune.load`` takes, such as ``model_args`` or ``mean``.
-        transform: what images of an ONNX file need, as ``open_onnx`` takes it; None: as the file says.
-    """
-
-    name: str
-    checkpoint: str | None = None
-    ratio: float | None = None
-    merge: str | None = None
-    opening: Mapping[str, Any] = field(default_factory=dict)
-    transform: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How images are read.
-
-    Attributes:
-        batch_size: images at once.
-        num_workers: processes that decode; 0 decodes in this one.
-        strict: refuse an undecodable image instead of leaving it out.
-        wrap: (batches, description) -> the same batches, with progress perhaps.
-    """
-
-    batch_size: int = 64
-    num_workers: int = 0
-    strict: bool = False
-    wrap: Callable[[ImageBatches, str], Batches] = lambda batches, _description: batches
-
-
-def open_model(source: Source, *, device: str | None = None) -> nn.Module | OnnxModel | OpenVinoModel:
-    """Open what can be asked about images: whatever ``vitprune.load`` loads, or an ONNX or OpenVINO file.
-
-    Args:
-        source: what to open.
-        device: of a torch model; an ONNX file runs on ONNX Runtime's CPU provider.
-
-    Raises:
-        VitpruneError: if it cannot be opened, or is asked for what it does not have.
-    """
-    name = source.name
-    if not _is_file(source):
-        return load(
-            name,
-            checkpoint=source.checkpoint,
-            device=device or "cpu",
-            ratio=source.ratio,
-            merge=source.merge,
-            **source.opening,
-        )
-    if source.ratio is not None:
-        raise VitpruneError(f"{name} has one width only; leave `ratio` out")
-    if source.merge is not None:
-        raise VitpruneError(f"{name}: which tokens merge is fixed in such a file; leave `merge` out")
-    if source.checkpoint is not None:
-        raise VitpruneError(f"{name} holds its own weights; leave `checkpoint` out")
-    fixed = [key for key in source.opening if key not in TOLD_OF_FILES]
-    if fixed:
-        raise VitpruneError(f"{name} is a file where this is fixed; leave `{fixed[0]}` out")
-    if device not in (None, "cpu"):
-        raise VitpruneError(f"{name} runs on the CPU, not on '{device}'")
-    if Path(name).suffix == ".xml":
-        if source.opening or source.transform:
-            raise VitpruneError(f"{name} says itself how its images are prepared; leave `transform` out")
-        return open_openvino(name)
-    return open_onnx(name, transform=source.transform or _read_transform(source.opening))
-
-
-def _read_transform(opening: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what was said of a file's images as timm describes a transform; None where nothing was."""
-    transform = {key: value for key, value in opening.items() if key != "image_size"}
-    if "image_size" in opening:
-        size = opening["image_size"]
-        sizes = [size] if isinstance(size, int) else list(size)
-        transform["input_size"] = (len(opening.get("mean", (0, 0, 0))), sizes[0], sizes[-1])
-    return transform or None
 
 
 @entry
@@ -132,8 +38,12 @@ def judge(
     onnx_device: str | None = None,
     reading: Reading | None = None,
     allow_overlap: bool = False,
-) -> tuple[Evaluation, ImageSet]:
+    knn: ImageChoice | None = None,
+    num_neighbours: int = NUM_NEIGHBOURS,
+) -> tuple[Evaluation | EmbeddingComparison, ImageSet]:
     """Ask a model about the images of a folder, and another one about the same images.
+
+    Models without classes answer those of the nearest among ``knn``; without such, embeddings are compared.
 
     Args:
         source: the model.
@@ -144,9 +54,11 @@ def judge(
         onnx_device: where an ONNX file was asked to run; only a CPU can.
         reading: how to read images.
         allow_overlap: ask about images that had a say in a model as well, and count them.
+        knn: images of known classes, of whose nearest models answer that have none.
+        num_neighbours: how many of them vote.
 
     Returns:
-        The evaluation, and the images that were found.
+        The evaluation, or the comparison of embeddings, and the images that were found.
 
     Raises:
         VitpruneError: if a model cannot be opened or has no classifier, an image had a say in one, or the other model
@@ -165,20 +77,17 @@ def judge(
     (('cat/1.png', 'dog/1.png'), 2)
     """
     reading = Reading() if reading is None else reading
-    known = None if against is None else find_dense(source, against)
-    against = against if known is None else known[0]
-    asked = [source, *([] if against is None else [against])]
-    opened = [open_model(each, device=onnx_device if _is_file(each) else device) for each in asked]
-    if known is not None and hash_weights(opened[1]) != known[1]:
-        raise VitpruneError(
-            f"{against.checkpoint} holds other weights than when {source.name} was pruned from it; say which weights "
-            f"{against.name} has with `against_checkpoint`"
-        )
+    asked, opened = open_sources(source, against, device=device, onnx_device=onnx_device)
+    encoders = opened
+    if knn is None and all(model.num_classes == 0 for model in opened):
+        return _compare(choice, asked, opened, reading, allow_overlap)
+    if knn is not None:
+        opened = [_by_neighbours(each, knn, num_neighbours, reading) for each in encoders]
     _share_names(opened)
     images = choice.find(opened[0])
     chosen = [images]
     if against is not None:
-        chosen.append(_same_images(choice.find(opened[1]), images, against.name))
+        chosen.append(_same_images(choice.find(opened[1]), images, asked[1].name))
     if not allow_overlap:
         # Before the first model is asked anything.
         for each, model, of_model in zip(asked, opened, chosen, strict=True):
@@ -188,8 +97,7 @@ def judge(
         answers, batches = _ask(each, model, of_model, reading, allow_overlap)
         judged.append(answers)
         read.append(batches)
-    if len({tuple(batches.files_read) for batches in read}) > 1:
-        raise VitpruneError(f"{choice.root}: images changed while they were read; evaluate again")
+    refuse_changed(choice.root, read)
     used = images.only(read[0].files_read)
     evaluation = Evaluation(
         root=images.root,
@@ -199,35 +107,59 @@ def judge(
         judged=judged[0],
         against=judged[1] if against is not None else None,
     )
+    if knn is not None and against is not None:
+        read = [
+            reading.wrap(read_images(each, of_model, reading), "compare embeddings")
+            for each, of_model in zip(encoders, chosen, strict=True)
+        ]
+        fidelity = compare_embedded(*(embed(each, batches) for each, batches in zip(encoders, read, strict=True)))
+        evaluation = replace(evaluation, fidelity=fidelity)
     return evaluation, images
 
 
-def find_dense(source: Source, against: Source) -> tuple[Source, str] | None:
-    """Say how the dense model of a pruned folder or elastic file was loaded, and the hash of its weights.
-
-    Args:
-        source: the pruned model.
-        against: the dense one by its name alone.
-
-    Returns:
-        None where ``against`` says more than a name, or ``source`` does not know that its model had a checkpoint.
-
-    Raises:
-        VitpruneError: if the checkpoint is gone.
-    """
-    if against.checkpoint is not None or against.opening or Path(against.name).exists():
-        return None
-    plan = None if _is_file(source) or not Path(source.name).exists() else find_plan(source.name, source.ratio)
-    opened = {} if plan is None else dict(plan.facts.opened or {})
-    if "checkpoint" not in opened or opened.pop("model", None) != spell(against.name) or not plan.facts.weights_sha256:
-        return None
-    checkpoint = opened.pop("checkpoint")
-    if not Path(checkpoint).is_file():
+def _compare(
+    choice: ImageChoice, asked: Sequence[Source], opened: Sequence[Any], reading: Reading, allow_overlap: bool
+) -> tuple[EmbeddingComparison, ImageSet]:
+    """Ask two encoders about the images of a folder, and say how near their embeddings are."""
+    if len(opened) < 2:
         raise VitpruneError(
-            f"{source.name} was pruned from {against.name} with the weights of {checkpoint}, which is gone; say where "
-            "they are with `against_checkpoint`"
+            f"{asked[0].name} has no classifier (num_classes=0), so it has no accuracy of its own: name images of "
+            "known classes whose neighbours answer (`knn`), or a model to compare its embeddings with (`against`)"
         )
-    return replace(against, checkpoint=checkpoint, opening=opened), plan.facts.weights_sha256
+    images = choice.find(opened[0], labels_matter=False)
+    if not allow_overlap:
+        for each, model in zip(asked, opened, strict=True):
+            check_unseen(images, seen_by(model), each.name)
+    read = [read_images(model, images, reading) for model in opened]
+    embedded = [
+        embed(model, reading.wrap(batches, f"embed by {Path(each.name).name}"))
+        for each, model, batches in zip(asked, opened, read, strict=True)
+    ]
+    refuse_changed(choice.root, read)
+    used = images.only(read[0].files_read)
+    comparison = EmbeddingComparison(
+        root=images.root,
+        files=used.files,
+        images_sha256=digest_images(hash_images(used)),
+        skipped=tuple(name for name, _reason in read[0].skipped),
+        model=describe_source(asked[0], opened[0]),
+        against=describe_source(asked[1], opened[1]),
+        fidelity=compare_embedded(*embedded),
+    )
+    return comparison, images
+
+
+def _by_neighbours(model: Any, choice: ImageChoice, num_neighbours: int, reading: Reading) -> NeighbourClassifier:
+    """Return an encoder that answers the classes of a choice of images."""
+    if model.num_classes:
+        raise VitpruneError(
+            f"neighbours are for models without classes, and this one has {model.num_classes}; leave them out"
+        )
+    images = choice.find(model, labels_matter=False)
+    if not images.has_labels:
+        raise VitpruneError(f"{images.root}: nothing tells the classes of these images, by which neighbours answer")
+    batches = reading.wrap(read_images(model, images, reading), "embed neighbours")
+    return NeighbourClassifier(model, batches, num_neighbours=num_neighbours)
 
 
 @entry
@@ -253,22 +185,16 @@ def _share_names(models: Sequence[Any]) -> None:
             remember_names(model, label_names_of(other))
 
 
-def _is_file(source: Source) -> bool:
-    return Path(source.name).suffix in (".onnx", ".xml")
-
-
 def _ask(
     source: Source, model: Any, images: ImageSet, reading: Reading, allow_overlap: bool
 ) -> tuple[Judged, ImageBatches]:
-    batches = ImageBatches(
-        images, model, batch_size=reading.batch_size, num_workers=reading.num_workers, strict=reading.strict
-    )
+    batches = read_images(model, images, reading)
     wrapped = reading.wrap(batches, f"evaluate {Path(source.name).name}")
     answers = collect_answers(model, wrapped, allow_overlap=allow_overlap)
-    if _is_file(source):
-        facts = describe_file(source.name, model)
+    if isinstance(model, NeighbourClassifier):
+        facts = replace(describe_source(source, model.encoder), num_classes=model.num_classes)
     else:
-        facts = describe_network(model, source.name, checkpoint=source.checkpoint, ratio=source.ratio)
+        facts = describe_source(source, model)
     return Judged(facts, answers, name_classes(model, images, answers)), batches
 
 

@@ -21,7 +21,8 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
-from vitprune.answers import ask, has_several, of_classes
+from vitprune.answer_loss import cosine_distance
+from vitprune.answers import ask, has_several, of_classes, run, shape_like
 from vitprune.batches import NO_LABEL
 from vitprune.data import Batches, class_names, remember_names
 from vitprune.entry import entry
@@ -74,13 +75,14 @@ class Parity:
     """How close an ONNX file is to torch.
 
     Attributes:
-        max_abs_diff: largest absolute difference of a logit over all images.
+        max_abs_diff: largest absolute difference of a logit, or of a number of an embedding, over all images.
         top1_agreement: share of images with the same first answer, in [0, 1]; None for features, which are none.
         top1: share of images that the file answers as their label says, in [0, 1]; None where they have no label each.
         num_images: images compared.
         near_ties: of these, images that rounding decides about: which tokens merge there is so close that torch gives
             the file's answer itself once the image changes by a thousandth of a grey level. They do not count in
             ``max_abs_diff``.
+        mean_cosine: of the file's embeddings to torch's, where there are no classes; None where there are.
     """
 
     max_abs_diff: float
@@ -88,9 +90,13 @@ class Parity:
     top1: float | None
     num_images: int
     near_ties: int = 0
+    mean_cosine: float | None = None
 
     def __str__(self) -> str:
-        text = f"largest logit difference to torch {self.max_abs_diff:.2e}"
+        what = "logit difference to torch" if self.mean_cosine is None else "difference of embeddings to torch"
+        text = f"largest {what} {self.max_abs_diff:.2e}"
+        if self.mean_cosine is not None:
+            text += f", cosine {self.mean_cosine:.6f} in the mean of {self.num_images} images"
         if self.top1_agreement is not None:
             text += f", same first answer on {self.top1_agreement:.2%} of {self.num_images} images"
         if self.near_ties:
@@ -107,7 +113,7 @@ class ExportReport:
 
     Attributes:
         path: the ONNX file, or OpenVINO's.
-        max_abs_diff: largest absolute difference of a logit over all parity images.
+        max_abs_diff: largest absolute difference of a logit, or of a number of an embedding, over all parity images.
         top1_agreement: share of parity images with the same first answer, in [0, 1]; None for features.
         top1: share of parity images that the file answers as their label says, in [0, 1]; None without one label each.
         num_images: parity images.
@@ -116,6 +122,7 @@ class ExportReport:
         precision: of the matrix products with weights.
         float32: how close the float32 graph was that a file of narrower numbers was made from; None for float32 files.
         speedup: how many times faster than that graph it runs a batch of 1 (or of the fixed size) here.
+        mean_cosine: of the file's embeddings to torch's, where there are no classes; None where there are.
     """
 
     path: Path
@@ -128,9 +135,12 @@ class ExportReport:
     float32: Parity | None = None
     speedup: Speedup | None = None
     near_ties: int = 0
+    mean_cosine: float | None = None
 
     def __str__(self) -> str:
-        own = Parity(self.max_abs_diff, self.top1_agreement, self.top1, self.num_images, self.near_ties)
+        own = Parity(
+            self.max_abs_diff, self.top1_agreement, self.top1, self.num_images, self.near_ties, self.mean_cosine
+        )
         lines = [] if self.float32 is None else [f"float32: {self.float32}"]
         lines += [f"{self.precision}: {own}", f"wrote {self.path} ({self.size_bytes / 1e6:.1f} MB)"]
         if self.speedup is not None:
@@ -415,10 +425,12 @@ def _measure_parity(
     exact: bool,
     runtime: str = "ONNX Runtime",
 ) -> Parity:
-    largest, agreed, right, labelled, count, near_ties = 0.0, 0, 0, 0, 0, 0
+    largest, agreed, right, labelled, count, near_ties, distance = 0.0, 0, 0, 0, 0, 0, 0.0
+    has_classes = has_classifier(model)
     merges = any(describe_merging(model) or [])
     for images, labels in _one_image_first(batches):
-        expected, got = ask(model, images), ask(exported, images)
+        expected = ask(model, images)
+        got = ask(exported, images) if has_classes else shape_like(model, run(exported, images))
         difference = (expected - got).abs()
         # Written so that NaN is beyond as well.
         beyond = ~(difference <= PARITY_ATOL + PARITY_RTOL * expected.abs()).flatten(1).all(1)
@@ -429,20 +441,24 @@ def _measure_parity(
                 wrong[beyond] = ~_decided_by_rounding(model, images[beyond], expected[beyond], got[beyond])
             if bool(wrong.any()):
                 worst = difference[wrong].argmax()
+                what = "a logit" if has_classes else "a number of an embedding"
                 raise VitpruneError(
-                    f"the exported graph differs from torch: a logit is {got[wrong].flatten()[worst]:.6g} in {runtime} "
+                    f"the exported graph differs from torch: {what} is {got[wrong].flatten()[worst]:.6g} in {runtime} "
                     f"and {expected[wrong].flatten()[worst]:.6g} in torch"
                 )
             near_ties += int(beyond.sum())
             difference = difference[~beyond]
         largest = max(largest, float(difference.max()) if len(difference) else 0.0)
+        count += len(images)
+        if not has_classes:
+            distance += float(cosine_distance(expected, got).sum())
+            continue
         answers = of_classes(got).argmax(1)
         agreed += int((of_classes(expected).argmax(1) == answers).sum())
         if not has_several(labels):
             known = labels.cpu() != NO_LABEL
             right += int((answers == labels.cpu())[known].sum())
             labelled += int(known.sum())
-        count += len(images)
     if count == 0:
         raise VitpruneError(f"no images to compare {runtime} with torch on")
     if near_ties == count:
@@ -450,8 +466,8 @@ def _measure_parity(
             f"the exported graph differs from torch on all {count} images, where rounding may decide which tokens "
             "merge; compare more images"
         )
-    if not has_classifier(model):
-        return Parity(largest, None, None, count, near_ties)
+    if not has_classes:
+        return Parity(largest, None, None, count, near_ties, 1 - distance / count)
     return Parity(largest, agreed / count, right / labelled if labelled else None, count, near_ties)
 
 

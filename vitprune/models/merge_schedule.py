@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitprune.answers import ask, check_one_class, log_shares
+from vitprune.answer_loss import answer_loss
+from vitprune.answers import ask, check_one_class
 from vitprune.data import Batches, on_device
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
@@ -252,7 +253,8 @@ def choose_schedules(
         images.append(images_B)
     if not images:
         raise VitpruneError("no calibration images")
-    answers = [log_shares(ask(dense, each).double()) for each in images]
+    loss = answer_loss(dense)
+    answers = [loss.refer(ask(dense, each).double()) for each in images]
     costs = _measure_costs(dense)
 
     def measure(schedule: Sequence[int]) -> float:
@@ -297,12 +299,10 @@ def _search(
 
 
 def _measure_loss(merged: nn.Module, images: Sequence[Tensor], answers: Sequence[Tensor]) -> float:
-    """Return the mean over images of KL(dense || merged), nats."""
-    total = 0.0
-    for images_B, dense_BC in zip(images, answers, strict=True):
-        merged_BC = log_shares(merged(images_B).double())
-        total += nn.functional.kl_div(merged_BC, dense_BC, reduction="sum", log_target=True).item()
-    return total / sum(len(each) for each in images)
+    """Return the mean over images of how far merging moves their answers."""
+    loss = answer_loss(merged)
+    moved = [loss.diverge(dense, ask(merged, each)) for each, dense in zip(images, answers, strict=True)]
+    return float(torch.cat(moved).mean())
 
 
 def _first_guesses(fit: Callable[[_Shape], tuple[int, ...] | None], num_blocks: int, max_merges: int) -> list[_Shape]:

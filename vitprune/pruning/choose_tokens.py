@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitprune.answers import log_shares
-from vitprune.calibration.layer_losses import measure_divergence
+from vitprune.answer_loss import AnswerLoss, answer_loss
+from vitprune.answers import ask
 from vitprune.data import Batches, on_device, take_evenly
 from vitprune.errors import VitpruneError
 from vitprune.images.resized_batches import resize_images
@@ -98,18 +98,21 @@ class Judged:
 
     Attributes:
         images: batches [B, channels, height, width], on the model's device.
-        dense: log-probabilities of the dense model, of each batch [B, classes].
+        dense: what its answers to each batch are compared with.
+        loss: how they are compared.
     """
 
     images: tuple[Tensor, ...]
     dense: tuple[Tensor, ...]
+    loss: AnswerLoss
 
     @torch.no_grad()
     def loss_of(self, candidate: Callable[[Tensor], Tensor], size: tuple[int, int] | None = None) -> float:
-        """Return the mean over images of KL(dense || candidate), nats; the candidate reads images of ``size``."""
+        """Return the mean over images of how far answers are from the dense ones; ``candidate`` reads ``size``."""
+        asked = partial(ask, candidate) if isinstance(candidate, nn.Module) else candidate
         losses = [
-            measure_divergence(dense_BC, candidate(images if size is None else resize_images(images, size)))
-            for images, dense_BC in zip(self.images, self.dense, strict=True)
+            self.loss.diverge(dense, asked(images if size is None else resize_images(images, size)))
+            for images, dense in zip(self.images, self.dense, strict=True)
         ]
         return float(torch.cat(losses).mean())
 
@@ -124,7 +127,8 @@ def ask_dense(model: nn.Module, batches: Batches) -> Judged:
     True
     """
     images = tuple(each for each, _labels in on_device(model, batches))
-    return Judged(images, tuple(log_shares(model(each)) for each in images))
+    loss = answer_loss(model)
+    return Judged(images, tuple(loss.refer(ask(model, each)) for each in images), loss)
 
 
 @torch.no_grad()

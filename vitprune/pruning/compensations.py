@@ -17,7 +17,6 @@ from vitprune.pruning.distill import distill
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.sequential import compensate_sequentially
 from vitprune.pruning.session import Session
-from vitprune.views import has_classifier
 
 
 @dataclass(frozen=True)
@@ -123,12 +122,11 @@ def check_compensation(name: str, *, has_images: bool) -> Compensation:
 
 
 def needed_statistics(
-    model: nn.Module, *, criteria: Sequence[str] = (), compensations: Sequence[str] = (), bridged: bool = False
+    *, criteria: Sequence[str] = (), compensations: Sequence[str] = (), bridged: bool = False
 ) -> frozenset[str]:
     """Return which statistics of the dense model criteria and compensations read.
 
     Args:
-        model: the dense model.
         criteria: keys of ``CRITERIA``.
         compensations: keys of ``COMPENSATIONS``.
         bridged: whether the model is ranked in several steps, with a compensation between them.
@@ -137,7 +135,7 @@ def needed_statistics(
     for name in compensations:
         row = REGISTRY[name]
         wanted |= row.statistics
-        if row.weighs_tokens and has_classifier(model):
+        if row.weighs_tokens:
             wanted |= {GRADIENTS}
         if bridged:
             wanted |= REGISTRY[row.bridge].statistics

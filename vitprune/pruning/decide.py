@@ -22,7 +22,6 @@ from vitprune.models.units import FFN, LAYERS, find_groups, find_layers, kind_of
 from vitprune.options import PARTS, TARGETS, check_choice
 from vitprune.pruning.allocate import allocate
 from vitprune.pruning.target import Target
-from vitprune.views import has_classifier
 
 # Parts that are not made of units: fewer tokens, decided before these.
 TOKENS, PIXELS = "tokens", "pixels"
@@ -55,9 +54,6 @@ def check_parts(model: nn.Module, parts: Sequence[str], *, mode: str = "remove")
             raise VitpruneError("part tokens: the tokens of this model merge already; leave it out")
     if PIXELS in ordered:
         _check_pixels(model)
-    by_loss = [part for part in ordered if part not in (FFN, QK)]
-    if by_loss and not has_classifier(model):
-        raise VitpruneError(f"part {by_loss[0]} is ranked by loss, but the model has no classifier; ffn and qk can go")
     find_groups(model)
     if LAYERS in ordered:
         find_layers(model)

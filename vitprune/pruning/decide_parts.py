@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitprune.answers import ask, log_shares
-from vitprune.calibration.layer_losses import StandIn, measure_divergence
+from vitprune.answer_loss import answer_loss
+from vitprune.answers import ask
+from vitprune.calibration.layer_losses import StandIn
 from vitprune.data import Batches, on_device, take_evenly
 from vitprune.errors import VitpruneError
 from vitprune.models.attention import HEADS, QK, VO, split_attention
@@ -30,7 +31,6 @@ from vitprune.pruning.plan import Plan, plan_from_widths
 from vitprune.pruning.rank_parts import Worth, rank_parts
 from vitprune.pruning.target import Target, count_tokens, target_neurons
 from vitprune.pruning.turn import Turned, cut, turn_attention
-from vitprune.views import has_classifier
 
 # How many of the calibration images the decision is made on; all see what is left of the model.
 NUM_IMAGES = 512
@@ -150,7 +150,7 @@ def decide_parts(
     """Decide what of attention and which layers go, and what that leaves to the neurons.
 
     Args:
-        model: timm Vision Transformer in eval mode, with a classifier; its tokens may merge.
+        model: timm Vision Transformer in eval mode; its tokens may merge.
         batches: calibration images and labels, readable more than once.
         parts: from ``check_parts``.
         pruning_ratio: share of the units of every part to go, in [0, 1).
@@ -169,11 +169,6 @@ def decide_parts(
     """
     if (pruning_ratio is None) == (target is None):
         raise VitpruneError("say how far to prune: either pruning_ratio or target")
-    if not has_classifier(model) and (target is not None or allocation != "uniform"):
-        raise VitpruneError(
-            "parts are weighed against each other by loss, but the model has no classifier; ask for a share, with "
-            "`allocation` uniform"
-        )
     split = split_attention(model)
     groups = find_groups(split, [FFN, QK, VO])
     multiples = {group.name: round_to if group.kind == FFN else multiple_of(group.num_units) for group in groups}
@@ -282,14 +277,15 @@ def propose(
 def _search(trial: Trial, batches: Batches, track: Track) -> Decision:
     """Return the decision whose model, refitted at once, loses least on images that were kept back."""
     images = [images for images, _labels in on_device(trial.turned.model, batches)]
-    dense = [log_shares(ask(trial.turned.model, each)) for each in images]
+    loss_of = answer_loss(trial.turned.model)
+    dense = [loss_of.refer(ask(trial.turned.model, each)) for each in images]
     tried: dict[tuple[Any, ...], float] = {}
 
     def measure(decision: Decision) -> float:
         key = (*decision.widths.items(), *((name, each.kind) for name, each in decision.left_out.items()))
         if key not in tried:
             model = trial.model(decision)
-            losses = [measure_divergence(dense_BC, model(each)) for dense_BC, each in zip(dense, images, strict=True)]
+            losses = [loss_of.diverge(answers, ask(model, each)) for answers, each in zip(dense, images, strict=True)]
             tried[key] = float(torch.cat(losses).mean())
         return tried[key]
 

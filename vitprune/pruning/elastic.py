@@ -125,7 +125,7 @@ def make_elastic(
         largest = target_neurons(model, ratios[-1])
         allocate(level, largest, allocation=allocation, across_ffns=True, floor=floor)
     # Means move into the biases between the ratios.
-    wanted = needed_statistics(model, criteria=[criterion], compensations=[compensate], bridged=row.reads_images)
+    wanted = needed_statistics(criteria=[criterion], compensations=[compensate], bridged=row.reads_images)
     needs = {"found": found, "wanted": wanted, "ridge": ridge, "seed": seed, "track": track}
     if row.reads_images:
         warn_of_few_classes(model, files_of(batches))

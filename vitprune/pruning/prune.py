@@ -55,7 +55,7 @@ from vitprune.pruning.session import Session
 from vitprune.pruning.target import Target, target_neurons
 from vitprune.pruning.turn import Turned, cut, turn_attention
 from vitprune.seen_images import SeenImages, files_of, names_in, watch
-from vitprune.views import data_config, has_classifier
+from vitprune.views import data_config
 
 _TAKE_OUT: Mapping[str, Callable[[nn.Module, Plan], nn.Module]] = {"remove": remove_neurons, "mask": mask_neurons}
 
@@ -144,7 +144,7 @@ def apply_plan(
     check_choice("compensation", compensate, COMPENSATION_NAMES)
     measured = statistics is not None and COMPENSATIONS[compensate].stand_in is not None
     check_compensation(compensate, has_images=batches is not None or measured)
-    wanted = needed_statistics(model, compensations=[compensate])
+    wanted = needed_statistics(compensations=[compensate])
     session = Session(
         model, batches, wanted=wanted, statistics=statistics, calls=calls, ridge=ridge, seed=seed, track=track
     )
@@ -283,7 +283,6 @@ def prune(
     neurons = model if decided is None else cut(decided.turned, decided.plan, row.bridge, ridge=ridge)
     ranks_neurons = FFN in parts and bool(find_left(neurons)) and target.share > 0
     wanted = needed_statistics(
-        model,
         criteria=[criterion] if ranks_neurons else [],
         compensations=[compensate],
         bridged=ranks_neurons and len(schedule.stops(target, step)) > 1,
@@ -319,7 +318,7 @@ def open_session(
 ) -> Session:
     """Return the session of what is left of a model before its neurons go, which aims at the model unmerged."""
     weights = None
-    if turned is not None and has_classifier(model):
+    if turned is not None:
         weights = weigh_tokens(model, turned.statistics)
     return Session(neurons, batches, dense=unmerged(model), token_weights=weights, **needs)
 
@@ -350,7 +349,7 @@ def prune_as_planned(
     parts = check_parts(model, plan.parts, mode=mode)
     fit_plan(model if parts == (FFN,) else split_attention(model), plan)
     check_compensation(compensation, has_images=batches is not None)
-    wanted = needed_statistics(model, compensations=[compensation])
+    wanted = needed_statistics(compensations=[compensation])
     neurons, turned, batches = model, None, watch(batches)
     if parts != (FFN,):
         if batches is None:

@@ -1,4 +1,4 @@
-"""What parts of a model are worth, in one currency: nats that an image's answer loses.
+"""What parts of a model are worth, in one currency: what an image's answer loses, in nats or cosine distance.
 
 Letters: H units of a group.
 """
@@ -23,7 +23,6 @@ from vitprune.pruning.apply import mask_neurons
 from vitprune.pruning.compensate import compensate
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.turn import Turned
-from vitprune.views import has_classifier
 
 # Of the calibration images, how many tell what the last dimensions of queries and keys are worth, and whole layers.
 NUM_FISHER, NUM_MEASURED = 256, 48
@@ -36,7 +35,7 @@ class Worth:
     """What the parts of a model are worth.
 
     Attributes:
-        losses: group name -> what each unit costs when it goes after those worth less [H]; float64, nats per image.
+        losses: group name -> what each unit costs when it goes after those worth less [H]; float64, per image.
         stand_ins: what may stand where whole layers were.
     """
 
@@ -60,8 +59,6 @@ def rank_parts(
     of their last dimensions together, layers by trying. Of each group a share is then tried by itself, on images that
     nothing was fitted to, and its estimates are multiplied by what they were off by.
 
-    Of a model without classifier nothing is known but the order of its queries' and keys' dimensions.
-
     Args:
         turned: from ``turn_attention``, for the same parts.
         batches: calibration images and labels, readable more than once.
@@ -79,9 +76,6 @@ def rank_parts(
     >>> {name: len(losses) for name, losses in sorted(worth.losses.items())}
     {'blocks.0.attn.qk': 64, 'blocks.0.attn.vo': 64}
     """
-    if not has_classifier(turned.model):
-        groups = find_groups(turned.model, [QK]) if QK in parts else []
-        return Worth({group.name: torch.arange(group.num_units, 0, -1).double() for group in groups})
     kept_back = batches if kept_back is None else kept_back
     losses: dict[str, Tensor] = {}
     if FFN in parts:

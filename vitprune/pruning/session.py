@@ -20,7 +20,6 @@ from vitprune.options import DEFAULT_RIDGE
 from vitprune.progress import Track, untracked
 from vitprune.pruning.sequential import weigh_tokens
 from vitprune.seen_images import SeenImages, seen_by, watch
-from vitprune.views import has_classifier
 
 
 class Session:
@@ -105,12 +104,10 @@ class Session:
         return study_blocks(self.dense, groups, self.batches)
 
     @cached_property
-    def token_weights(self) -> Mapping[str, Tensor] | None:
-        """Group name -> how much each token counts, as ``weigh_tokens`` gives it; None without a classifier."""
+    def token_weights(self) -> Mapping[str, Tensor]:
+        """Group name -> how much each token counts, as ``weigh_tokens`` gives it."""
         statistics = self.statistics
         if not statistics or next(iter(statistics.values())).energy_N is None:
-            if not has_classifier(self.model):
-                return None
             statistics = measure_statistics(self.model, self.groups, self.batches, {GRADIENTS}, seed=self.seed)
         return weigh_tokens(self.model, statistics)
 

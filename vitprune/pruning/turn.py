@@ -23,7 +23,6 @@ from vitprune.pruning.apply import remove_neurons
 from vitprune.pruning.compensate import compensate
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.rotate import rotate_queries_keys, rotate_values, sort_heads
-from vitprune.views import has_classifier
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,7 @@ def turn_attention(
     names = [name for name, module in find_attention(model).items() if hasattr(module, "q")]
     sums = QueryKeySums()
     groups = [*find_groups(model), *find_groups(model, [VO])]
-    # Without a classifier there is no loss: values keep their basis, and queries and keys need none.
-    wanted = wanted | {MOMENTS} | ({GRADIENTS} if has_classifier(model) else set())
+    wanted = wanted | {MOMENTS, GRADIENTS}
     with sums.watching(model, names if QK in parts else []):
         statistics = measure_statistics(model, groups, batches, wanted, seed=seed)
     losses: dict[str, Tensor] = {}

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitprune.answers import of_classes
-from vitprune.calibration.layer_losses import measure_divergence
+from vitprune.answer_loss import answer_loss
+from vitprune.answers import ask, of_classes
 from vitprune.data import Batches, ImageBatches, ImageSet, hash_images, on_device
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
@@ -30,7 +30,7 @@ from vitprune.training.loop import STATE_FILE, STEPS_FILE, EpochRow, Trained, tr
 from vitprune.training.losses import choose_losses, pair_up
 from vitprune.training.settings import Training, check_training
 from vitprune.training.sharded_teacher import spread_teacher
-from vitprune.views import data_config, has_classifier
+from vitprune.views import data_config
 
 UNFINISHED_FILES = frozenset({STATE_FILE, STEPS_FILE})
 
@@ -250,14 +250,14 @@ def _make_judge(teacher: nn.Module, batches: Batches, labelled: bool):
     def judge(model: nn.Module) -> tuple[float | None, float | None]:
         losses, right = [], []
         for images, labels in on_device(model, batches):
-            answers, wanted = (of_classes(each(images)) for each in (model, teacher))
-            if not has_classifier(teacher):
-                losses.append(1 - torch.cosine_similarity(answers.double(), wanted.double(), dim=-1))
-            elif labelled:
+            answers = ask(model, images)
+            if labelled:
+                answers = of_classes(answers)
                 losses.append(nn.functional.cross_entropy(answers.double(), labels, reduction="none"))
+                right.append(answers.argmax(-1) == labels)
             else:
-                losses.append(measure_divergence(wanted.log_softmax(-1), answers))
-            right.append(answers.argmax(-1) == labels)
+                loss = answer_loss(teacher)
+                losses.append(loss.diverge(loss.refer(ask(teacher, images)), answers))
         if not losses:
             return None, None
         return float(torch.cat(losses).mean()), float(torch.cat(right).double().mean()) if labelled else None
