@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "vitprune"
 LAYERS = (
     ("errors", "progress", "table"),
     ("options", "processes", "intervals", "wrappers", "batches"),
-    ("files", "timing", "views", "entry"),
+    ("files", "timing", "views", "twins", "entry"),
     ("answers",),
     ("answer_loss", "card", "images"),
     ("data",),
@@ -47,7 +47,7 @@ ONLY_IN = {
     "openvino": {"export"},
     "nncf": {"export"},
     "torch_pruning": {"pruning"},
-    "timm": {"models", "images", "views", "interop", "demo", "training"},
+    "timm": {"models", "images", "views", "twins", "interop", "demo", "training"},
     "matplotlib": {"figures", "report", "analysis"},
     "jinja2": {"report"},
     "rich": {"cli"},

@@ -19,7 +19,7 @@ from torch import nn
 from vitprune.batches import DOOR, GivenBatches, given, inside_door
 from vitprune.errors import VitpruneError, VitpruneNote
 from vitprune.progress import Reported, report, untracked
-from vitprune.wrappers import check_unwrapped, evaluating, unwrap
+from vitprune.wrappers import TRANSFORMERS, check_unwrapped, evaluating, library_of, unwrap
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -61,7 +61,7 @@ def entry(verb: Verb | None = None, *, any_module: bool = False, loads: bool = F
             bound.arguments["track"] = report
         models: list[nn.Module] = []
         for name, value in bound.arguments.items():
-            bound.arguments[name] = _prepare(name, value, models, any_module=any_module)
+            bound.arguments[name] = _prepare(name, value, models, any_module=any_module, loads=loads)
             if progress and isinstance(bound.arguments[name], GivenBatches):
                 bound.arguments[name] = Reported(bound.arguments[name], verb.__name__)
         with ExitStack() as stack:
@@ -115,15 +115,16 @@ def check_finite_weights(model: nn.Module, source: str = "") -> None:
             )
 
 
-def _prepare(name: str, value: Any, models: list[nn.Module], *, any_module: bool) -> Any:
+def _prepare(name: str, value: Any, models: list[nn.Module], *, any_module: bool, loads: bool) -> Any:
     if isinstance(value, nn.Module):
         value = unwrap(value)
-        if not any_module:
+        # What models of transformers answer is no tensor.
+        if not loads and (not any_module or library_of(value) == TRANSFORMERS):
             check_unwrapped(value)
         models.append(value)
         return value
     if name == "models" and isinstance(value, Mapping):
-        return {key: _prepare(key, each, models, any_module=any_module) for key, each in value.items()}
+        return {key: _prepare(key, each, models, any_module=any_module, loads=loads) for key, each in value.items()}
     if name in _BATCHES:
         return given(value)
     return value

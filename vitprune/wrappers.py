@@ -17,6 +17,9 @@ from vitprune.errors import VitpruneError
 
 _PLAIN = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _SIZE_UNKNOWN = (3, 224, 224)
+# Libraries whose models have twins in timm.
+TRANSFORMERS, TORCHVISION, OPEN_CLIP = "transformers", "torchvision", "open_clip"
+_HOME_OF = {TRANSFORMERS: "transformers.", TORCHVISION: "torchvision.models.", OPEN_CLIP: "open_clip."}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -52,12 +55,28 @@ def wrapped_model(model: nn.Module) -> tuple[str, nn.Module] | None:
     return next(((name, module) for name, module in model.named_modules() if _is_timm(module)), None)
 
 
+def library_of(model: nn.Module) -> str | None:
+    """Return which other library a model's class is of; None for timm's and a user's own.
+
+    >>> library_of(nn.Linear(2, 2)) is None
+    True
+    """
+    home = type(model).__module__
+    return next((name for name, prefix in _HOME_OF.items() if f"{home}.".startswith(prefix)), None)
+
+
 def check_unwrapped(model: nn.Module) -> None:
-    """Refuse a module that holds a timm model and does more than that.
+    """Refuse a module that holds a timm model and does more than that, or is another library's.
 
     Raises:
-        VitpruneError: naming the model inside.
+        VitpruneError: naming the model inside, or what makes a timm model of it.
     """
+    library = library_of(model)
+    if library is not None:
+        raise VitpruneError(
+            f"{type(model).__name__} is of {library}; vitprune.load(model) gives the timm model that computes the "
+            "same, for every verb"
+        )
     inside = wrapped_model(model)
     if inside is not None:
         name, module = inside

@@ -17,10 +17,12 @@ from vitprune.models.attention import SplitAttention, describe_attention, restor
 from vitprune.models.left_out import describe_left_out, restore_left_out
 from vitprune.models.merging import describe_merging, set_merging
 from vitprune.models.units import find_left
+from vitprune.twins.twin import add_projection, set_norm_eps
 
 CONFIG_FILE = "config.json"
 # What a description says beside timm's own keys, where there is such a thing.
 ATTENTION_KEY, LEFT_OUT_KEY, MERGE_KEY = "attention", "left_out", "merge"
+NORM_EPS_KEY, PROJECTION_KEY, TWIN_KEY = "norm_eps", "projection", "twin"
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -44,6 +46,9 @@ def unrecorded(model: nn.Module) -> dict[str, Any]:
         ATTENTION_KEY: describe_attention(model),
         LEFT_OUT_KEY: describe_left_out(model),
         MERGE_KEY: describe_merging(model),
+        NORM_EPS_KEY: getattr(model, "norm_eps", None),
+        PROJECTION_KEY: _describe_projection(model),
+        TWIN_KEY: getattr(model, "twin", None),
     }
     return {
         "model_config": {key: value for key, value in known.items() if value} or None,
@@ -79,11 +84,22 @@ def restore(model: nn.Module, config: Mapping[str, Any], source: str = CONFIG_FI
         VitpruneError: if it cannot have them.
     """
     try:
+        set_norm_eps(model, config.get(NORM_EPS_KEY))
+        if config.get(PROJECTION_KEY):
+            add_projection(model, config[PROJECTION_KEY])
+        if config.get(TWIN_KEY):
+            model.twin = config[TWIN_KEY]
         model = restore_attention(model, config.get(ATTENTION_KEY) or {})
         model = restore_left_out(model, config.get(LEFT_OUT_KEY) or {})
         return set_merging(model, config[MERGE_KEY]) if config.get(MERGE_KEY) else model
     except (AttributeError, KeyError, TypeError, VitpruneError) as error:
         raise VitpruneError(f"{source}: the model cannot be as described ({error})") from error
+
+
+def _describe_projection(model: nn.Module) -> int | None:
+    """Return the width of what an encoder's embedding is mapped to, as ``add_projection`` adds it."""
+    head = getattr(model, "head", None)
+    return head.out_features if getattr(model, "num_classes", 1) == 0 and type(head) is nn.Linear else None
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], complaint: str) -> nn.Module:

@@ -21,12 +21,13 @@ from vitprune.models.output_names import name_classes_of
 from vitprune.models.saved_folder import load_folder
 from vitprune.models.sources import HUB, check_name, fetch, spell
 from vitprune.models.transform import set_transform
+from vitprune.twins.find_twin import adopt
 from vitprune.views import data_config
 
 
 @entry(loads=True)
 def load(
-    model: str | Path,
+    model: str | Path | nn.Module,
     *,
     checkpoint: str | Path | None = None,
     device: str = "cpu",
@@ -49,7 +50,8 @@ def load(
     Args:
         model: a timm name (weights from the hub unless ``checkpoint`` is given), ``hf-hub:OWNER/NAME``, a folder with
             ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``, pruned or not, or an elastic file
-            (``.safetensors``).
+            (``.safetensors``). Folders, repositories and models in memory of other libraries (``adopt``) become the
+            timm model that computes the same.
         checkpoint: weights for a timm name: .safetensors; .pth, .pt, .bin, .ckpt or .tar (tensors and plain data, read
             without running pickled code); or the .npz of google-research ViT. Names may have any prefix. For a folder:
             weights of its model that were trained elsewhere.
@@ -83,11 +85,18 @@ def load(
     5
     """
     check_device(device)
-    name = spell(str(model))
     size = _check_size(image_size)
     if model_args is not None:
         model_args = _check_model_args(model_args)
-    loaded = _load(name, checkpoint, ratio, checkpoint_key, model_args, size)
+    if isinstance(model, nn.Module):
+        given = {"checkpoint": checkpoint, "ratio": ratio, "checkpoint_key": checkpoint_key, "model_args": model_args}
+        named = next((key for key, value in given.items() if value is not None), None)
+        if named is not None:
+            raise VitpruneError(f"a model in memory has weights of its own; leave `{named}` out")
+        name, loaded = type(model).__name__, adopt(model)
+    else:
+        name = spell(str(model))
+        loaded = _load(name, checkpoint, ratio, checkpoint_key, model_args, size)
     if size is not None and tuple(data_config(loaded)["input_size"][1:]) != size:
         loaded = set_image_size(loaded, size)
     set_transform(loaded, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)

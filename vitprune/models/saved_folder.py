@@ -17,6 +17,7 @@ from vitprune.models.build import CONFIG_FILE, build, fill, restore, unrecorded
 from vitprune.models.checkpoint_file import read_checkpoint
 from vitprune.models.facts import Facts
 from vitprune.models.foreign_file import explain_file
+from vitprune.models.load_twin import is_of_transformers, load_transformers
 from vitprune.seen_images import seen_by
 
 WEIGHTS_FILE, PLAN_FILE = "model.safetensors", "plan.safetensors"
@@ -74,11 +75,14 @@ def _unshared(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_folder(folder: Path) -> nn.Module:
-    """Load the model of a folder.
+    """Load the model of a folder: timm's layout, or of transformers, whose timm twin it is then.
 
     Raises:
         VitpruneError: if the folder is no saved model, or its files do not fit each other.
     """
+    config = _read_json(folder) if (folder / CONFIG_FILE).is_file() else None
+    if is_of_transformers(config):
+        return load_transformers(folder, config)
     config = read_config(folder)
     weights_path = _find_weights(folder)
     state = dict(read_checkpoint(weights_path, what="").tensors)
@@ -119,17 +123,21 @@ def read_config(folder: Path) -> dict[str, Any]:
         hint = f"; pass a timm name as the model, and {folder / weights[0]} as `checkpoint`" if weights else ""
         raise VitpruneError(f"{folder} is no saved model: it has no {CONFIG_FILE}{hint}")
     _find_weights(folder)
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        reason = explain_file(folder / CONFIG_FILE) or f"is no JSON ({error})"
-        raise VitpruneError(f"{folder / CONFIG_FILE}: not a JSON file: it {reason}") from error
+    config = _read_json(folder)
     if not isinstance(config, dict) or "architecture" not in config:
         raise VitpruneError(
             f"{folder} is no saved timm model: its {CONFIG_FILE} names no architecture"
             f"{_describe_foreign(config)}; pass the timm name as the model, and its file of weights as `checkpoint`"
         )
     return _complete(config)
+
+
+def _read_json(folder: Path) -> Any:
+    try:
+        return json.loads((folder / CONFIG_FILE).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        reason = explain_file(folder / CONFIG_FILE) or f"is no JSON ({error})"
+        raise VitpruneError(f"{folder / CONFIG_FILE}: not a JSON file: it {reason}") from error
 
 
 def _find_weights(folder: Path) -> Path:

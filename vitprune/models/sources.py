@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from timm.models import get_arch_pretrained_cfgs, is_model
 from torch import nn
 
 from vitprune.errors import VitpruneError
+from vitprune.models.load_twin import PATTERNS, is_of_transformers, load_transformers
 
 HUB, FOLDER = "hf-hub:", "local-dir:"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in timm's order
@@ -106,8 +108,8 @@ def _refuse_repository(name: str, repository: str) -> None:
     near = [translated] if is_model(translated.partition(".")[0]) else _find_near(model)[:1]
     known = f"the timm name {near[0]} for timm's version of it, or " if near and owner != "timm" else ""
     raise VitpruneError(
-        f"{name}: no such folder; type {known}{HUB}{repository} if that repository holds a timm model (its "
-        "config.json names an architecture)"
+        f"{name}: no such folder; type {known}{HUB}{repository} if that repository holds a model of "
+        "timm or transformers"
     )
 
 
@@ -127,7 +129,13 @@ def fetch(name: str, model_args: Mapping[str, Any] | None = None) -> nn.Module:
     verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()
     try:
+        if name.startswith(HUB) and not model_args:
+            folder = _fetch_transformers(name.removeprefix(HUB))
+            if folder is not None:
+                return load_transformers(folder, json.loads((folder / "config.json").read_text()))
         model = timm.create_model(name, pretrained=True, **(model_args or {}))
+    except VitpruneError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
         if isinstance(error, KeyError | RuntimeError) and name.startswith(HUB):
@@ -144,6 +152,16 @@ def fetch(name: str, model_args: Mapping[str, Any] | None = None) -> nn.Module:
     if model_args:
         model.model_args = dict(model_args)
     return model
+
+
+def _fetch_transformers(location: str) -> Path | None:
+    """Fetch a repository of transformers; None where it is of timm, which fetches it by itself."""
+    repository, _, revision = location.partition("@")
+    fetched = {"repo_id": repository, "revision": revision or None}
+    config = json.loads(Path(hf_hub_download(filename="config.json", **fetched)).read_text())
+    if not is_of_transformers(config):
+        return None
+    return Path(snapshot_download(allow_patterns=list(PATTERNS), **fetched))
 
 
 def build_untrained(name: str) -> nn.Module:

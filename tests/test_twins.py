@@ -1,0 +1,351 @@
+"""Models of other libraries: their timm twins answer alike, are pruned, saved and written back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import make_vit
+
+import vitprune
+from vitprune import VitpruneError
+from vitprune.models.trunk import check_trunk
+from vitprune.twins.of_transformers import read_processor, resample_positions, twin_of_transformers
+from vitprune.views import data_config
+from vitprune.wrappers import library_of
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+SMALL = {**SHAPE, "image_size": 32, "patch_size": 16}
+DINO = {
+    **{key: value for key, value in SMALL.items() if key != "intermediate_size"},
+    "patch_size": 14,
+    "image_size": 42,
+}
+SWIN = {"image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4}
+
+# Kind -> model class, configuration class, its arguments, and what of the answer is compared.
+OF_TRANSFORMERS = {
+    "vit": ("ViTForImageClassification", "ViTConfig", {**SMALL, "num_labels": 5}, "logits"),
+    "vit-encoder": ("ViTModel", "ViTConfig", SMALL, "class token"),
+    "deit": ("DeiTForImageClassification", "DeiTConfig", {**SMALL, "num_labels": 5}, "logits"),
+    "deit-teacher": ("DeiTForImageClassificationWithTeacher", "DeiTConfig", {**SMALL, "num_labels": 5}, "logits"),
+    "dinov2": ("Dinov2Model", "Dinov2Config", {**DINO, "mlp_ratio": 2}, "class token"),
+    "dinov2-gated": ("Dinov2Model", "Dinov2Config", {**DINO, "use_swiglu_ffn": True}, "class token"),
+    "dinov2-registers": ("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", DINO, "class token"),
+    "dinov3": ("DINOv3ViTModel", "DINOv3ViTConfig", {**SMALL, "num_register_tokens": 4}, "class token"),
+    "dinov3-gated": (
+        "DINOv3ViTModel",
+        "DINOv3ViTConfig",
+        {**SMALL, "num_register_tokens": 4, "use_gated_mlp": True, "hidden_act": "silu"},
+        "class token",
+    ),
+    "beit": (
+        "BeitForImageClassification",
+        "BeitConfig",
+        {**SMALL, "use_relative_position_bias": True, "num_labels": 5},
+        "logits",
+    ),
+    "siglip": ("SiglipVisionModel", "SiglipVisionConfig", SMALL, "pooler_output"),
+    "siglip-classifier": ("SiglipForImageClassification", "SiglipConfig", {"vision_config": SMALL}, "logits"),
+    "clip": ("CLIPVisionModel", "CLIPVisionConfig", SMALL, "pooler_output"),
+    "clip-projection": (
+        "CLIPVisionModelWithProjection",
+        "CLIPVisionConfig",
+        {**SMALL, "projection_dim": 24},
+        "image_embeds",
+    ),
+    "swin": ("SwinForImageClassification", "SwinConfig", {**SWIN, "num_labels": 5}, "logits"),
+}
+WITHOUT_TRUNK = ("swin",)
+
+
+def make(kind: str):
+    """Build a small random model of transformers whose every weight matters."""
+    name, config, arguments, _compared = OF_TRANSFORMERS[kind]
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, config)(**arguments)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@torch.no_grad()
+def answer(kind: str, model, images):
+    told, compared = model(pixel_values=images), OF_TRANSFORMERS[kind][3]
+    return told.last_hidden_state[:, 0] if compared == "class token" else getattr(told, compared)
+
+
+def images_for(twin, count: int = 3):
+    return torch.randn(count, *data_config(twin)["input_size"], generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", OF_TRANSFORMERS)
+@torch.no_grad()
+def test_a_twin_answers_alike_from_memory_and_from_a_folder(kind, tmp_path):
+    model = make(kind)
+    assert library_of(model) == "transformers"
+    twin = vitprune.load(model)
+    images = images_for(twin)
+    torch.testing.assert_close(twin(images), answer(kind, model, images), rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "folder")
+    from_files = vitprune.load(tmp_path / "folder")
+    torch.testing.assert_close(from_files(images), twin(images), rtol=0, atol=0)
+    vitprune.save(twin, tmp_path / "twin")
+    torch.testing.assert_close(vitprune.load(tmp_path / "twin")(images), twin(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", OF_TRANSFORMERS)
+@torch.no_grad()
+def test_a_twin_is_pruned_masked_exported_and_followed(kind, tmp_path):
+    twin = vitprune.load(make(kind))
+    images = images_for(twin)
+    groups = vitprune.find_feed_forwards(twin)
+    scores = vitprune.score_neurons(twin, "magnitude")
+    plan = vitprune.plan_pruning(twin, scores, criterion="magnitude", ratio=0.5)
+    removed, masked = (vitprune.apply_plan(twin, plan, mode=mode) for mode in ("remove", "mask"))
+    torch.testing.assert_close(removed(images), masked(images), rtol=1e-5, atol=1e-6)
+    vitprune.save(removed, tmp_path / "half", plan=plan)
+    torch.testing.assert_close(vitprune.load(tmp_path / "half")(images), removed(images), rtol=0, atol=0)
+    parity = vitprune.export_onnx(removed, tmp_path / "half.onnx", [(images, torch.zeros(3, dtype=torch.int64))])
+    assert parity.max_abs_diff < 1e-4
+    if kind in WITHOUT_TRUNK:
+        with pytest.raises(VitpruneError, match="no isotropic trunk"):
+            check_trunk(twin, groups, images)
+    else:
+        check_trunk(twin, groups, images)
+
+
+def test_files_of_shards_and_pickles_are_read(tmp_path):
+    model = make("vit")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    twin = vitprune.load(tmp_path / "shards")
+    assert twin(images_for(twin)).shape == (3, 5)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "config.json").write_text((tmp_path / "shards" / "config.json").read_text())
+    torch.save(model.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    assert torch.equal(vitprune.load(tmp_path / "bin").head.weight, twin.head.weight)
+    index["weight_map"]["classifier.bias"] = "../elsewhere.safetensors"
+    (tmp_path / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(VitpruneError, match="lies outside of the folder"):
+        vitprune.load(tmp_path / "shards")
+
+
+def test_what_has_no_twin_is_refused(tmp_path):
+    config = make("vit").config.to_dict()
+    state = make("vit").state_dict()
+    with pytest.raises(VitpruneError, match="is a bert of transformers, for which there is no twin"):
+        twin_of_transformers({**config, "model_type": "bert"}, state)
+    with pytest.raises(VitpruneError, match="has a tensor that no timm model has: vit.adapter.weight"):
+        twin_of_transformers(config, {**state, "vit.adapter.weight": torch.zeros(2)})
+    with pytest.raises(VitpruneError, match="activation function mish"):
+        twin_of_transformers({**config, "hidden_act": "mish"}, state)
+    few = {name: value for name, value in state.items() if name != "vit.layernorm.bias"}
+    with pytest.raises(VitpruneError, match=r"it lacks norm.bias"):
+        vitprune.twins.find_twin.adopt_transformers(config, few)
+    with pytest.raises(VitpruneError, match="no library with twins"):
+        vitprune.load(torch.nn.Linear(2, 2))
+    with pytest.raises(VitpruneError, match="ResNet of torchvision has no twin"):
+        vitprune.load(torchvision.models.resnet18())
+
+
+def test_a_twin_that_would_answer_otherwise_is_refused(monkeypatch):
+    model = make("vit")
+    monkeypatch.setattr(model.config, "num_attention_heads", 4)  # the description lies
+    with pytest.raises(VitpruneError, match="answers otherwise than timm's model of its description"):
+        vitprune.load(model)
+
+
+def test_every_verb_says_what_to_do_with_a_model_of_another_library():
+    for model in (make("vit"), torchvision.models.vit_b_32()):
+        with pytest.raises(VitpruneError, match=r"vitprune.load\(model\) gives the timm model"):
+            vitprune.find_feed_forwards(model)
+    with pytest.raises(VitpruneError, match=r"vitprune.load\(model\) gives"):
+        vitprune.evaluate(make("vit"), [(torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64))])
+
+
+def test_preprocessing_is_what_the_library_does(tmp_path):
+    """The pixels that a processor of transformers gives, for the three ways in which they resize."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (50, 70, 3), generator=generator, dtype=torch.uint8)
+    image = Image.fromarray(pixels.numpy()).resize((140, 100), Image.Resampling.BICUBIC)
+    image.save(tmp_path / "photo.png")
+    model = make("vit")
+    for options in (
+        {"size": {"height": 32, "width": 32}, "resample": 2},
+        {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}, "resample": 3},
+    ):
+        kind = transformers.CLIPImageProcessorPil if "crop_size" in options else transformers.ViTImageProcessorPil
+        processor = kind(do_center_crop="crop_size" in options, image_mean=[0.4] * 3, image_std=[0.3] * 3, **options)
+        model.save_pretrained(tmp_path / "folder")
+        processor.save_pretrained(tmp_path / "folder")
+        twin = vitprune.load(tmp_path / "folder")
+        images = vitprune.find_images(tmp_path, None, labels_matter=False)
+        images = images.only(("photo.png",))
+        ((got, _labels),) = vitprune.ImageBatches(images, twin)
+        expected = processor(image, return_tensors="pt")["pixel_values"]
+        # PIL rounds to 256 levels of grey, and one of them is 0.013 here.
+        assert float((got - expected).abs().max()) < 0.05, options
+        assert float((got - expected).abs().mean()) < 0.005, options
+
+
+def test_dinov2_runs_at_the_size_that_its_images_are_prepared_in(tmp_path):
+    """Positions are interpolated as the library does it, once."""
+    for kind in ("dinov2", "dinov2-registers"):
+        model = make(kind)
+        model.save_pretrained(tmp_path / kind)
+        told = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}, "image_mean": [0.5] * 3}
+        (tmp_path / kind / "preprocessor_config.json").write_text(json.dumps(told))
+        twin = vitprune.load(tmp_path / kind)
+        images = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            torch.testing.assert_close(twin(images), answer(kind, model, images), rtol=1e-4, atol=1e-5)
+
+
+def test_positions_of_the_same_grid_stay():
+    table = torch.randn(1, 10, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(resample_positions(table, (3, 3), (3, 3), 1), table)
+
+
+def test_descriptions_of_preprocessing():
+    usual = {"input_size": (3, 224, 224), "mean": (0.1,), "interpolation": "bicubic"}
+    assert read_processor({"do_normalize": False, "size": 160}, usual)["mean"] == (0.0, 0.0, 0.0)
+    assert read_processor({"size": 160}, usual)["input_size"] == (3, 160, 160)
+    assert read_processor({"size": {"height": 96, "width": 64}}, usual)["crop_mode"] == "squash"
+    with pytest.raises(VitpruneError, match="pixels are in"):
+        read_processor({"rescale_factor": 1 / 127.5}, usual)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+@torch.no_grad()
+def test_twins_of_torchvision(name):
+    torch.manual_seed(0)
+    if name == "vit":
+        model = torchvision.models.VisionTransformer(32, 16, 2, 2, 32, 48, num_classes=5)
+        torch.nn.init.normal_(model.heads.head.weight)
+    else:
+        model = torchvision.models.SwinTransformer([4, 4], 16, [2, 2], [1, 2], [7, 7], num_classes=5)
+    twin = vitprune.load(model.eval())
+    images = images_for(twin)
+    torch.testing.assert_close(twin(images), model(images), rtol=1e-4, atol=1e-5)
+    assert sum(group.num_neurons for group in vitprune.find_feed_forwards(twin)) > 0
+
+
+@torch.no_grad()
+def test_twins_of_open_clip():
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
+    vision = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16, "mlp_ratio": 1.5}
+    for quick_gelu in (False, True):
+        torch.manual_seed(0)
+        text = {"context_length": 8, "vocab_size": 32, "width": 32, "heads": 2, "layers": 1}
+        model = open_clip.CLIP(
+            24, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text), quick_gelu=quick_gelu
+        )
+        twin = vitprune.load(model.eval())
+        images = images_for(twin)
+        assert twin.num_classes == 0
+        torch.testing.assert_close(twin(images), model.visual(images), rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_neurons_whichever_library_a_model_comes_from(tmp_path):
+    """A timm model's weights in transformers and in torchvision: the same scores, and answers to 1e-4."""
+    dense = make_vit(num_classes=5, depth=2).float()
+    copies = {
+        "timm": dense,
+        "transformers": vitprune.load(as_transformers(dense)),
+        "torchvision": vitprune.load(as_torchvision(dense)),
+    }
+    batches = [(torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(2)), torch.arange(6) % 5)]
+    plans = {}
+    for name, model in copies.items():
+        with torch.no_grad():
+            torch.testing.assert_close(model(batches[0][0]), dense(batches[0][0]), rtol=1e-4, atol=1e-4)
+        _pruned, plans[name] = vitprune.prune(model, batches, ratio=0.5)
+    for name in ("transformers", "torchvision"):
+        for group, keep in plans["timm"].keep.items():
+            assert torch.equal(plans[name].keep[group], keep), (name, group)
+
+
+def as_transformers(dense):
+    """Return a model of transformers with the weights of a timm one."""
+    width, heads = dense.embed_dim, dense.blocks[0].attn.num_heads
+    config = transformers.ViTConfig(
+        hidden_size=width,
+        num_hidden_layers=len(dense.blocks),
+        num_attention_heads=heads,
+        intermediate_size=dense.blocks[0].mlp.fc1.out_features,
+        image_size=32,
+        patch_size=dense.patch_embed.patch_size[0],
+        num_labels=dense.num_classes,
+        layer_norm_eps=1e-6,
+    )
+    model, state = transformers.ViTForImageClassification(config).eval(), {}
+    names = {
+        "norm.": "vit.layernorm.",
+        "head.": "classifier.",
+        "patch_embed.proj.": "vit.embeddings.patch_embeddings.projection.",
+    }
+    in_block = {
+        "norm1.": "layernorm_before.",
+        "norm2.": "layernorm_after.",
+        "attn.proj.": "attention.o_proj.",
+        "mlp.": "mlp.",
+    }
+    for name, value in dense.state_dict().items():
+        if name in ("cls_token", "pos_embed"):
+            state[f"vit.embeddings.{'cls_token' if name == 'cls_token' else 'position_embeddings'}"] = value
+        elif name.startswith("blocks."):
+            _blocks, number, rest = name.split(".", 2)
+            if rest.startswith("attn.qkv."):
+                for part, piece in zip("qkv", value.chunk(3), strict=True):
+                    state[f"vit.layers.{number}.attention.{part}_proj.{rest.rpartition('.')[2]}"] = piece
+                continue
+            ours = next(piece for piece in in_block if rest.startswith(piece))
+            state[f"vit.layers.{number}.{in_block[ours]}{rest.removeprefix(ours)}"] = value
+        else:
+            ours = next(piece for piece in names if name.startswith(piece))
+            state[names[ours] + name.removeprefix(ours)] = value
+    model.load_state_dict(state)
+    return model
+
+
+def as_torchvision(dense):
+    """Return a model of torchvision with the weights of a timm one."""
+    model = torchvision.models.VisionTransformer(
+        32,
+        dense.patch_embed.patch_size[0],
+        len(dense.blocks),
+        dense.blocks[0].attn.num_heads,
+        dense.embed_dim,
+        dense.blocks[0].mlp.fc1.out_features,
+        num_classes=dense.num_classes,
+    ).eval()
+    state = {}
+    pieces = {
+        "norm1.": "ln_1.",
+        "norm2.": "ln_2.",
+        "attn.qkv.": "self_attention.in_proj_",
+        "attn.proj.": "self_attention.out_proj.",
+        "mlp.fc1.": "mlp.0.",
+        "mlp.fc2.": "mlp.3.",
+    }
+    whole = {"cls_token": "class_token", "pos_embed": "encoder.pos_embedding"}
+    for name, value in dense.state_dict().items():
+        if name.startswith("blocks."):
+            _blocks, number, rest = name.split(".", 2)
+            ours = next(piece for piece in pieces if rest.startswith(piece))
+            theirs = f"encoder.layers.encoder_layer_{number}.{pieces[ours]}{rest.removeprefix(ours)}"
+        else:
+            theirs = whole.get(name) or name.replace("patch_embed.proj", "conv_proj").replace("head.", "heads.head.")
+            theirs = theirs.replace("norm.", "encoder.ln.")
+        state[theirs] = value
+    model.load_state_dict(state)
+    return model

@@ -1,0 +1,1 @@
+"""Models of other libraries as the timm models that compute the same."""

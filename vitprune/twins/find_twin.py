@@ -1,0 +1,110 @@
+"""Take over a model of transformers, torchvision or open_clip: as its timm twin, which is proved to answer alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitprune.errors import VitpruneError
+from vitprune.twins.of_open_clip import read_open_clip, twin_of_open_clip
+from vitprune.twins.of_torchvision import read_torchvision, twin_of_torchvision
+from vitprune.twins.of_transformers import twin_of_transformers
+from vitprune.twins.twin import State, build_twin
+from vitprune.wrappers import OPEN_CLIP, TORCHVISION, TRANSFORMERS, evaluating, library_of
+
+# Relative to the largest number of an answer.
+TOLERANCE = 1e-3
+
+
+def adopt(model: nn.Module) -> nn.Module:
+    """Return the timm twin of a model of another library, with a copy of its weights.
+
+    Both are asked about random images, and a twin that answers otherwise is refused.
+
+    Args:
+        model: of transformers (ViT, DeiT, DINOv2, DINOv3, BEiT, SigLIP, CLIP, Swin), torchvision (ViT, Swin), or
+            open_clip (the whole model, or its ``visual``); stays as it is.
+
+    Returns:
+        In eval mode. How its images are prepared is taken to be usual for its family.
+
+    Raises:
+        VitpruneError: if it has no twin.
+    """
+    library, name = library_of(model), type(model).__name__
+    if library == TRANSFORMERS:
+        twin = adopt_transformers(model.config.to_dict(), model.state_dict(), source=name)
+    elif library == TORCHVISION:
+        facts = read_torchvision(model)
+        twin = build_twin(twin_of_torchvision(facts, model.state_dict(), source=name))
+        twin.twin = {"library": TORCHVISION, "class": name, "names": list(model.state_dict())}
+    elif library == OPEN_CLIP:
+        model = getattr(model, "visual", model)
+        if type(model).__name__ == "TimmModel":
+            raise VitpruneError(f"{name} holds a timm model; pass it: model.visual.trunk")
+        twin = build_twin(twin_of_open_clip(read_open_clip(model), model.state_dict(), source=name))
+    else:
+        raise VitpruneError(
+            f"{name} is of no library with twins in timm; those are transformers, torchvision and open_clip"
+        )
+    _compare(model, twin, name)
+    return twin
+
+
+def adopt_transformers(
+    config: Mapping[str, Any],
+    state: State,
+    *,
+    processor: Mapping[str, Any] | None = None,
+    source: str = "the model",
+) -> nn.Module:
+    """Return the timm twin of a vision model of transformers, of its description and weights alone.
+
+    Args:
+        config: its ``config.json``.
+        state: its tensors.
+        processor: its ``preprocessor_config.json``.
+        source: what it is, for messages.
+
+    Raises:
+        VitpruneError: if it has no twin.
+    """
+    twin = build_twin(twin_of_transformers(config, state, processor=processor, source=source))
+    twin.twin = {"library": TRANSFORMERS, "config": dict(config), "processor": processor, "names": list(state)}
+    return twin
+
+
+@torch.no_grad()
+def _compare(model: nn.Module, twin: nn.Module, name: str) -> None:
+    """Refuse a twin that answers otherwise than the model it stands for."""
+    parameter = next(twin.parameters())
+    size = twin.pretrained_cfg["input_size"]
+    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(parameter)
+    with evaluating(model):
+        told = model(images) if library_of(model) != TRANSFORMERS else model(pixel_values=images)
+    got = twin(images)
+    expected = _find_answer(told, got)
+    if expected is None:
+        raise VitpruneError(f"{name} answers nothing of the shape {list(got.shape)} that its timm twin answers")
+    largest = float(expected.abs().max())
+    difference = float((expected - got).abs().max())
+    if not difference <= TOLERANCE * max(largest, 1.0):
+        raise VitpruneError(
+            f"{name} answers otherwise than timm's model of its description (by {difference:.3g} of {largest:.3g}); it "
+            "cannot be taken over"
+        )
+
+
+def _find_answer(told: Any, got: Tensor) -> Tensor | None:
+    """Return what of a model's output is what its twin answers; of several such, the nearest."""
+    if isinstance(told, Tensor):
+        candidates = [told]
+    else:
+        values = [told[key] for key in told] if isinstance(told, Mapping) else list(told)
+        candidates = [each for each in values if isinstance(each, Tensor)]
+        candidates += [each[:, 0] for each in candidates if each.ndim == 3]
+    candidates = [each for each in candidates if each.shape == got.shape]
+    return min(candidates, key=lambda each: float((each - got).abs().max()), default=None)
