@@ -20,11 +20,7 @@ torchvision = pytest.importorskip("torchvision", reason="torchvision is not inst
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 SMALL = {**SHAPE, "image_size": 32, "patch_size": 16}
-DINO = {
-    **{key: value for key, value in SMALL.items() if key != "intermediate_size"},
-    "patch_size": 14,
-    "image_size": 42,
-}
+DINO = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 42, "patch_size": 14}
 SWIN = {"image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4}
 
 # Kind -> model class, configuration class, its arguments, and what of the answer is compared.
@@ -246,9 +242,8 @@ def test_twins_of_open_clip():
     for quick_gelu in (False, True):
         torch.manual_seed(0)
         text = {"context_length": 8, "vocab_size": 32, "width": 32, "heads": 2, "layers": 1}
-        model = open_clip.CLIP(
-            24, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text), quick_gelu=quick_gelu
-        )
+        towers = open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text)
+        model = open_clip.CLIP(24, *towers, quick_gelu=quick_gelu)
         twin = vitprune.load(model.eval())
         images = images_for(twin)
         assert twin.num_classes == 0
@@ -258,11 +253,8 @@ def test_twins_of_open_clip():
 def test_the_same_neurons_whichever_library_a_model_comes_from(tmp_path):
     """A timm model's weights in transformers and in torchvision: the same scores, and answers to 1e-4."""
     dense = make_vit(num_classes=5, depth=2).float()
-    copies = {
-        "timm": dense,
-        "transformers": vitprune.load(as_transformers(dense)),
-        "torchvision": vitprune.load(as_torchvision(dense)),
-    }
+    others = {"transformers": as_transformers(dense), "torchvision": as_torchvision(dense)}
+    copies = {"timm": dense, **{name: vitprune.load(model) for name, model in others.items()}}
     batches = [(torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(2)), torch.arange(6) % 5)]
     plans = {}
     for name, model in copies.items():
