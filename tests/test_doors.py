@@ -61,6 +61,10 @@ CALLS = {
     "discover": lambda model, at: vitprune.discover(model, make_batches()).joint_scores,
     "discover_run": lambda model, at: vitprune.discover_run(model, None, at, source="x"),
     "distill": lambda model, at: vitprune.distill(model, model, half(model), make_batches(), num_steps=1),
+    "export_program": lambda model, at: [
+        vitprune.export_program(model, at / "model.pt2", make_batches()).max_abs_diff < 1e-4
+    ],
+    "save_transformers": lambda model, at: vitprune.save_transformers(model, at / "folder"),
     "embed": lambda model, at: vitprune.embed(model, make_batches()),
     "compare_embeddings": lambda model, at: vitprune.compare_embeddings(model, model, make_batches()).cosines,
     "evaluate": lambda model, at: vitprune.evaluate(model, make_batches()).correct,

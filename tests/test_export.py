@@ -91,7 +91,7 @@ def test_a_graph_that_differs_is_an_error_and_leaves_no_file(exported, tmp_path,
     with pytest.raises(
         vitprune.VitpruneError, match=r"differs from torch: a logit is .* in ONNX Runtime and .* in torch"
     ):
-        onnx_file._measure_parity(other, open_onnx(path), images, exact=True)
+        onnx_file.measure_parity(other, open_onnx(path), images, exact=True)
     with pytest.raises(vitprune.VitpruneError, match="no images to compare"):
         vitprune.export_onnx(model, tmp_path / "m.onnx", [])
     assert list(tmp_path.iterdir()) == []
@@ -425,7 +425,7 @@ def test_an_image_where_rounding_decides_what_merges_is_counted_and_nothing_else
         with torch.no_grad():
             return model(torch.where(same[:, None, None, None], second, images))
 
-    parity = onnx_file._measure_parity(model, other_kernel, batches, exact=True)
+    parity = onnx_file.measure_parity(model, other_kernel, batches, exact=True)
     assert (parity.near_ties, parity.num_images) == (1, 7)
     assert parity.max_abs_diff < 1e-4
     assert "rounding decides" in str(parity)
@@ -435,6 +435,6 @@ def test_an_image_where_rounding_decides_what_merges_is_counted_and_nothing_else
     unmerged = set_merging(model, [0, 0, 0])
     for another, of in ((wrong, batches), (unmerged, batches), (unmerged, [(first, torch.zeros(1))])):
         with pytest.raises(vitprune.VitpruneError, match="differs from torch"):
-            onnx_file._measure_parity(another, other_kernel, of, exact=True)
+            onnx_file.measure_parity(another, other_kernel, of, exact=True)
     with pytest.raises(vitprune.VitpruneError, match="differs from torch"):
-        onnx_file._measure_parity(model, other_kernel, [(first, torch.zeros(1))], exact=True)
+        onnx_file.measure_parity(model, other_kernel, [(first, torch.zeros(1))], exact=True)

@@ -21,8 +21,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "vitprune"
 LAYERS = (
     ("errors", "progress", "table"),
     ("options", "processes", "intervals", "wrappers", "batches"),
-    ("files", "timing", "views", "twins", "entry"),
-    ("answers",),
+    ("files", "timing", "views", "entry"),
+    ("answers", "twins"),
     ("answer_loss", "card", "images"),
     ("data",),
     ("seen_images",),

@@ -341,3 +341,55 @@ def as_torchvision(dense):
         state[theirs] = value
     model.load_state_dict(state)
     return model
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OF_TRANSFORMERS if "siglip" not in kind])
+@torch.no_grad()
+def test_a_pruned_twin_is_written_back_for_its_own_library(kind, tmp_path):
+    model = make(kind)
+    twin = vitprune.load(model)
+    images = images_for(twin)
+    scores = vitprune.score_neurons(twin, "magnitude")
+    width = next(iter(scores.values())).numel()
+    options = {"criterion": "magnitude", "allocation": "uniform"}
+    keep = 32 if kind == "dinov2" else 24 if "dinov2" in kind else width // 2
+    if kind == "dinov2-registers":
+        keep = 64
+    plan = vitprune.plan_pruning(twin, scores, ratio=1 - keep / width, **options)
+    half = vitprune.apply_plan(twin, plan)
+    vitprune.save(half, tmp_path / "ours")
+    vitprune.save_transformers(vitprune.load(tmp_path / "ours"), tmp_path / "theirs")
+    told, info = type(model).from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    unread = ("mask_token", "pooler.dense", "k_proj.bias", "head.", "relative_position_index")
+    assert not [name for name in info["missing_keys"] if not any(piece in name for piece in unread)]
+    assert not info["unexpected_keys"]
+    assert sum(p.numel() for p in told.parameters()) < sum(p.numel() for p in model.parameters())
+    torch.testing.assert_close(answer(kind, told.eval(), images), half(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vitprune.load(tmp_path / "theirs")(images), half(images), rtol=0, atol=0)
+
+
+def test_what_transformers_cannot_express_is_not_written_back(tmp_path):
+    twin = vitprune.load(make("vit"))
+    batches = [(images_for(twin, 6), torch.arange(6) % 5)]
+    uneven = vitprune.Plan({f"blocks.{block}.mlp": torch.arange(48) < 20 + 4 * block for block in range(2)})
+    with pytest.raises(VitpruneError, match="FFNs keep 20 to 24 neurons, and transformers has one width for all"):
+        vitprune.save_transformers(vitprune.apply_plan(twin, uneven), tmp_path / "x")
+    even = vitprune.Plan({f"blocks.{block}.mlp": torch.arange(48) < 20 for block in range(2)})
+    with pytest.raises(VitpruneError, match="its pooling has an FFN"):
+        vitprune.save_transformers(vitprune.apply_plan(vitprune.load(make("siglip")), even), tmp_path / "x")
+    with pytest.raises(VitpruneError, match="nothing of the model stands for .*head.probe"):
+        vitprune.save_transformers(vitprune.load(make("siglip-classifier")), tmp_path / "x")
+    dense = vitprune.load(make("siglip"))
+    vitprune.save_transformers(dense, tmp_path / "siglip")
+    assert torch.equal(vitprune.load(tmp_path / "siglip").attn_pool.latent, dense.attn_pool.latent)
+    with pytest.raises(VitpruneError, match="is a SplitAttention"):
+        narrow, _plan = vitprune.prune(twin, batches, ratio=0.5, parts=["qk"], allocation="uniform")
+        vitprune.save_transformers(narrow, tmp_path / "x")
+    with pytest.raises(VitpruneError, match="was not loaded from transformers"):
+        vitprune.save_transformers(make_vit(), tmp_path / "x")
+    few = vitprune.keep_classes(twin, [3, 1], label_names=["cat", "dog"])
+    vitprune.save_transformers(few, tmp_path / "few")
+    told = transformers.ViTForImageClassification.from_pretrained(tmp_path / "few")
+    assert told.config.id2label == {0: "cat", 1: "dog"}
+    assert told.classifier.out_features == 2
+    assert not (tmp_path / "x").exists()

@@ -135,6 +135,13 @@ ALLOWED_PRECISIONS: Mapping[str, str] = {
     "float16": "half the bits, for GPUs",
 }
 
+FORMATS: Mapping[str, str] = {
+    "onnx": "for ONNX Runtime and others",
+    "openvino": "OpenVINO's own",
+    "torch": "a program of torch.export, which runs with torch alone",
+    "transformers": "a folder of that library, for a model that came from it",
+}
+
 OPERATORS: Mapping[str, str] = {
     "onnxruntime": "attention as one operator of ONNX Runtime's own, the fastest there",
     "standard": "ONNX alone, for other runtimes",

@@ -22,12 +22,19 @@ from vitprune.cli.inputs import (
 from vitprune.cli.terminal import Tracked
 from vitprune.errors import VitpruneError
 
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
+TRANSFORMERS_FILES = frozenset({"config.json", "model.safetensors", "preprocessor_config.json"})
 SUMMARY = "write an ONNX file and check it against torch"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", type=str, help="folder of a saved model, elastic file, or timm name")
-    parser.add_argument("output", type=str, help="ONNX file (.onnx) or OpenVINO file (.xml) to write")
+    parser.add_argument(
+        "output",
+        type=str,
+        help="to write: ONNX file (.onnx), OpenVINO file (.xml), program of torch.export (.pt2), or a folder",
+    )
+    parser.add_argument("--format", choices=tuple(options.FORMATS), help=listed(options.FORMATS))
     add_checkpoint(parser)
     add_ratio(parser)
     add_images(parser, required=False, batch_size=16, what="images for parity (default: the plan's calibration)")
@@ -43,20 +50,29 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--opset", type=int, help="version of ONNX's operators, 18 .. 23 (default: that of torch)")
     parser.add_argument("--fixed-batch", type=int, help="images per run of the file (default: any number)")
+    parser.add_argument(
+        "--dynamic-size", action="store_true", help="of a .pt2: any height and width, where the model has it"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
 
 
 def run(
-    model, output, checkpoint, ratio, merge, data, class_map, classes, images_per_class, strict, batch_size, workers,
-    seed, num_images, int8, precision, operators, opset, fixed_batch, overwrite, **opening,
+    model, output, format, checkpoint, ratio, merge, data, class_map, classes, images_per_class, strict, batch_size,
+    workers, seed, num_images, int8, precision, operators, opset, fixed_batch, dynamic_size, overwrite, **opening,
 ):  # fmt: skip
     from vitprune.export.onnx_file import export_onnx
+    from vitprune.export.torch_program import export_program
     from vitprune.files import refuse_existing
     from vitprune.pruning.plan import find_plan
 
-    if Path(output).suffix:
-        _check_suffix(output)
-    refuse_existing(output, overwrite=overwrite)
+    refuse_existing(output, overwrite=overwrite, owned=TRANSFORMERS_FILES if format == "transformers" else None)
+    format = _pick_format(output, format)
+    of_onnx = {"int8": int8, "precision": precision, "opset": opset, "fixed-batch": fixed_batch}
+    given = [name for name, value in of_onnx.items() if value]
+    if given and format in ("torch", "transformers"):
+        raise VitpruneError(f"--{given[0]} is of ONNX and OpenVINO files; leave it out for --format {format}")
+    if dynamic_size and format != "torch":
+        raise VitpruneError("--dynamic-size is of programs of torch.export; name the output .pt2")
     if int8 and precision not in (None, "int8"):
         raise VitpruneError(f"--int8 and --precision {precision} contradict each other; leave one out")
     precision = "int8" if int8 else precision or "float32"
@@ -69,6 +85,8 @@ def run(
     check_model(model, checkpoint, opening)
     check_data(data, class_map)
     network = load_model(model, checkpoint, ratio=ratio, merge=merge, opening=opening)
+    if format == "transformers":
+        return _write_transformers(network, output)
     plan = find_plan(model, ratio)
     if class_map is not None:
         _name_classes(network, class_map)
@@ -77,18 +95,21 @@ def run(
     else:
         images = _calibration_images(model, plan)
     batches = make_batches(images.head(num_images), network, batch_size=batch_size, workers=workers, strict=strict)
-    _check_suffix(output)
     say_transform(network)
-    report = export_onnx(
-        network,
-        output,
-        Tracked(batches, "parity"),
-        plan=plan,
-        precision=precision,
-        operators=operators,
-        batch_size=fixed_batch,
-        opset=opset,
-    )
+    tracked = Tracked(batches, "parity")
+    if format == "torch":
+        report = export_program(network, output, tracked, plan=plan, dynamic_size=dynamic_size)
+    else:
+        report = export_onnx(
+            network,
+            output,
+            tracked,
+            plan=plan,
+            precision=precision,
+            operators=operators,
+            batch_size=fixed_batch,
+            opset=opset,
+        )
     answer = {
         "path": output,
         "precision": report.precision,
@@ -134,9 +155,28 @@ def _name_classes(network, class_map: str) -> None:
     network.label_names = names
 
 
-def _check_suffix(output: str) -> None:
-    if Path(output).suffix not in (".onnx", ".xml"):
-        raise VitpruneError(f"{output}: an ONNX file ends in .onnx, OpenVINO's in .xml")
+def _pick_format(output: str, asked: str | None) -> str:
+    """Return what is to be written: as asked for, which the name must fit, else by the name."""
+    suffix = Path(output).suffix
+    by_suffix = next((name for name, known in SUFFIXES.items() if known == suffix), None)
+    if asked is None and by_suffix is None:
+        raise VitpruneError(
+            f"{output}: an ONNX file ends in .onnx, OpenVINO's in .xml, a program of torch.export in .pt2; "
+            "--format transformers writes a folder"
+        )
+    if asked is not None and asked != "transformers" and SUFFIXES[asked] != suffix:
+        raise VitpruneError(f"{output}: --format {asked} writes a file that ends in {SUFFIXES[asked]}")
+    if asked == "transformers" and by_suffix is not None:
+        raise VitpruneError(f"{output}: --format transformers writes a folder")
+    return asked or by_suffix
+
+
+def _write_transformers(network, output: str):
+    from vitprune.twins.to_transformers import save_transformers
+
+    save_transformers(network, output)
+    answer = {"path": output, "format": "transformers", "files": sorted(TRANSFORMERS_FILES)}
+    return answer, lambda: print(f"wrote {output}: {', '.join(sorted(TRANSFORMERS_FILES))}")
 
 
 def _calibration_images(model: str, plan):

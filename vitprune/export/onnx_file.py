@@ -219,13 +219,13 @@ def export_onnx(
     with plain_attention(model), atomic_siblings(path) as folder:
         written = folder / path.name
         # Facts first: they tell of every merge, one that nothing reads among them.
-        facts = _facts(model, plan, "float32")
+        facts = describe_facts(model, plan, "float32")
         drop_unread_merge(model)
         if to_openvino:
             return _export_openvino(model, written, path, batches, facts, precision, batch_size)
         _write(_trace(model, batch_size, operators, opset), written, facts)
         watched = WatchedBatches(batches)
-        parity = _measure_parity(model, open_onnx(written), watched, exact=True)
+        parity = measure_parity(model, open_onnx(written), watched, exact=True)
         if precision != "float32":
             float32 = parity
             facts = {**facts, "precision": precision}
@@ -243,7 +243,7 @@ def export_onnx(
                 else:
                     quantize_statically(source, written, collect_images(batches, batch_size), told)
                 speedup = _compare_speed(source, written, lambda file: _run_in_session(file, batch_size))
-            parity = _measure_parity(model, open_onnx(written), batches, exact=False)
+            parity = measure_parity(model, open_onnx(written), batches, exact=False)
         size_bytes = sum(file.stat().st_size for file in folder.iterdir())
     return ExportReport(
         path, **vars(parity), size_bytes=size_bytes, precision=precision, float32=float32, speedup=speedup
@@ -280,7 +280,7 @@ def _export_openvino(
         _write(_trace(model, batch_size, "standard"), graph, facts)
         facts = {**facts, "kind": "openvino", "macs": count_graph_macs(graph)}
         write_openvino(graph, written if precision == "float32" else exact, facts)
-        parity = _measure_parity(
+        parity = measure_parity(
             model, open_openvino(written if precision == "float32" else exact), watched, exact=True, runtime="OpenVINO"
         )
         if precision == "int8":
@@ -290,7 +290,7 @@ def _export_openvino(
             told = {**facts, "precision": "int8", "calibration_sha256": seen}
             quantize_openvino(exact, written, collect_images(batches, batch_size), told)
             speedup = _compare_speed(exact, written, lambda file: make_openvino_runner(file, batch_size or 1, None))
-            parity = _measure_parity(model, open_openvino(written), batches, exact=False)
+            parity = measure_parity(model, open_openvino(written), batches, exact=False)
     size_bytes = sum(file.stat().st_size for file in written.parent.iterdir())
     return ExportReport(
         path, **vars(parity), size_bytes=size_bytes, precision=precision, float32=float32, speedup=speedup
@@ -341,7 +341,7 @@ def _trace(model: nn.Module, batch_size: int | None, operators: str, opset: int 
     return graph_model
 
 
-def _facts(model: nn.Module, plan: Plan | None, precision: str) -> dict[str, Any]:
+def describe_facts(model: nn.Module, plan: Plan | None, precision: str) -> dict[str, Any]:
     """Return what the file says of itself; nothing of it tells where files lie on this machine."""
     return {
         "kind": "onnx",
@@ -417,7 +417,7 @@ def _one_image_first(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @torch.inference_mode()
-def _measure_parity(
+def measure_parity(
     model: nn.Module,
     exported: Callable[[Tensor], Tensor],
     batches: Batches,
@@ -425,6 +425,18 @@ def _measure_parity(
     exact: bool,
     runtime: str = "ONNX Runtime",
 ) -> Parity:
+    """Compare what a written file answers with what torch does, image by image.
+
+    Args:
+        model: the torch model.
+        exported: the file, opened.
+        batches: images and labels.
+        exact: whether another answer is refused; else it is reported.
+        runtime: that runs the file, for messages.
+
+    Raises:
+        VitpruneError: if there are no images, or an answer differs that must not.
+    """
     largest, agreed, right, labelled, count, near_ties, distance = 0.0, 0, 0, 0, 0, 0, 0.0
     has_classes = has_classifier(model)
     merges = any(describe_merging(model) or [])

@@ -50,8 +50,8 @@ def load(
     Args:
         model: a timm name (weights from the hub unless ``checkpoint`` is given), ``hf-hub:OWNER/NAME``, a folder with
             ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``, pruned or not, or an elastic file
-            (``.safetensors``). Folders, repositories and models in memory of other libraries (``adopt``) become the
-            timm model that computes the same.
+            (``.safetensors``). Folders, repositories and models in memory of other libraries become the timm
+            model that computes the same.
         checkpoint: weights for a timm name: .safetensors; .pth, .pt, .bin, .ckpt or .tar (tensors and plain data, read
             without running pickled code); or the .npz of google-research ViT. Names may have any prefix. For a folder:
             weights of its model that were trained elsewhere.

@@ -137,9 +137,9 @@ def twin_of_transformers(
             f"{source} is a {kind} of transformers, for which there is no twin; there are twins of "
             f"{', '.join(sorted(FAMILIES))}"
         )
-    if kind in _WITH_TEXT:
+    if kind in WITH_TEXT:
         config = {**config.get("vision_config", {}), "projection_dim": config.get("projection_dim")}
-        kind = _WITH_TEXT[kind]
+        kind = WITH_TEXT[kind]
     twin = FAMILIES[kind](_Described(config, source), dict(state))
     if processor is None:
         notes = ("nothing tells how its images are prepared; what is usual for its family is taken", *twin.notes)
@@ -445,7 +445,25 @@ FAMILIES: Mapping[str, Callable[[_Described, State], Twin]] = {
     "clip": _clip,
     "swin": _swin,
 }
-_WITH_TEXT = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+WITH_TEXT: Mapping[str, str] = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+
+
+def rename_transformers(kind: str, state: State) -> dict[str, Tensor]:
+    """Return tensors of a family by timm's names, as they are before anything else is changed; others are left out.
+
+    Args:
+        kind: ``model_type`` of its description.
+        state: by transformers' names.
+
+    >>> rename_transformers("vit", {"vit.layernorm.bias": torch.ones(1)})
+    {'norm.bias': tensor([1.])}
+    """
+    if kind == "beit":
+        state = {key.replace("pooler.layernorm", "layernorm"): value for key, value in state.items()}
+        named = rename(state, (*_STEM, *_BLOCKS), kind)
+        return {re.sub(r"^norm\.", "fc_norm.", name): value for name, value in named.items()}
+    towers = kind in ("clip_vision_model", "siglip_vision_model")
+    return rename(state, _TOWERS if towers else _SWINS if kind == "swin" else (*_STEM, *_BLOCKS), kind)
 
 
 def _of_size(transform: Mapping[str, Any], size: Sequence[int]) -> dict[str, Any]:
