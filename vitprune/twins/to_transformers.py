@@ -43,7 +43,7 @@ def save_transformers(model: nn.Module, folder: str | Path) -> None:
     >>> save_transformers(timm.create_model("vit_tiny_patch16_224", depth=1), "folder")
     Traceback (most recent call last):
         ...
-    vitprune.errors.VitpruneError: VisionTransformer was not loaded from transformers, so it has no names of its parts there
+    vitprune.errors.VitpruneError: VisionTransformer was not loaded from transformers, which names its parts
     """
     config, state = as_transformers(model)
     with atomic_folder(folder) as temporary:
@@ -63,9 +63,7 @@ def as_transformers(model: nn.Module) -> tuple[dict[str, Any], Named]:
     """
     twin = getattr(model, "twin", None) or {}
     if twin.get("library") != TRANSFORMERS:
-        raise VitpruneError(
-            f"{type(model).__name__} was not loaded from transformers, so it has no names of its parts there"
-        )
+        raise VitpruneError(f"{type(model).__name__} was not loaded from transformers, which names its parts")
     config = dict(twin["config"])
     kind = config["model_type"]
     inner = dict(config["vision_config"]) if kind in WITH_TEXT else config
