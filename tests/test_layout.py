@@ -33,7 +33,7 @@ LAYERS = (
     ("export", "training"),
     ("speed",),
     ("evaluation",),
-    ("analysis",),
+    ("analysis", "hub"),
     ("report",),
     ("demo", "recipe"),
     ("cli",),

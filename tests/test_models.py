@@ -238,6 +238,7 @@ def test_a_pruned_model_reloads_bit_equal_in_a_fresh_process(tmp_path):
     assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
     assert hash_weights(vitprune.load(tmp_path / "pruned")) == hash_weights(pruned)
     assert sorted(path.name for path in (tmp_path / "pruned").iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
         "plan.safetensors",

@@ -21,6 +21,7 @@ _HOME_OF = {
     "set_image_size": "vitprune.models.image_size",
     "set_transform": "vitprune.models.transform",
     "load": "vitprune.models.load",
+    "push": "vitprune.hub.push",
     "save": "vitprune.models.saved_folder",
     "save_transformers": "vitprune.twins.to_transformers",
     "save_elastic": "vitprune.models.elastic_file",

@@ -22,7 +22,9 @@ def hash_weights(model: nn.Module) -> str:
 def how_opened(model: nn.Module) -> dict[str, Any] | None:
     """Return what ``load`` was told of a model; None where that was a name alone, or it was not loaded."""
     opened = getattr(model, "opened", None) or {}
-    return dict(opened) if opened.keys() - {"model"} or Path(opened.get("model", "")).is_absolute() else None
+    name = opened.get("model", "")
+    says_more = opened.keys() - {"model"} or Path(name).is_absolute() or "@" in name
+    return dict(opened) if says_more else None
 
 
 def said_beside(model: nn.Module) -> dict[str, Any]:

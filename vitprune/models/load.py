@@ -19,7 +19,7 @@ from vitprune.models.merge_schedule import parse_schedule
 from vitprune.models.merging import check_merging, set_merging
 from vitprune.models.output_names import name_classes_of
 from vitprune.models.saved_folder import load_folder
-from vitprune.models.sources import HUB, check_name, fetch, spell
+from vitprune.models.sources import HUB, check_name, fetch, fetch_folder, spell
 from vitprune.models.transform import set_transform
 from vitprune.twins.find_twin import adopt
 from vitprune.views import data_config
@@ -116,7 +116,7 @@ def load(
         "class_names": None if class_names is None else list(loaded.label_names),
     }
     loaded.opened = {
-        "model": str(Path(name).resolve()) if Path(name).exists() else name,
+        "model": str(Path(name).resolve()) if Path(name).exists() else getattr(loaded, "fetched", name),
         **({} if checkpoint is None else {"checkpoint": str(Path(checkpoint).resolve())}),
         **{key: value for key, value in said.items() if value is not None and _is_json(value)},
     }
@@ -154,7 +154,13 @@ def _load(
     else:
         check_name(name)
     if checkpoint is None:
-        return fetch(name, model_args)
+        folder = fetch_folder(name) if name.startswith(HUB) and not model_args else None
+        if folder is None:
+            return fetch(name, model_args)
+        loaded = load_folder(folder)
+        # The commit that it was read at, so that it is the same another time.
+        loaded.fetched = f"{name.partition('@')[0]}@{folder.name}"
+        return loaded
     return load_checkpoint(name, Path(checkpoint), key=checkpoint_key, model_args=model_args, image_size=size)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from vitprune.models.checkpoint_file import read_checkpoint
 from vitprune.models.facts import Facts
 from vitprune.models.foreign_file import explain_file
 from vitprune.models.load_twin import is_of_transformers, load_transformers
+from vitprune.models.model_card import MODEL_CARD_FILE, write_model_card
 from vitprune.seen_images import seen_by
 
 WEIGHTS_FILE, PLAN_FILE = "model.safetensors", "plan.safetensors"
@@ -25,12 +27,12 @@ _OTHER_WEIGHTS = ("pytorch_model.bin",)  # what timm wrote before
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".npz")
 # In the description of a model that images had a say in which its plan does not name.
 SEEN_KEY = "calibration_sha256"
-FOLDER_FILES = frozenset({WEIGHTS_FILE, CONFIG_FILE, PLAN_FILE})
+FOLDER_FILES = frozenset({WEIGHTS_FILE, CONFIG_FILE, PLAN_FILE, MODEL_CARD_FILE})
 
 
 @entry
 def save(model: nn.Module, folder: str | Path, *, plan: Any = None) -> None:
-    """Write ``config.json`` and ``model.safetensors`` in timm's layout, and the plan beside them; all or nothing.
+    """Write ``config.json`` and ``model.safetensors`` in timm's layout, plan and card beside them; all or nothing.
 
     The written folder is loaded again before it takes its name, so what exists can be read.
 
@@ -48,7 +50,7 @@ def save(model: nn.Module, folder: str | Path, *, plan: Any = None) -> None:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save(timm.create_model("vit_tiny_patch16_224", num_classes=5), folder)
     ...     sorted(path.name for path in Path(folder).iterdir())
-    ['config.json', 'model.safetensors']
+    ['README.md', 'config.json', 'model.safetensors']
     """
     with atomic_folder(folder) as temporary:
         save_file(_unshared(model), temporary / WEIGHTS_FILE)
@@ -61,6 +63,29 @@ def save(model: nn.Module, folder: str | Path, *, plan: Any = None) -> None:
             config = {**read_config(temporary), SEEN_KEY: sorted(seen)}
             (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2))
         load_folder(temporary)
+        (temporary / MODEL_CARD_FILE).write_text(describe_folder(temporary))
+
+
+def describe_folder(folder: Path, *, measured: Sequence[str] = (), name: str | None = None) -> str:
+    """Return the text of a folder's card.
+
+    Args:
+        folder: of a saved model.
+        measured: lines of Markdown about accuracy and speed.
+        name: by which others load it; None: FOLDER.
+
+    Raises:
+        VitpruneError: if the folder is no saved model.
+    """
+    config, facts, removed = read_config(folder), None, {}
+    if (folder / PLAN_FILE).is_file():
+        with open_tensors(folder / PLAN_FILE, kind="plan") as (stream, content):
+            facts = Facts.from_json(content)
+            for unit in content.get("units") or [{"name": name, "kind": "ffn"} for name in content["ffns"]]:
+                keep = stream.get_tensor(unit["name"]).bool()
+                gone, total = removed.get(unit["kind"], (0, 0))
+                removed[unit["kind"]] = (gone + int((~keep).sum()), total + len(keep))
+    return write_model_card(config, facts, removed, measured=measured, name=name or "FOLDER")
 
 
 def _unshared(model: nn.Module) -> dict[str, Tensor]:

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from timm.models import get_arch_pretrained_cfgs, is_model
 from torch import nn
 
 from vitprune.errors import VitpruneError
-from vitprune.models.load_twin import PATTERNS, is_of_transformers, load_transformers
+from vitprune.models.load_twin import PATTERNS, is_of_transformers
+from vitprune.models.saved_folder import load_folder
 
 HUB, FOLDER = "hf-hub:", "local-dir:"
+PLAN_FILE = "plan.safetensors"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in timm's order
 _PAGE = re.compile(
     r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/+(?P<repository>[^/?#]+/[^/?#]+)(?:/.*|[?#].*)?$"
@@ -129,15 +131,9 @@ def fetch(name: str, model_args: Mapping[str, Any] | None = None) -> nn.Module:
     verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()
     try:
-        if name.startswith(HUB) and not model_args:
-            folder = _fetch_transformers(name.removeprefix(HUB))
-            if folder is not None:
-                return load_transformers(folder, json.loads((folder / "config.json").read_text()))
         model = timm.create_model(name, pretrained=True, **(model_args or {}))
-    except VitpruneError:
-        raise
     except Exception as error:
-        reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
+        reason = _reason(error)
         if isinstance(error, KeyError | RuntimeError) and name.startswith(HUB):
             raise VitpruneError(
                 f"{name}: that repository does not hold a timm model ({reason}); name the timm model, and pass its "
@@ -154,18 +150,40 @@ def fetch(name: str, model_args: Mapping[str, Any] | None = None) -> nn.Module:
     return model
 
 
-def _fetch_transformers(location: str) -> Path | None:
-    """Fetch a repository of transformers; None where it is of timm, which fetches it by itself."""
-    repository, _, revision = location.partition("@")
+def fetch_folder(name: str) -> Path | None:
+    """Fetch a repository whose model timm cannot load by itself: one that was pruned, or of transformers.
+
+    Args:
+        name: ``hf-hub:OWNER/NAME``, with ``@REVISION`` perhaps.
+
+    Returns:
+        Its folder in the hub's cache, called by the commit that it is of; None where timm loads the model.
+
+    Raises:
+        VitpruneError: if it cannot be fetched.
+    """
+    repository, _, revision = name.removeprefix(HUB).partition("@")
     fetched = {"repo_id": repository, "revision": revision or None}
-    config = json.loads(Path(hf_hub_download(filename="config.json", **fetched)).read_text())
-    if not is_of_transformers(config):
-        return None
-    return Path(snapshot_download(allow_patterns=list(PATTERNS), **fetched))
+    try:
+        folder = Path(snapshot_download(allow_patterns=["config.json", PLAN_FILE], **fetched))
+        config = json.loads((folder / "config.json").read_text())
+        if not is_of_transformers(config) and not (folder / PLAN_FILE).is_file():
+            return None
+        return Path(snapshot_download(allow_patterns=[*PATTERNS, PLAN_FILE], **fetched))
+    except Exception as error:  # of the client, of its transport, of the network
+        raise VitpruneError(
+            f"{name}: it could not be fetched from the hub ({_reason(error)}); get its files another way"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()).split(". ")[0] or type(error).__name__
 
 
 def build_untrained(name: str) -> nn.Module:
-    """Build a timm model with random weights, to look at what it consists of; nothing but a description is fetched.
+    """Build a timm model with random weights, to look at what it consists of.
+
+    Of a repository on the hub nothing but the description is fetched, where timm can build its model.
 
     Args:
         name: timm name, or ``hf-hub:OWNER/NAME``, whose description comes from the hub.
@@ -179,11 +197,14 @@ def build_untrained(name: str) -> nn.Module:
     name = spell(name)
     if not name.startswith(HUB):
         check_name(name)
+    else:
+        folder = fetch_folder(name)
+        if folder is not None:
+            return load_folder(folder).eval()
     try:
         return timm.create_model(name, pretrained=False).eval()
     except Exception as error:
-        reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
-        raise VitpruneError(f"{name}: it cannot be built ({reason})") from error
+        raise VitpruneError(f"{name}: it cannot be built ({_reason(error)})") from error
 
 
 def find_hub_weights(name: str) -> Path | None:
