@@ -109,7 +109,7 @@ def test_the_same_seed_gives_the_same_bytes(saved_vit, image_folder, tmp_path):
         assert main(["discover", str(saved_vit), *common, "-o", str(tmp_path / name / "run")]) == 0
         assert main(["prune", str(tmp_path / name / "run"), "-o", str(tmp_path / name / "pruned")]) == 0
     files = [file for file in sorted((tmp_path / "a").rglob("*.*")) if file.name != CARD_FILE]
-    assert len(files) == 6
+    assert len(files) == 7
     for file in files:
         assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes(), file
 
@@ -335,7 +335,7 @@ MISTAKES = [
     ("evaluate hf-hub:a/b --checkpoint {map} --data {data}", "brings its own weights"),
     ("evaluate {out}/absent.onnx --data {data}", "no such file"),
     ("evaluate {empty} --data {data}", "is no saved model"),
-    ("export {vit} {out}", "parity needs real images"),
+    ("export {vit} {out}.onnx", "parity needs real images"),
     ("export {pruned} {out} --num-images 0", "num_images must be at least 1"),
     ("bench {vit} --backend tensorrt", "backend must be one of"),
     ("bench {vit} --threads 0", "thread counts must be at least 1"),

@@ -17,6 +17,7 @@ from vitprune import VitpruneError
 from vitprune.answer_loss import EMBEDDINGS, answer_loss, cosine_distance, draw_embedding_directions
 from vitprune.answers import ask, shape_embeddings
 from vitprune.cli import main
+from vitprune.discovery.class_means import answer_by_class_means
 from vitprune.evaluation.embeddings import NeighbourClassifier
 from vitprune.evaluation.embeddings_folder import load_embeddings
 
@@ -213,6 +214,42 @@ def test_an_encoder_from_the_command_line(encoder_folders, capsys):
     run("export", at / "half", at / "half.onnx", "--data", at / "asked", "--json", capsys=capsys)
     file = run("evaluate", at / "half.onnx", "--against", at / "half", *asked, capsys=capsys)
     assert file["mean_cosine"] > 0.99999
+
+
+def test_paths_of_an_encoder_explain_the_similarity_to_a_class(encoder_folders, tmp_path, capsys):
+    """The joint score of a path through all neurons is the whole of what neurons add to the cosine."""
+    model, batches = make_vit(num_classes=0), make_batches()
+    found = vitprune.discover(model, batches, quantity="cosine", top_k=2)
+    assert found.neurons.shape == (12, 3, 2)
+    assert set(found.classes) == {0, 1, 2}
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    unit = nn.functional.normalize(model(images), dim=1)
+    means = torch.stack([unit[labels == label].mean(0) for label in range(3)])
+    nearest = (unit @ nn.functional.normalize(means, dim=1).T).argmax(1)
+    assert torch.equal(found.predictions, nearest)
+    slow = answer_by_class_means(model, batches)
+    torch.testing.assert_close(slow(images), unit @ nn.functional.normalize(means, dim=1).T)
+    chosen = ("--quantity", "cosine", "--batch-size", 4, "-o", tmp_path / "run", "--json")
+    told = run("discover", encoder_folders / "dense", "--data", encoder_folders / "known", *chosen, capsys=capsys)
+    assert set(told["class_paths"]) == {"amber", "blue", "coral"}
+    loaded = vitprune.load_run(tmp_path / "run")
+    assert loaded.found.quantity == "cosine"
+    pruned, _plan = vitprune.prune(
+        loaded.open(), None, found=loaded.found, criterion="jas", compensate="none", ratio=0.5
+    )
+    assert pruned.num_classes == 0
+
+
+def test_similarity_to_a_class_is_refused_where_it_means_nothing():
+    with pytest.raises(VitpruneError, match="`quantity` cosine attributes"):
+        vitprune.discover(make_vit(num_classes=0), make_batches())
+    with pytest.raises(VitpruneError, match="this model has 5 classes; use probability or logit"):
+        vitprune.discover(make_vit(), make_batches(), quantity="cosine")
+    with pytest.raises(VitpruneError, match="tokens or a feature map"):
+        vitprune.discover(make_vit(num_classes=0, global_pool=""), make_batches(), quantity="cosine")
+    one = [(images, torch.zeros_like(labels)) for images, labels in make_batches()]
+    with pytest.raises(VitpruneError, match="at least two"):
+        vitprune.discover(make_vit(num_classes=0), one, quantity="cosine")
 
 
 def test_what_encoders_cannot_do_is_said(encoder_folders, saved_vit, capsys):

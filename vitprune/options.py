@@ -36,6 +36,7 @@ TARGET_CLASSES: Mapping[str, str] = {
 QUANTITIES: Mapping[str, str] = {
     "probability": "softmax (the paper)",
     "logit": "before the softmax",
+    "cosine": "similarity of the embedding to the mean of the class, for models without classes",
 }
 
 PRECISIONS: Mapping[str, str] = {

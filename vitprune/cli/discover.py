@@ -72,7 +72,9 @@ def run(
     check_data(data, class_map)
     with join_processes() as processes:
         network = load_model(model, checkpoint, pick_device(device, processes), opening=opening)
-        images = find_images(choose(data, class_map, classes, images_per_class, seed), network)
+        of_classes = bool(network.num_classes) or quantity != "cosine"
+        choice = choose(data, class_map, classes, images_per_class, seed)
+        images = find_images(choice, network, labels_matter=of_classes)
         say_transform(network)
         discovered = discover_run(
             network,

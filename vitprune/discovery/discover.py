@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vitprune.answers import check_label_range, check_one_class, of_classes
 from vitprune.data import Batches, on_device
+from vitprune.discovery.class_means import COSINE, answer_by_class_means
 from vitprune.discovery.engine import PathBatch
 from vitprune.discovery.memory import count_rows
 from vitprune.discovery.methods import REGISTRY, plan_search
@@ -135,7 +136,8 @@ def discover(
             ``adaptive`` for the layer-by-layer methods (jas, jas-complete) and ``gauss-legendre:8`` for the others.
             Scores come from the nodes that settled which K neurons are the best, the joint score of jas from the first.
         target: whose answer is attributed: ``label`` (each image's own class), ``predicted`` or a class index.
-        quantity: ``probability`` of that class (the paper) or its ``logit``.
+        quantity: ``probability`` of that class (the paper) or its ``logit``; of a model without classes, ``cosine``
+            of the embedding to the mean of that class among ``batches``, which are then read twice.
         precision: of the matrix products behind the layer under test: ``float32`` (the weights' own), ``tf32`` or
             ``bf16``. Choices that the noise of a lower one could change are made again in the weights' own; scores that
             decide nothing keep the noise.
@@ -161,6 +163,8 @@ def discover(
     (torch.Size([4, 2, 2]), (0, 1, 4))
     """
     check_labels(model, batches)
+    if quantity == COSINE:
+        model = answer_by_class_means(model, batches)
     search = plan_search(
         model,
         method=method,

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitprune.data import ImageSet, digest_images, find_class
+from vitprune.data import ImageBatches, ImageSet, digest_images, find_class
+from vitprune.discovery.class_means import COSINE, answer_by_class_means
 from vitprune.discovery.memory import budget_bytes
 from vitprune.discovery.methods import REGISTRY, plan_search
 from vitprune.discovery.run import RUN_FILES, Run, save_run
@@ -128,6 +129,9 @@ def discover_run(
     if dtype in (torch.float16, torch.bfloat16):
         note(f"the weights are {str(dtype).removeprefix('torch.')}; paths are computed in float32")
         model = copy.deepcopy(model).float()
+    if asked.get("quantity") == COSINE:
+        opened = ImageBatches(images, model, batch_size=batch_size, num_workers=num_workers, strict=strict)
+        model = answer_by_class_means(model, track(opened, "class means") if processes.rank == 0 else opened)
     search = plan_search(model, **asked)
     if search.objective.quantity == "probability" and processes.rank == 0:
         told = describe_saturation(model, images, num_workers=num_workers)

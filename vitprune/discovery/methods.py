@@ -24,6 +24,7 @@ from vitprune.errors import VitpruneError
 from vitprune.models.trunk import resolve_scope
 from vitprune.models.units import find_feed_forwards
 from vitprune.options import DEFAULT_FIXED_QUADRATURE, DEFAULT_QUADRATURE, METHODS, PRECISIONS, check_choice
+from vitprune.views import has_classifier
 
 
 class FindPaths(Protocol):
@@ -103,6 +104,11 @@ def plan_search(
     default = DEFAULT_QUADRATURE if layerwise else DEFAULT_FIXED_QUADRATURE
     rule = read(default if quadrature is None else quadrature)
     scope = resolve_scope(model, tokens)
+    if not has_classifier(model):
+        raise VitpruneError(
+            "the model has no classifier (num_classes=0), so no class's answer can be attributed; `quantity` cosine "
+            "attributes the similarity of its embedding to the mean of a class"
+        )
     objective = make_objective(target, quantity, num_classes=model.num_classes)
     narrowest = min(ffns, key=lambda ffn: ffn.num_neurons)
     if not 1 <= top_k <= narrowest.num_neurons:

@@ -22,7 +22,7 @@ class Objective:
     Attributes:
         target: whose answer: ``label`` (the image's own class), ``predicted`` (what the undisturbed model answers), or
             the index of a class for all images.
-        quantity: ``probability`` (softmax; the paper) or ``logit``.
+        quantity: ``probability`` (softmax; the paper), ``logit``, or ``cosine`` to the mean of a class.
     """
 
     target: str | int = "label"
