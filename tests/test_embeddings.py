@@ -235,7 +235,7 @@ def test_paths_of_an_encoder_explain_the_similarity_to_a_class(encoder_folders, 
     loaded = vitprune.load_run(tmp_path / "run")
     assert loaded.found.quantity == "cosine"
     pruned, _plan = vitprune.prune(
-        loaded.open(), None, found=loaded.found, criterion="jas", compensate="none", ratio=0.5
+        loaded.load(), None, found=loaded.found, criterion="jas", compensate="none", ratio=0.5
     )
     assert pruned.num_classes == 0
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.attention import QK, VO, SplitAttention, split_attention, why_not
-from vitprune.views import num_patches, num_prefix_tokens, num_tokens_read
+from vitprune.views import has_classifier, num_patches, num_prefix_tokens, num_tokens_read
 
 # Keys that are shorter than this are like no other.
 LEAST = 1e-12
@@ -364,6 +364,8 @@ def why_no_merging(model: nn.Module) -> str | None:
     # Exactly timm's: another one may hand its blocks more than tokens, or look at them in between.
     if getattr(type(model), "forward_features", None) is not VisionTransformer.forward_features:
         return "its blocks are not run as those of timm's VisionTransformer are"
+    if getattr(model, "global_pool", None) == "" and not has_classifier(model):
+        return "it answers every token, and merged ones would be missing (global_pool='')"
     for index, block in enumerate(model.blocks):
         if type(block) not in (Block, MergingBlock):
             return f"blocks.{index} is a {type(block).__name__}, not timm's Block"
