@@ -119,6 +119,38 @@ def test_feature_maps_are_pruned_and_exported(name, arguments, size, tmp_path):
     assert "cosine" in str(parity)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "size"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 32}, 32),
+        (
+            "swin_tiny_patch4_window7_224",
+            {"depths": (1, 1), "embed_dim": 16, "num_heads": (1, 2), "img_size": 56, "out_indices": (0, 1)},
+            56,
+        ),
+    ],
+    ids=["vit", "swin"],
+)
+def test_trunks_of_features_only_are_pruned_saved_and_written(name, arguments, size, tmp_path):
+    arguments = {**arguments, "features_only": True}
+    torch.manual_seed(0)
+    model = timm.create_model(name, **arguments).eval()
+    model.model_args = arguments
+    batches = [(images.float(), labels) for images, labels in make_batches(size=size)]
+    pruned, plan = vitprune.prune(model, batches, ratio=0.5, step=1)
+    vitprune.save(pruned, tmp_path / "half", plan=plan)
+    loaded = vitprune.load(tmp_path / "half")
+    with torch.no_grad():
+        for ours, again, dense in zip(pruned(batches[0][0]), loaded(batches[0][0]), model(batches[0][0]), strict=True):
+            assert torch.equal(ours, again)
+            assert ours.shape == dense.shape
+    assert vitprune.export_program(pruned, tmp_path / "half.pt2", batches).mean_cosine > 0.99999
+    with pytest.raises(VitpruneError, match=r"feature maps, and such a file has one output here.*out_indices"):
+        vitprune.export_onnx(pruned, tmp_path / "half.onnx", batches)
+    one = timm.create_model(name, **{**arguments, "out_indices": (1,)}).eval()
+    assert vitprune.export_onnx(one, tmp_path / "one.onnx", batches[:1]).mean_cosine > 0.99999
+
+
 def test_places_of_several_maps_stand_side_by_side():
     answers = [torch.randn(2, 8, 3, 3), torch.randn(2, 5, 4), torch.randn(2, 6)]
     shaped = shape_embeddings(answers)

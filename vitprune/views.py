@@ -7,7 +7,7 @@ from typing import Any
 import timm.data
 from torch import nn
 
-from vitprune.wrappers import check_unwrapped, unwrap
+from vitprune.wrappers import check_unwrapped, find_patch_embed, unwrap
 
 
 def data_config(model: Any) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def data_config(model: Any) -> dict[str, Any]:
     check_unwrapped(model)
     config = timm.data.resolve_model_data_config(model)
     # A model built for another image size than its pretrained configuration says so only in its patch embedding.
-    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    built_for = getattr(find_patch_embed(model), "img_size", None)
     if built_for is not None:
         config["input_size"] = (config["input_size"][0], *built_for)
     # Nor does the configuration know of other channels; one channel is the mean of three.
@@ -38,7 +38,7 @@ def data_config(model: Any) -> dict[str, Any]:
 def _num_channels(model: nn.Module) -> int | None:
     name = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv")
     known = isinstance(name, str) and any(name == each for each, _module in model.named_modules())
-    first = model.get_submodule(name) if known else getattr(getattr(model, "patch_embed", None), "proj", None)
+    first = model.get_submodule(name) if known else getattr(find_patch_embed(model), "proj", None)
     return first.in_channels if isinstance(first, nn.Conv2d) else None
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from vitprune.errors import VitpruneError
 
 _PLAIN = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_FEATURES_ONLY = "timm.models._features"
 _SIZE_UNKNOWN = (3, 224, 224)
 # Libraries whose models have twins in timm.
 TRANSFORMERS, TORCHVISION, OPEN_CLIP = "transformers", "torchvision", "open_clip"
@@ -24,6 +25,9 @@ _HOME_OF = {TRANSFORMERS: "transformers.", TORCHVISION: "torchvision.models.", O
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside wrappers that do not change what it answers; any other model as it is.
+
+    timm's ``features_only`` models do not say that they have no classes; from here on they do (``num_classes`` 0), and how wide
+    their last map is (``num_features``).
 
     Args:
         model: any module; stays as it is.
@@ -39,6 +43,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         inner = _inner(model)
         if inner is None:
+            if type(model).__module__ == _FEATURES_ONLY and not hasattr(model, "num_classes"):
+                model.num_classes, model.num_features = 0, model.feature_info.channels()[-1]
             return model
         model = inner
 
@@ -86,11 +92,22 @@ def check_unwrapped(model: nn.Module) -> None:
         )
 
 
+def find_patch_embed(model: nn.Module) -> nn.Module | None:
+    """Return what makes tokens of a model's images; None where it has no such module.
+
+    >>> import timm
+    >>> find_patch_embed(timm.create_model("vit_tiny_patch16_224", features_only=True)).patch_size
+    (16, 16)
+    """
+    found = getattr(model, "patch_embed", None)
+    return found if found is not None else getattr(getattr(model, "model", None), "patch_embed", None)
+
+
 def input_size(model: nn.Module) -> tuple[int, int, int]:
     """Return channels, height and width of the images that a model was built for."""
     config = getattr(model, "pretrained_cfg", None) or {}
     size = tuple(config.get("input_size", _SIZE_UNKNOWN))
-    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    built_for = getattr(find_patch_embed(model), "img_size", None)
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     channels = size[0] if first is None else first.in_channels
     return (channels, *(size[1:] if built_for is None else built_for))

@@ -214,6 +214,7 @@ def export_onnx(
             import_nncf()
     model = copy.deepcopy(model).cpu().float().eval()
     remember_names(model, names_in(batches))
+    _check_one_output(model)
     float32 = speedup = None
     # Some families export only without fused attention, and the others are fused here.
     with plain_attention(model), atomic_siblings(path) as folder:
@@ -248,6 +249,19 @@ def export_onnx(
     return ExportReport(
         path, **vars(parity), size_bytes=size_bytes, precision=precision, float32=float32, speedup=speedup
     )
+
+
+def _check_one_output(model: nn.Module) -> None:
+    """Refuse an encoder that answers several feature maps: files here have one output."""
+    if has_classifier(model):
+        return
+    with torch.no_grad():
+        answer = run(model, torch.zeros(1, *data_config(model)["input_size"]))
+    if not isinstance(answer, Tensor) and len(answer) > 1:
+        raise VitpruneError(
+            f"{type(model).__name__} answers {len(answer)} feature maps, and such a file has one output here; write a "
+            "program of torch.export (.pt2), or build the model with one of its `out_indices`"
+        )
 
 
 def write_unchecked(model: nn.Module, path: Path, *, operators: str) -> None:
