@@ -26,8 +26,8 @@ _HOME_OF = {TRANSFORMERS: "transformers.", TORCHVISION: "torchvision.models.", O
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside wrappers that do not change what it answers; any other model as it is.
 
-    timm's ``features_only`` models do not say that they have no classes; from here on they do (``num_classes`` 0), and how wide
-    their last map is (``num_features``).
+    timm's ``features_only`` models do not say that they have no classes, nor how wide their last map is; from here on
+    they do (``num_classes``, ``num_features``).
 
     Args:
         model: any module; stays as it is.
