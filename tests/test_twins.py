@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from conftest import make_vit
+from safetensors.torch import save_file
 
 import vitprune
 from vitprune import VitpruneError
@@ -393,3 +394,52 @@ def test_what_transformers_cannot_express_is_not_written_back(tmp_path):
     assert told.config.id2label == {0: "cat", 1: "dog"}
     assert told.classifier.out_features == 2
     assert not (tmp_path / "x").exists()
+
+
+@torch.no_grad()
+def test_state_dicts_of_other_libraries_are_checkpoints_of_the_timm_model(tmp_path):
+    """The file alone, with the timm name: the way in for weights without their description."""
+    dense = make_vit(num_classes=5).float()
+    models = {"transformers": as_transformers(dense), "torchvision": as_torchvision(dense)}
+    images = images_for(dense)
+    for name, model in models.items():
+        torch.save(model.state_dict(), tmp_path / f"{name}.pth")
+        told = vitprune.load("vit_tiny_patch16_224", checkpoint=tmp_path / f"{name}.pth", model_args={"num_heads": 3})
+        torch.testing.assert_close(told(images), dense(images), rtol=1e-4, atol=1e-4)
+    model = make("deit-teacher")
+    save_file(model.state_dict(), tmp_path / "deit.safetensors")
+    named = {"checkpoint": tmp_path / "deit.safetensors", "model_args": {"num_heads": 2}}
+    told = vitprune.load("deit_tiny_distilled_patch16_224", **named)
+    torch.testing.assert_close(told(images), answer("deit-teacher", model, images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["dino", "dinov2", "dinov2-registers", "mae"])
+@torch.no_grad()
+def test_original_checkpoints_are_read_with_the_timm_name(layout, tmp_path):
+    """The layouts that the authors of DINO, DINOv2 and MAE publish, with what is beside the encoder in their files."""
+    torch.manual_seed(0)
+    registers = {"reg_tokens": 4, "no_embed_class": True} if layout == "dinov2-registers" else {}
+    scaled = {"init_values": 1e-5} if "dinov2" in layout else {}
+    dense = make_vit(num_classes=0, **registers, **scaled).float()
+    state, extra = dict(dense.state_dict()), {}
+    if layout == "dino":
+        extra = {"student": {f"module.backbone.{name}": torch.zeros_like(value) for name, value in state.items()}}
+        state = {f"backbone.{name}": value for name, value in state.items()} | {"head.last_layer.weight": torch.ones(2)}
+    elif layout == "mae":
+        state |= {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 24)}
+    else:
+        state["mask_token"] = torch.zeros(1, dense.embed_dim)
+    if registers:
+        position = torch.randn(1, 1, dense.embed_dim) * 0.1
+        state["register_tokens"] = state.pop("reg_token")
+        state["cls_token"] = state["cls_token"] - position
+        state["pos_embed"] = torch.cat([position, state["pos_embed"]], 1)
+    content = {"dino": {"teacher": state, **extra}, "mae": {"model": state}}.get(layout, state)
+    torch.save(content, tmp_path / "weights.pth")
+    heads = {"model_args": {"num_heads": dense.blocks[0].attn.num_heads}}
+    name = {"dino": "vit_tiny_patch16_224", "mae": "vit_tiny_patch16_224"}.get(layout, "vit_small_patch14_dinov2")
+    name = "vit_small_patch14_reg4_dinov2" if registers else name
+    loaded = vitprune.load(name, checkpoint=tmp_path / "weights.pth", **heads)
+    images = images_for(dense)
+    assert loaded.num_classes == 0
+    torch.testing.assert_close(loaded(images), dense(images), rtol=1e-4, atol=1e-5)

@@ -7,6 +7,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from vitprune.models.checkpoint_layout import count_kinds, find_state
 from vitprune.models.foreign_file import explain_file
 from vitprune.models.shape_facts import fold_class_position, infer_arguments
 from vitprune.models.transform import read_told, tell_transform
+from vitprune.twins.find_twin import rename_checkpoint
 
 # Of a model's body: without them its answers would be others.
 _TOKENS = frozenset({"cls_token", "dist_token", "reg_token", "register_tokens", "pos_embed", "norm_pre", "rel_pos"})
@@ -67,6 +69,9 @@ def load_checkpoint(
     if path.suffix == ".npz":
         return _load_npz(name, path, dict(model_args or {}), image_size)
     checkpoint = read_checkpoint(path)
+    renamed = rename_checkpoint(checkpoint.tensors)
+    if renamed is not None:
+        checkpoint = replace(checkpoint, tensors=renamed)
     said = dict(model_args or {})
     name = _match_distillation(name, checkpoint)
     reference = _build_reference(name)

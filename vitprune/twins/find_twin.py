@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from vitprune.errors import VitpruneError
 from vitprune.twins.of_open_clip import read_open_clip, twin_of_open_clip
-from vitprune.twins.of_torchvision import read_torchvision, twin_of_torchvision
-from vitprune.twins.of_transformers import twin_of_transformers
-from vitprune.twins.twin import State, build_twin
+from vitprune.twins.of_torchvision import read_torchvision, rename_torchvision, twin_of_torchvision
+from vitprune.twins.of_transformers import rename_transformers, twin_of_transformers
+from vitprune.twins.twin import State, build_twin, join_queries
 from vitprune.wrappers import OPEN_CLIP, TORCHVISION, TRANSFORMERS, evaluating, library_of
 
 # Relative to the largest number of an answer.
@@ -75,6 +75,25 @@ def adopt_transformers(
     twin = build_twin(twin_of_transformers(config, state, processor=processor, source=source))
     twin.twin = {"library": TRANSFORMERS, "config": dict(config), "processor": processor, "names": list(state)}
     return twin
+
+
+def rename_checkpoint(state: State) -> dict[str, Tensor] | None:
+    """Return a ViT's or DeiT's state dict of torchvision or transformers by timm's names; None where it is none.
+
+    >>> rename_checkpoint({"head.weight": torch.ones(2, 2)}) is None
+    True
+    """
+    try:
+        if {"class_token", "conv_proj.weight"} <= state.keys():
+            return rename_torchvision(state)
+        if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in state):
+            named = join_queries(rename_transformers("vit", state))
+            if "head_dist.weight" in named:
+                named["dist_token"] = named.pop("reg_token")
+            return named
+    except VitpruneError:  # of another family, which has more tensors
+        return None
+    return None
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from vitprune.errors import VitpruneError
 from vitprune.twins.twin import IMAGENET, Rules, State, Twin, count_blocks, rename
 
@@ -76,6 +78,16 @@ def read_torchvision(model: Any) -> dict[str, Any]:
         "depths": tuple(len(stage) for stage in stages),
         "window_size": blocks[0].attn.window_size[0],
     }
+
+
+def rename_torchvision(state: State) -> dict[str, Tensor]:
+    """Return a ViT's tensors by timm's names.
+
+    >>> import torch
+    >>> list(rename_torchvision({"encoder.ln.bias": torch.ones(1)}))
+    ['norm.bias']
+    """
+    return rename(state, _VITS, "the state dict")
 
 
 def _vit(facts: Mapping[str, Any], state: State, source: str) -> Twin:
