@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,57 +19,9 @@ from vitprune.wrappers import library_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+pytest.importorskip("open_clip", reason="open_clip is not installed")
 
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-SMALL = {**SHAPE, "image_size": 32, "patch_size": 16}
-DINO = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 42, "patch_size": 14}
-SWIN = {"image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4}
-
-# Kind -> model class, configuration class, its arguments, and what of the answer is compared.
-OF_TRANSFORMERS = {
-    "vit": ("ViTForImageClassification", "ViTConfig", {**SMALL, "num_labels": 5}, "logits"),
-    "vit-encoder": ("ViTModel", "ViTConfig", SMALL, "class token"),
-    "deit": ("DeiTForImageClassification", "DeiTConfig", {**SMALL, "num_labels": 5}, "logits"),
-    "deit-teacher": ("DeiTForImageClassificationWithTeacher", "DeiTConfig", {**SMALL, "num_labels": 5}, "logits"),
-    "dinov2": ("Dinov2Model", "Dinov2Config", {**DINO, "mlp_ratio": 2}, "class token"),
-    "dinov2-gated": ("Dinov2Model", "Dinov2Config", {**DINO, "use_swiglu_ffn": True}, "class token"),
-    "dinov2-registers": ("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", DINO, "class token"),
-    "dinov3": ("DINOv3ViTModel", "DINOv3ViTConfig", {**SMALL, "num_register_tokens": 4}, "class token"),
-    "dinov3-gated": (
-        "DINOv3ViTModel",
-        "DINOv3ViTConfig",
-        {**SMALL, "num_register_tokens": 4, "use_gated_mlp": True, "hidden_act": "silu"},
-        "class token",
-    ),
-    "beit": (
-        "BeitForImageClassification",
-        "BeitConfig",
-        {**SMALL, "use_relative_position_bias": True, "num_labels": 5},
-        "logits",
-    ),
-    "siglip": ("SiglipVisionModel", "SiglipVisionConfig", SMALL, "pooler_output"),
-    "siglip-classifier": ("SiglipForImageClassification", "SiglipConfig", {"vision_config": SMALL}, "logits"),
-    "clip": ("CLIPVisionModel", "CLIPVisionConfig", SMALL, "pooler_output"),
-    "clip-projection": (
-        "CLIPVisionModelWithProjection",
-        "CLIPVisionConfig",
-        {**SMALL, "projection_dim": 24},
-        "image_embeds",
-    ),
-    "swin": ("SwinForImageClassification", "SwinConfig", {**SWIN, "num_labels": 5}, "logits"),
-}
-WITHOUT_TRUNK = ("swin",)
-
-
-def make(kind: str):
-    """Build a small random model of transformers whose every weight matters."""
-    name, config, arguments, _compared = OF_TRANSFORMERS[kind]
-    torch.manual_seed(0)
-    model = getattr(transformers, name)(getattr(transformers, config)(**arguments)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+from twins import OF_TRANSFORMERS, ROWS, WITHOUT_TRUNK, make, make_open_clip, make_torchvision, row  # noqa: E402
 
 
 @torch.no_grad()
@@ -224,31 +177,42 @@ def test_descriptions_of_preprocessing():
 @pytest.mark.parametrize("name", ["vit", "swin"])
 @torch.no_grad()
 def test_twins_of_torchvision(name):
-    torch.manual_seed(0)
-    if name == "vit":
-        model = torchvision.models.VisionTransformer(32, 16, 2, 2, 32, 48, num_classes=5)
-        torch.nn.init.normal_(model.heads.head.weight)
-    else:
-        model = torchvision.models.SwinTransformer([4, 4], 16, [2, 2], [1, 2], [7, 7], num_classes=5)
-    twin = vitprune.load(model.eval())
+    model = make_torchvision(name)
+    twin = vitprune.load(model)
     images = images_for(twin)
     torch.testing.assert_close(twin(images), model(images), rtol=1e-4, atol=1e-5)
-    assert sum(group.num_neurons for group in vitprune.find_feed_forwards(twin)) > 0
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+@torch.no_grad()
+def test_pruned_twins_are_written_back_for_torchvision(name, tmp_path):
+    twin = vitprune.load(make_torchvision(name))
+    images = images_for(twin)
+    options = {"criterion": "magnitude", "allocation": "uniform"}
+    plan = vitprune.plan_pruning(twin, vitprune.score_neurons(twin, "magnitude"), ratio=0.5, **options)
+    vitprune.save(vitprune.apply_plan(twin, plan), tmp_path / "half", plan=plan)
+    half = vitprune.load(tmp_path / "half")
+    arguments, state = vitprune.as_torchvision(half)
+    kind = {"vit": torchvision.models.VisionTransformer, "swin": torchvision.models.SwinTransformer}[name]
+    told = kind(**arguments).eval()
+    told.load_state_dict(state)
+    torch.testing.assert_close(told(images), half(images), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 def test_twins_of_open_clip():
-    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
-    vision = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16, "mlp_ratio": 1.5}
     for quick_gelu in (False, True):
-        torch.manual_seed(0)
-        text = {"context_length": 8, "vocab_size": 32, "width": 32, "heads": 2, "layers": 1}
-        towers = open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text)
-        model = open_clip.CLIP(24, *towers, quick_gelu=quick_gelu)
-        twin = vitprune.load(model.eval())
+        model = make_open_clip(quick_gelu=quick_gelu)
+        twin = vitprune.load(model)
         images = images_for(twin)
         assert twin.num_classes == 0
         torch.testing.assert_close(twin(images), model.visual(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_the_table_of_other_libraries_says_what_happens(kind):
+    page = Path(__file__).parents[1] / "docs" / "libraries.md"
+    assert row(kind) in page.read_text().splitlines()
 
 
 def test_the_same_neurons_whichever_library_a_model_comes_from(tmp_path):

@@ -108,7 +108,13 @@ def _vit(facts: Mapping[str, Any], state: State, source: str) -> Twin:
     )
 
 
-def _swin(facts: Mapping[str, Any], state: State, source: str) -> Twin:
+def rename_swin(state: State, source: str = "the state dict") -> dict[str, Tensor]:
+    """Return a Swin's tensors by timm's names.
+
+    >>> import torch
+    >>> list(rename_swin({"features.2.norm.bias": torch.ones(1), "features.3.0.mlp.0.bias": torch.ones(1)}))
+    ['layers.1.downsample.norm.bias', 'layers.1.blocks.0.mlp.fc1.bias']
+    """
     named = {}
     for name, value in rename(state, _SWINS, source).items():
         match = re.match(r"(stage|merge)\.(\d+)\.(.*)", name)
@@ -119,6 +125,11 @@ def _swin(facts: Mapping[str, Any], state: State, source: str) -> Twin:
             named[f"layers.{stage}.blocks.{block}.{rest}"] = value
         else:
             named[f"layers.{int(match[2]) // 2}.downsample.{match[3]}"] = value
+    return named
+
+
+def _swin(facts: Mapping[str, Any], state: State, source: str) -> Twin:
+    named = rename_swin(state, source)
     patches = named["patch_embed.proj.weight"]
     first = named["layers.0.blocks.0.mlp.fc1.weight"]
     arguments = {

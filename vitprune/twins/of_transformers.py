@@ -185,7 +185,7 @@ class _Described:
         return self.config.get("architectures") or ()
 
 
-def _plain(described: _Described, state: State, *, eps: float, heads: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _plain(described: _Described, state: State, *, heads: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return arguments and state of a row of equal blocks."""
     named = rename(state, (*_STEM, *_BLOCKS), described.source)
     width = named["patch_embed.proj.weight"].shape[0]
@@ -209,7 +209,7 @@ def _square(pair: Sequence[int]) -> int | tuple[int, ...]:
 
 
 def _vit(described: _Described, state: State) -> Twin:
-    arguments, named = _plain(described, state, eps=1e-12, heads=12)
+    arguments, named = _plain(described, state, heads=12)
     notes = ("its pooler, which no answer reads, is left out",) if any(".pooler." in f".{key}" for key in state) else ()
     arguments["qkv_bias"] = "blocks.0.attn.q.bias" in named
     architecture, transform = "vit_base_patch16_224", {**HALVES, **_RESIZED, "interpolation": "bilinear"}
@@ -234,9 +234,7 @@ def _vit(described: _Described, state: State) -> Twin:
 
 def _dinov2(described: _Described, state: State) -> Twin:
     heads = [key for key in state if key.startswith("classifier.")]
-    arguments, named = _plain(
-        described, {key: value for key, value in state.items() if key not in heads}, eps=1e-6, heads=12
-    )
+    arguments, named = _plain(described, {key: value for key, value in state.items() if key not in heads}, heads=12)
     notes = ()
     if heads:
         notes = ("its classifier reads class token and mean of the patches, which timm has no head for: an encoder",)
@@ -269,7 +267,7 @@ def _dinov2(described: _Described, state: State) -> Twin:
 
 
 def _dinov3(described: _Described, state: State) -> Twin:
-    arguments, named = _plain(described, state, eps=1e-5, heads=6)
+    arguments, named = _plain(described, state, heads=6)
     gated = "blocks.0.mlp.gate.weight" in named
     for name in [key for key in named if ".mlp.gate." in key]:
         named[name.replace(".gate.", ".fc1_g.")] = named.pop(name)
@@ -311,7 +309,7 @@ def _beit(described: _Described, state: State) -> Twin:
         raise VitpruneError(f"{described.source}: one table of relative positions for all blocks has no twin yet")
     pooler = {key: value for key, value in state.items() if "pooler.layernorm" in key}
     rest = {key: value for key, value in state.items() if key not in pooler and not key.startswith("lm_head")}
-    arguments, named = _plain(described, rest, eps=1e-12, heads=12)
+    arguments, named = _plain(described, rest, heads=12)
     for key, value in pooler.items():
         named[f"fc_norm.{key.rpartition('.')[2]}"] = value
     named = {name: value for name, value in named.items() if not (pooler and name.startswith("norm."))}

@@ -70,7 +70,7 @@ def as_transformers(model: nn.Module) -> tuple[dict[str, Any], Named]:
     kind = WITH_TEXT.get(kind, kind)
     if any(name.startswith("text_") for name in twin["names"]):
         raise VitpruneError("it came from a model of images and text; load its vision model alone to write it back")
-    _check_shapes(model)
+    check_shapes(model, TRANSFORMERS)
     if inner is not config:
         config["vision_config"] = inner
     _describe_widths(model, kind, inner)
@@ -128,21 +128,25 @@ def describe_processor(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _check_shapes(model: nn.Module) -> None:
-    """Refuse what no model of transformers has: attention of other widths, layers that are gone, merging tokens."""
+def check_shapes(model: nn.Module, library: str) -> None:
+    """Refuse what no model of another library has: attention of other widths, layers that are gone, merging tokens.
+
+    Raises:
+        VitpruneError: naming the module.
+    """
     for name, module in model.named_modules():
         kind = type(module).__name__
         if kind in ("SplitAttention", "Bias", "TokenMap"):
-            raise VitpruneError(f"{name} is a {kind}, which transformers has not; prune FFN neurons alone (`parts`)")
+            raise VitpruneError(f"{name} is a {kind}, which {library} has not; prune FFN neurons alone (`parts`)")
         if getattr(module, "merge", None) is not None:
-            raise VitpruneError(f"tokens merge in {name}, which transformers cannot")
+            raise VitpruneError(f"tokens merge in {name}, which {library} cannot")
 
 
-def _describe_widths(model: nn.Module, kind: str, config: dict[str, Any]) -> None:
-    """Write how wide FFNs are into a description.
+def check_equal_widths(model: nn.Module, library: str) -> tuple[int, int]:
+    """Return how many neurons the first FFN keeps and how wide its block is, after checking that all keep that share.
 
     Raises:
-        VitpruneError: if transformers has no word for it.
+        VitpruneError: if they do not.
     """
     widths = {
         name: (module.in_features, module.out_features)
@@ -151,16 +155,23 @@ def _describe_widths(model: nn.Module, kind: str, config: dict[str, Any]) -> Non
     }
     pooling = widths.pop("attn_pool.mlp.fc2", None)
     if pooling is not None and pooling not in widths.values():
-        raise VitpruneError("its pooling has an FFN that stays as wide as it was; transformers has one width for all")
-    ratios = {width / dim for width, dim in widths.values()}
-    if len(ratios) > 1:
+        raise VitpruneError(f"its pooling has an FFN that stays as wide as it was; {library} has one width for all")
+    if len({width / dim for width, dim in widths.values()}) > 1:
         hidden = sorted({width for width, _dim in widths.values()})
         raise VitpruneError(
-            f"FFNs keep {hidden[0]} to {hidden[-1]} neurons, and transformers has one width for all; prune with "
+            f"FFNs keep {hidden[0]} to {hidden[-1]} neurons, and {library} has one width for all; prune with "
             "`allocation` uniform"
         )
-    (ratio,) = ratios
-    width, dim = next(iter(widths.values()))
+    return next(iter(widths.values()))
+
+
+def _describe_widths(model: nn.Module, kind: str, config: dict[str, Any]) -> None:
+    """Write how wide FFNs are into a description.
+
+    Raises:
+        VitpruneError: if transformers has no word for it.
+    """
+    width, dim = check_equal_widths(model, TRANSFORMERS)
     if kind in ("dinov2", "dinov2_with_registers"):
         fitting = [each for each in range(1, 65) if _dinov2_width(dim, each, config.get("use_swiglu_ffn")) == width]
         if not fitting:
@@ -170,7 +181,7 @@ def _describe_widths(model: nn.Module, kind: str, config: dict[str, Any]) -> Non
             )
         config["mlp_ratio"] = fitting[0]
     elif kind == "swin":
-        config["mlp_ratio"] = ratio
+        config["mlp_ratio"] = width / dim
     else:
         config["intermediate_size"] = width
 
