@@ -131,6 +131,19 @@ def test_the_first_candidates_meet_the_speed_by_the_fit_and_the_least_loss_is_ta
     assert result.speedup == min(result.speedups)
 
 
+def test_an_encoder_gets_as_fast_as_asked_for_at_the_least_cosine_distance():
+    model, latency = make_vit(**{**SIZES, "num_classes": 0}), make_latency(3)
+    options = {"formats": [EAGER], "fitted": Fitted(latency.predict(model), {EAGER: latency}, EAGER), "step": 1}
+
+    def measure(other, _format):
+        return [latency.predict(model) / latency.predict(other)]
+
+    result = prune_for_speed(model, make_batches(), 1.3, measure=measure, **options)
+    assert latency.predict(model) / latency.predict(result.model) >= 1.3 * 0.985
+    assert all(0 <= each.loss <= 2 for each in result.candidates)
+    assert result.model.num_classes == 0
+
+
 def test_a_result_that_is_faster_than_asked_for_is_pruned_more_mildly():
     model, latency = make_vit(**SIZES), make_latency(3)
     asked, timed = 1.3, []

@@ -126,7 +126,10 @@ def show_candidates(result: Any) -> None:
         for each in result.candidates
     ]
     print_table("candidates, each refitted at once", ("candidate", "loss", "predicted x", "measured x"), rows)
-    print("loss: KL(dense || candidate), nats per image, on calibration images that nothing was fitted to")
+    print(
+        "loss: how far answers are from the dense model's (KL in nats; of encoders, cosine distance), per image, on "
+        "calibration images that nothing was fitted to"
+    )
     for wanted, reason in result.refused.items():
         print(f"{wanted}: not so fast ({reason})")
 

@@ -45,7 +45,8 @@ class Candidate:
         precision: of the products with weights.
         image_size: height and width in pixels; None: the model's own.
         merge: tokens that disappear in each block; None where none do.
-        loss: KL(dense || candidate) on images kept back, nats per image, everything refitted at once.
+        loss: how far its answers are from the dense ones (``answer_loss``), per image, on images kept back, everything
+            refitted at once.
         predicted_speedup: by the fitted model.
         measured_speedup: the least over batch sizes; None where it was not timed.
         chosen: whether the result was made of it.
