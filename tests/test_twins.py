@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_vit
+from conftest import make_vit, shared
 from safetensors.torch import save_file
 
 import vitprune
@@ -231,6 +231,23 @@ def test_the_same_neurons_whichever_library_a_model_comes_from(tmp_path):
             assert torch.equal(plans[name].keep[group], keep), (name, group)
 
 
+def test_copies_of_real_weights_lose_the_same_neurons():
+    """DeiT-Tiny from timm, transformers and torchvision, on real photos."""
+    dense = vitprune.load("deit_tiny_patch16_224", checkpoint=shared("weights/deit_tiny_patch16_224.safetensors"))
+    images = vitprune.find_images(shared("data/imagenet-train-1000"), None).head(16)
+    batches = list(vitprune.ImageBatches(images, dense, batch_size=16))
+    copies = {"timm": dense}
+    with torch.no_grad():
+        for library, made in (("transformers", as_transformers(dense)), ("torchvision", as_torchvision(dense))):
+            copies[library] = vitprune.load(made)
+            torch.testing.assert_close(copies[library](batches[0][0]), dense(batches[0][0]), rtol=0, atol=1e-4)
+    options = {"ratio": 0.5, "criterion": "variance", "compensate": "ridge", "step": 1}
+    plans = {name: vitprune.prune(model, batches, **options)[1] for name, model in copies.items()}
+    for name in ("transformers", "torchvision"):
+        for group, keep in plans["timm"].keep.items():
+            assert torch.equal(plans[name].keep[group], keep), (name, group)
+
+
 def as_transformers(dense):
     """Return a model of transformers with the weights of a timm one."""
     width, heads = dense.embed_dim, dense.blocks[0].attn.num_heads
@@ -239,7 +256,7 @@ def as_transformers(dense):
         num_hidden_layers=len(dense.blocks),
         num_attention_heads=heads,
         intermediate_size=dense.blocks[0].mlp.fc1.out_features,
-        image_size=32,
+        image_size=dense.patch_embed.img_size[0],
         patch_size=dense.patch_embed.patch_size[0],
         num_labels=dense.num_classes,
         layer_norm_eps=1e-6,
@@ -277,7 +294,7 @@ def as_transformers(dense):
 def as_torchvision(dense):
     """Return a model of torchvision with the weights of a timm one."""
     model = torchvision.models.VisionTransformer(
-        32,
+        dense.patch_embed.img_size[0],
         dense.patch_embed.patch_size[0],
         len(dense.blocks),
         dense.blocks[0].attn.num_heads,
