@@ -236,6 +236,11 @@ def test_an_encoder_from_the_command_line(encoder_folders, capsys):
     assert near["num_images"] == 18
     assert near["least_cosine"] <= near["tenth_cosine"] <= 1
     assert load_embeddings(at / "near").fidelity.mean_cosine == pytest.approx(near["mean_cosine"])
+    run("report", at / "half", at / "near", "-o", at / "report.html", "--overwrite", "--json", capsys=capsys)
+    page = (at / "report.html").read_text()
+    assert "half against dense: embeddings" in page
+    assert f"{near['mean_cosine']:.3f} to those of the other model in the mean" in page
+    assert "Images that moved most" in page
     both = ("--against", at / "dense", "--knn", at / "known", "-o", at / "knn", "--overwrite")
     knn = run("evaluate", at / "half", *both, *asked, capsys=capsys)
     assert knn["num_classes"] == 3

@@ -13,6 +13,7 @@ from vitprune.card import read_card
 from vitprune.discovery.run import RUN_FILE, load_run
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.curve_folder import CURVE_FILE, load_curve
+from vitprune.evaluation.embeddings_folder import EMBEDDINGS_FILE, load_embeddings
 from vitprune.evaluation.evaluation_folder import EVALUATION_FILE, load_evaluation
 from vitprune.evaluation.front import FRONT_FILE, load_front
 from vitprune.models.saved_folder import PLAN_FILE
@@ -21,6 +22,7 @@ from vitprune.report.card_facts import (
     analysis_facts,
     bench_facts,
     curve_facts,
+    embeddings_facts,
     evaluation_facts,
     front_facts,
     pruned_facts,
@@ -31,6 +33,7 @@ from vitprune.report.pruned_folder import load_pruned
 from vitprune.report.sections.analysis_section import analysis_section
 from vitprune.report.sections.bench_section import bench_section
 from vitprune.report.sections.curve_section import curve_section
+from vitprune.report.sections.embeddings_section import embeddings_section
 from vitprune.report.sections.evaluation_section import evaluation_section
 from vitprune.report.sections.front_section import front_section
 from vitprune.report.sections.pruned_section import pruned_section
@@ -59,6 +62,7 @@ class Kind:
 # In the order of the page: first what pruning cost and brought, then why these neurons.
 KINDS: Mapping[str, Kind] = {
     "evaluation": Kind(EVALUATION_FILE, load_evaluation, evaluation_section, evaluation_facts),
+    "embeddings": Kind(EMBEDDINGS_FILE, load_embeddings, embeddings_section, embeddings_facts),
     "pruned": Kind(PLAN_FILE, load_pruned, pruned_section, pruned_facts),
     "bench": Kind(BENCH_FILE, load_bench, bench_section, bench_facts),
     "front": Kind(FRONT_FILE, load_front, front_section, front_facts),

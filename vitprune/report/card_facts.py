@@ -10,6 +10,7 @@ from vitprune.analysis.analysis_folder import Analysis
 from vitprune.data import digest_images
 from vitprune.discovery.run import Run
 from vitprune.evaluation.curve_folder import CurveRecord
+from vitprune.evaluation.embeddings_folder import EmbeddingComparison
 from vitprune.evaluation.evaluation_folder import Evaluation
 from vitprune.evaluation.front import Front
 from vitprune.evaluation.model_facts import ModelFacts
@@ -133,6 +134,12 @@ def evaluation_facts(evaluation: Evaluation) -> list[Fact]:
     if evaluation.skipped:
         facts.append(Fact("skipped", plural(len(evaluation.skipped), "image") + " that could not be decoded"))
     return facts
+
+
+def embeddings_facts(comparison: EmbeddingComparison) -> list[Fact]:
+    """Say which models were compared, and on which images."""
+    facts = _describe_model(comparison.model) + _describe_model(comparison.against, role="compared with")
+    return facts + _describe_images(str(comparison.root), len(comparison.files), comparison.images_sha256)
 
 
 def curve_facts(curve: CurveRecord) -> list[Fact]:
