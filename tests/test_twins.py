@@ -21,7 +21,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
 pytest.importorskip("open_clip", reason="open_clip is not installed")
 
-from twins import OF_TRANSFORMERS, ROWS, WITHOUT_TRUNK, make, make_open_clip, make_torchvision, row  # noqa: E402
+from twins import OF_TRANSFORMERS, ROWS, SHAPE, SMALL, WITHOUT_TRUNK, make, make_open_clip, make_torchvision, row  # noqa: E402
 
 
 @torch.no_grad()
@@ -68,6 +68,34 @@ def test_a_twin_is_pruned_masked_exported_and_followed(kind, tmp_path):
             check_trunk(twin, groups, images)
     else:
         check_trunk(twin, groups, images)
+
+
+@pytest.mark.parametrize("name", ["CLIP", "Siglip"])
+@torch.no_grad()
+def test_the_image_towers_of_models_of_images_and_text(name, tmp_path):
+    """Their texts are left out, in memory and in files, and they are not written back without them."""
+    torch.manual_seed(0)
+    text = {**SHAPE, "vocab_size": 40, "max_position_embeddings": 8}
+    width = {"projection_dim": 24} if name == "CLIP" else {}
+    text |= {"projection_size": 32} if name == "Siglip" else {}
+    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=SMALL, **width)
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    twin = vitprune.load(model)
+    images = images_for(twin)
+    told = model.get_image_features(pixel_values=images)
+    told = told if isinstance(told, torch.Tensor) else told.pooler_output
+    torch.testing.assert_close(twin(images), told, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "both")
+    torch.testing.assert_close(vitprune.load(tmp_path / "both")(images), twin(images), rtol=0, atol=0)
+    with pytest.raises(VitpruneError, match="load its vision model alone"):
+        vitprune.save_transformers(twin, tmp_path / "x")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_twin_has_the_numbers_of_its_model(dtype):
+    twin = vitprune.load(make("vit").to(dtype).train())
+    assert twin.head.weight.dtype == dtype
+    assert not twin.training
 
 
 def test_files_of_shards_and_pickles_are_read(tmp_path):

@@ -16,7 +16,7 @@ from vitprune.twins.twin import State, build_twin, join_queries
 from vitprune.wrappers import OPEN_CLIP, TORCHVISION, TRANSFORMERS, evaluating, library_of
 
 # Relative to the largest number of an answer.
-TOLERANCE = 1e-3
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
 def adopt(model: nn.Module) -> nn.Module:
@@ -99,22 +99,30 @@ def rename_checkpoint(state: State) -> dict[str, Tensor] | None:
 @torch.no_grad()
 def _compare(model: nn.Module, twin: nn.Module, name: str) -> None:
     """Refuse a twin that answers otherwise than the model it stands for."""
-    parameter = next(twin.parameters())
+    theirs, ours = next(model.parameters()), next(twin.parameters())
     size = twin.pretrained_cfg["input_size"]
-    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(parameter)
+    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     with evaluating(model):
-        told = model(images) if library_of(model) != TRANSFORMERS else model(pixel_values=images)
-    got = twin(images)
+        told = _ask(model, images.to(theirs))
+    got = twin(images.to(ours)).float().cpu()
     expected = _find_answer(told, got)
     if expected is None:
         raise VitpruneError(f"{name} answers nothing of the shape {list(got.shape)} that its timm twin answers")
     largest = float(expected.abs().max())
     difference = float((expected - got).abs().max())
-    if not difference <= TOLERANCE * max(largest, 1.0):
+    if not difference <= TOLERANCE[ours.dtype] * max(largest, 1.0):
         raise VitpruneError(
             f"{name} answers otherwise than timm's model of its description (by {difference:.3g} of {largest:.3g}); it "
             "cannot be taken over"
         )
+
+
+def _ask(model: nn.Module, images: Tensor) -> Any:
+    if library_of(model) != TRANSFORMERS:
+        return model(images)
+    if hasattr(model, "text_model"):  # of images and text: the images' side alone
+        return model.get_image_features(pixel_values=images)
+    return model(pixel_values=images)
 
 
 def _find_answer(told: Any, got: Tensor) -> Tensor | None:
@@ -125,5 +133,6 @@ def _find_answer(told: Any, got: Tensor) -> Tensor | None:
         values = [told[key] for key in told] if isinstance(told, Mapping) else list(told)
         candidates = [each for each in values if isinstance(each, Tensor)]
         candidates += [each[:, 0] for each in candidates if each.ndim == 3]
+    candidates = [each.float().cpu() for each in candidates]
     candidates = [each for each in candidates if each.shape == got.shape]
     return min(candidates, key=lambda each: float((each - got).abs().max()), default=None)
