@@ -87,6 +87,17 @@ def test_embeddings_stay_nearer_than_by_chance(global_pool):
     assert ours < 0.7 * by_chance
 
 
+@torch.no_grad()
+def test_gradient_descent_brings_embeddings_nearer():
+    model, batches = make_vit(num_classes=0), make_batches()
+    images = torch.cat([images for images, _labels in batches])
+    dense, near = ask(model, images), {}
+    for compensate in ("ridge", "distill"):
+        pruned, _plan = vitprune.prune(model, batches, ratio=0.5, compensate=compensate)
+        near[compensate] = float(cosine_distance(dense, ask(pruned, images)).mean())
+    assert near["distill"] < near["ridge"]
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "size"),
     [

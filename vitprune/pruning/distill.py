@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from vitprune.answers import has_several, log_answers, run
+from vitprune.answer_loss import cosine_distance
+from vitprune.answers import has_several, log_answers, run, shape_like
 from vitprune.data import Batches, on_device
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
@@ -22,7 +23,8 @@ from vitprune.pruning.plan import Plan, fit_plan
 from vitprune.views import block_of, has_classifier
 
 NUM_STEPS, BATCH_SIZE, LEARNING_RATE = 200, 32, 3e-4
-# Weight of the blocks' relative squared error beside KL in nats; without it the few images are learned by heart.
+# Weight of the blocks' relative squared error beside the loss of the answers; without it the few images are learned
+# by heart.
 STATES_WEIGHT = 10.0
 
 
@@ -41,9 +43,9 @@ def distill(
 ) -> nn.Module:
     """Return a copy of the compensated model whose blocks and answers are more like the dense model's.
 
-    Adam lowers KL(dense ‖ pruned) plus ten times the mean over blocks of the relative squared error of their outputs,
-    over weights and biases of the FFNs' output projections alone, with a cosine schedule. Every other image is
-    mirrored. The images are kept in memory in half precision.
+    Adam lowers KL(dense ‖ pruned), of encoders the cosine distance of their embeddings, plus ten times the mean over
+    blocks of the relative squared error of their outputs, over weights and biases of the FFNs' output projections
+    alone, with a cosine schedule. Every other image is mirrored. The images are kept in memory in half precision.
 
     Args:
         model: the dense model; stays as it is.
@@ -107,6 +109,9 @@ def distill(
             if has_classifier(model):
                 got_BC, wanted_BC = (log_answers(each.float(), several=several) for each in (logits, answers))
                 loss = loss + nn.functional.kl_div(got_BC, wanted_BC, log_target=True, reduction="batchmean")
+            else:
+                embedded, wanted_too = (shape_like(model, each) for each in (logits, answers))
+                loss = loss + cosine_distance(wanted_too, embedded).float().mean()
             optimizer.zero_grad()
             loss.backward()
         optimizer.step()
