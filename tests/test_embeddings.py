@@ -18,8 +18,9 @@ from vitprune.answer_loss import EMBEDDINGS, answer_loss, cosine_distance, draw_
 from vitprune.answers import ask, shape_embeddings
 from vitprune.cli import main
 from vitprune.discovery.class_means import answer_by_class_means
-from vitprune.evaluation.embeddings import NeighbourClassifier
+from vitprune.evaluation.embeddings import NeighbourClassifier, compare_embedded
 from vitprune.evaluation.embeddings_folder import load_embeddings
+from vitprune.evaluation.evaluation_folder import load_evaluation
 
 
 def make_batches(count: int = 12, size: int = 32):
@@ -179,7 +180,7 @@ def test_fidelity_is_what_loops_say():
         torch.nn.functional.normalize(torch.randn(9, 4, generator=torch.Generator().manual_seed(seed)), dim=1)
         for seed in (0, 1)
     )
-    fidelity = vitprune.evaluation.embeddings.compare_embedded(first, second, num_neighbours=3)
+    fidelity = compare_embedded(first, second, num_neighbours=3)
     shared = 0
     for image in range(9):
         nearest = []
@@ -257,7 +258,7 @@ def test_an_encoder_from_the_command_line(encoder_folders, capsys):
     assert knn["num_classes"] == 3
     assert knn["embeddings"]["mean_cosine"] == pytest.approx(near["mean_cosine"], abs=1e-6)
     assert set(knn["per_class"]) == {"amber", "blue", "coral"}
-    loaded = vitprune.evaluation.evaluation_folder.load_evaluation(at / "knn")
+    loaded = load_evaluation(at / "knn")
     assert loaded.fidelity.agreement == knn["embeddings"]["agreement"]
     run("export", at / "half", at / "half.onnx", "--data", at / "asked", "--json", capsys=capsys)
     file = run("evaluate", at / "half.onnx", "--against", at / "half", *asked, capsys=capsys)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import vitprune
 from vitprune import VitpruneError
 from vitprune.models.trunk import check_trunk
+from vitprune.twins.find_twin import adopt_transformers
 from vitprune.twins.of_transformers import read_processor, resample_positions, twin_of_transformers
 from vitprune.views import data_config
 from vitprune.wrappers import library_of
@@ -126,7 +127,11 @@ def test_what_has_no_twin_is_refused(tmp_path):
         twin_of_transformers({**config, "hidden_act": "mish"}, state)
     few = {name: value for name, value in state.items() if name != "vit.layernorm.bias"}
     with pytest.raises(VitpruneError, match=r"it lacks norm.bias"):
-        vitprune.twins.find_twin.adopt_transformers(config, few)
+        adopt_transformers(config, few)
+    named = transformers.SiglipConfig(vision_config=SMALL, id2label={0: "cat", 1: "dog"})
+    assert vitprune.load(transformers.SiglipForImageClassification(named)).label_names == ("cat", "dog")
+    with pytest.raises(VitpruneError, match="reads tokens that are not normed"):
+        vitprune.load(transformers.CLIPForImageClassification(transformers.CLIPConfig(vision_config=SMALL)))
     with pytest.raises(VitpruneError, match="no library with twins"):
         vitprune.load(torch.nn.Linear(2, 2))
     with pytest.raises(VitpruneError, match="ResNet of torchvision has no twin"):

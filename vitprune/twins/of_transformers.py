@@ -138,7 +138,8 @@ def twin_of_transformers(
             f"{', '.join(sorted(FAMILIES))}"
         )
     if kind in WITH_TEXT:
-        config = {**config.get("vision_config", {}), "projection_dim": config.get("projection_dim")}
+        outer = {key: config.get(key) for key in ("projection_dim", "id2label", "architectures")}
+        config = {**config.get("vision_config", {}), **outer}
         kind = WITH_TEXT[kind]
     twin = FAMILIES[kind](_Described(config, source), dict(state))
     if processor is None:
