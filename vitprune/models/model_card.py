@@ -58,7 +58,7 @@ def write_model_card(
     lines += list(measured) or ["Nothing was measured when this was written."]
     lines += ["", "## Use", "", "```python", "import vitprune", ""]
     lines += [f'model = vitprune.load("{name}")  # an ordinary torch.nn.Module in eval mode']
-    lines += ["transform = vitprune.views.data_config(model)  # how its images are prepared", "```", ""]
+    lines += ["transform = vitprune.data.data_config(model)  # how its images are prepared", "```", ""]
     lines += _describe_images(cfg)
     lines += ["", "## Licence", ""]
     lines += [

@@ -138,7 +138,7 @@ def twin_of_transformers(
             f"{', '.join(sorted(FAMILIES))}"
         )
     if kind in WITH_TEXT:
-        outer = {key: config.get(key) for key in ("projection_dim", "id2label", "architectures")}
+        outer = {key: config.get(key) for key in ("projection_dim", "id2label")}
         config = {**config.get("vision_config", {}), **outer}
         kind = WITH_TEXT[kind]
     twin = FAMILIES[kind](_Described(config, source), dict(state))
@@ -176,14 +176,6 @@ class _Described:
     def pair(self, name: str, usual: int) -> tuple[int, int]:
         value = self.get(name, usual)
         return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
-
-    @property
-    def is_classifier(self) -> bool:
-        return any(str(name).endswith(("ForImageClassification", "WithTeacher")) for name in self.architectures)
-
-    @property
-    def architectures(self) -> Sequence[str]:
-        return self.config.get("architectures") or ()
 
 
 def _plain(described: _Described, state: State, *, heads: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -359,7 +351,7 @@ def _tower(described: _Described, state: State, *, heads: int, act: str) -> tupl
 
 
 def _clip(described: _Described, state: State) -> Twin:
-    if described.is_classifier:
+    if any(name.startswith("classifier.") for name in state):
         raise VitpruneError(f"{described.source}: its classifier reads tokens that are not normed, which has no twin")
     arguments, named = _tower(described, state, heads=12, act="quick_gelu")
     named["cls_token"] = named["cls_token"].view(1, 1, -1)
