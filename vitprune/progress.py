@@ -20,6 +20,17 @@ def untracked(items: Sequence[Any], _description: str) -> Iterable[Any]:
     return items
 
 
+def in_step(track: Track, number: int, count: int) -> Track:
+    """Return what shows the progress of one of several like steps; of a single one, as it is.
+
+    >>> in_step(lambda items, description: description, 2, 5)([], "rank neurons")
+    'rank neurons (step 2 of 5)'
+    """
+    if count < 2:
+        return track
+    return lambda items, description: track(items, f"{description} (step {number} of {count})")
+
+
 def report(items: Sequence[Any], description: str) -> Iterator[Any]:
     """Say on stderr, a line now and then, how far a loop is and how long it will take."""
     return log_lines(items, description, _count(items))

@@ -13,6 +13,7 @@ from vitprune.calibration.criteria import REGISTRY as CRITERIA
 from vitprune.calibration.criteria import Scores
 from vitprune.errors import VitpruneError
 from vitprune.options import DEFAULT_FLOOR
+from vitprune.progress import Track, in_step
 from vitprune.pruning.allocate import allocate
 from vitprune.pruning.apply import remove_neurons
 from vitprune.pruning.compensations import REGISTRY as COMPENSATIONS
@@ -103,20 +104,26 @@ def walk(session: Session, target: Target, schedule: Schedule, *, step: float) -
     Raises:
         VitpruneError: if an argument is out of range, a group would be left empty, or images are missing.
     """
-    current, stage = session, first_stage(session, schedule)
+    stops = schedule.stops(target, step)
+    current, stage = session, first_stage(session, schedule, track=in_step(session.track, 1, len(stops)))
     yield stage
-    for share in schedule.stops(target, step)[:-1]:
-        current, stage = advance(current, stage, target.partly(share), schedule)
+    for number, share in enumerate(stops[:-1], 2):
+        track = in_step(session.track, number, len(stops))
+        current, stage = advance(current, stage, target.partly(share), schedule, track=track)
         yield stage
 
 
-def first_stage(session: Session, schedule: Schedule, *, scores: Scores | None = None) -> Stage:
-    """Score the dense model of a session; ``scores`` where they are there already."""
+def first_stage(
+    session: Session, schedule: Schedule, *, scores: Scores | None = None, track: Track | None = None
+) -> Stage:
+    """Score the dense model of a session; ``scores`` where they are there already. ``track`` in place of its own."""
     kept = {group.name: torch.arange(group.num_units) for group in session.groups}
-    return Stage(0, kept, session.score(schedule.criterion) if scores is None else scores)
+    return Stage(0, kept, session.score(schedule.criterion, track) if scores is None else scores)
 
 
-def advance(current: Session, stage: Stage, target: Target, schedule: Schedule) -> tuple[Session, Stage]:
+def advance(
+    current: Session, stage: Stage, target: Target, schedule: Schedule, *, track: Track | None = None
+) -> tuple[Session, Stage]:
     """Prune the current model down to a target, compensate it, and score what is left.
 
     Returns:
@@ -135,7 +142,7 @@ def advance(current: Session, stage: Stage, target: Target, schedule: Schedule) 
         track=current.track,
     )
     kept = {name: index[inner.keep[name]] for name, index in stage.kept.items()}
-    return following, Stage(stage.number + 1, kept, following.score(schedule.criterion))
+    return following, Stage(stage.number + 1, kept, following.score(schedule.criterion, track))
 
 
 def finish(session: Session, stage: Stage, target: Target, schedule: Schedule) -> Plan:

@@ -117,8 +117,8 @@ class Session:
         read = SeenImages() if self.batches is None else self.batches.seen
         return read.with_hashes(seen_by(self.model))
 
-    def score(self, criterion: str) -> Scores:
-        """Score every unit by a criterion, from the statistics of the session."""
+    def score(self, criterion: str, track: Track | None = None) -> Scores:
+        """Score every unit by a criterion, from the statistics of the session; ``track`` in place of its own."""
         return score_neurons(
             self.model,
             criterion,
@@ -127,5 +127,5 @@ class Session:
             statistics=self.statistics or None,
             ridge=self.ridge,
             seed=self.seed,
-            track=self.track,
+            track=self.track if track is None else track,
         )
