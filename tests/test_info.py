@@ -74,7 +74,7 @@ def test_merging_models_and_encoders_are_told_apart():
     assert "merge already" in merged["tokens"].reason
     encoder = vitprune.info(make_vit(num_classes=0))
     assert encoder.num_classes == 0
-    assert "no classifier" in {each.part: each.reason for each in encoder.parts}["vo"]
+    assert not [each.part for each in encoder.parts if each.reason]
 
 
 def test_the_command_fetches_nothing(monkeypatch, capsys, tmp_path):

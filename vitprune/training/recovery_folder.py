@@ -95,7 +95,7 @@ def save_recovery(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_recovery(Recovered(model, None, (), 0, (None, None), frozenset()), Training(), Path(folder) / "out")
     ...     sorted(path.name for path in (Path(folder) / "out").iterdir())
-    ['config.json', 'model.safetensors', 'recovery.json']
+    ['README.md', 'config.json', 'model.safetensors', 'recovery.json']
     """
     with atomic_folder(output) as temporary:
         save(recovered.model, temporary, plan=recovered.plan)
