@@ -12,6 +12,7 @@ import open_clip
 import torch
 import torchvision
 import transformers
+from families import try_verb
 
 import vitprune
 from vitprune.models.merging import why_no_merging
@@ -104,14 +105,6 @@ def halve(twin):
     counts = {group.name: 24 if group.num_units == 88 else group.num_units // 2 for group in groups}
     keep = {group.name: torch.arange(group.num_units) < counts[group.name] for group in groups}
     return vitprune.apply_plan(twin, vitprune.Plan(keep))
-
-
-def try_verb(verb) -> str:
-    try:
-        verb()
-    except vitprune.VitpruneError as error:
-        return f"no: {str(error).split('; ')[0]}"
-    return "yes"
 
 
 def row(kind: str) -> str:

@@ -216,6 +216,18 @@ def read_json(path: str | Path, *, kind: str) -> dict[str, Any]:
     return content
 
 
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Read a file with a JSON object on each line.
+
+    Raises:
+        VitpruneError: if it is none.
+    """
+    try:
+        return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise VitpruneError(f"{path}: not a file of JSON lines ({error})") from error
+
+
 def write_table(path: str | Path, rows: Iterable[Any], row_type: type) -> None:
     """Write dataclass values to a CSV file, one row each in the order given; a column per field."""
     with atomic_file(path) as temporary, temporary.open("w", newline="") as stream:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.embeddings import Fidelity, describe_fidelity, read_fidelity
 from vitprune.evaluation.model_facts import ModelFacts
-from vitprune.files import FORMAT_VERSION, atomic_file, atomic_folder, read_json, write_json
+from vitprune.files import FORMAT_VERSION, atomic_file, atomic_folder, read_json, read_json_lines, write_json
 
 EMBEDDINGS_FILE, COSINES_FILE = "embeddings.json", "images.jsonl"
 EMBEDDINGS_FILES = frozenset({EMBEDDINGS_FILE, COSINES_FILE})
@@ -75,10 +73,7 @@ def load_embeddings(folder: str | Path) -> EmbeddingComparison:
         if not (folder / name).is_file():
             raise VitpruneError(f"{folder} is no comparison of embeddings: it has no {name}")
     content = read_json(folder / EMBEDDINGS_FILE, kind="embeddings")
-    try:
-        rows: list[Mapping[str, Any]] = [json.loads(line) for line in (folder / COSINES_FILE).read_text().splitlines()]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise VitpruneError(f"{folder / COSINES_FILE}: not a file of JSON lines ({error})") from error
+    rows = read_json_lines(folder / COSINES_FILE)
     if len(rows) != content["num_images"]:
         raise VitpruneError(
             f"{folder}: {EMBEDDINGS_FILE} is of {content['num_images']} images, {COSINES_FILE} of {len(rows)}"

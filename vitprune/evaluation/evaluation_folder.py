@@ -15,7 +15,7 @@ from vitprune.errors import VitpruneError
 from vitprune.evaluation.accuracy import Accuracy, Answers, compare, count_right, drop_bound
 from vitprune.evaluation.embeddings import Fidelity, describe_fidelity, read_fidelity
 from vitprune.evaluation.model_facts import ModelFacts
-from vitprune.files import FORMAT_VERSION, atomic_file, atomic_folder, read_json, write_json
+from vitprune.files import FORMAT_VERSION, atomic_file, atomic_folder, read_json, read_json_lines, write_json
 from vitprune.table import align
 
 EVALUATION_FILE, ANSWERS_FILE = "evaluation.json", "images.jsonl"
@@ -202,10 +202,7 @@ def load_evaluation(folder: str | Path) -> Evaluation:
         if not (folder / name).is_file():
             raise VitpruneError(f"{folder} is no evaluation: it has no {name}")
     content = read_json(folder / EVALUATION_FILE, kind="evaluation")
-    try:
-        rows = [json.loads(line) for line in (folder / ANSWERS_FILE).read_text().splitlines()]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise VitpruneError(f"{folder / ANSWERS_FILE}: not a file of JSON lines ({error})") from error
+    rows = read_json_lines(folder / ANSWERS_FILE)
     if len(rows) != content["num_images"]:
         raise VitpruneError(
             f"{folder}: {EVALUATION_FILE} is of {content['num_images']} images, {ANSWERS_FILE} of {len(rows)}"
