@@ -64,6 +64,7 @@ CALLS = {
     "export_program": lambda model, at: [
         vitprune.export_program(model, at / "model.pt2", make_batches()).max_abs_diff < 1e-4
     ],
+    "as_open_clip": lambda model, at: vitprune.as_open_clip(model),
     "as_torchvision": lambda model, at: vitprune.as_torchvision(model),
     "save_transformers": lambda model, at: vitprune.save_transformers(model, at / "folder"),
     "embed": lambda model, at: vitprune.embed(model, make_batches()),

@@ -242,6 +242,22 @@ def test_twins_of_open_clip():
         torch.testing.assert_close(twin(images), model.visual(images), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_pruned_tower_is_written_back_for_open_clip(tmp_path):
+    model = make_open_clip()
+    twin = vitprune.load(model)
+    images = images_for(twin)
+    options = {"criterion": "magnitude", "allocation": "uniform"}
+    plan = vitprune.plan_pruning(twin, vitprune.score_neurons(twin, "magnitude"), ratio=0.5, **options)
+    vitprune.save(vitprune.apply_plan(twin, plan), tmp_path / "half", plan=plan)
+    half = vitprune.load(tmp_path / "half")
+    config, state = vitprune.as_open_clip(half)
+    smaller = make_open_clip(**config)
+    smaller.visual.load_state_dict(state)
+    torch.testing.assert_close(smaller.visual(images), half(images), rtol=1e-4, atol=1e-5)
+    assert config["mlp_ratio"] == 0.75
+
+
 @pytest.mark.parametrize("kind", ROWS)
 def test_the_table_of_other_libraries_says_what_happens(kind):
     page = Path(__file__).parents[1] / "docs" / "libraries.md"

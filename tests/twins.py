@@ -81,12 +81,12 @@ def make_torchvision(kind: str):
     return model
 
 
-def make_open_clip(*, quick_gelu: bool = False):
+def make_open_clip(*, quick_gelu: bool = False, **changed):
     """Build a small random model of images and text of open_clip."""
     torch.manual_seed(0)
     vision = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16, "mlp_ratio": 1.5}
     text = {"context_length": 8, "vocab_size": 32, "width": 32, "heads": 2, "layers": 1}
-    towers = open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text)
+    towers = open_clip.CLIPVisionCfg(**{**vision, **changed}), open_clip.CLIPTextCfg(**text)
     return open_clip.CLIP(24, *towers, quick_gelu=quick_gelu).eval()
 
 
@@ -121,8 +121,9 @@ def row(kind: str) -> str:
         write = {
             "transformers": lambda: vitprune.save_transformers(half, f"{folder}/back"),
             "torchvision": lambda: vitprune.as_torchvision(half),
-        }.get(library)
-        back = "no: not yet" if write is None else try_verb(write)
+            "open_clip": lambda: vitprune.as_open_clip(half),
+        }[library]
+        back = try_verb(write)
     name = f"{library}, `{type(model).__name__}`" + (f" ({kind})" if kind.endswith("gated") else "")
     twins_name = twin.pretrained_cfg["architecture"]
     columns = (name, f"`{twins_name}`", paths.split(" (stem")[0], f"no: {merging}" if merging else "yes", back)

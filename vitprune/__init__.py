@@ -23,6 +23,7 @@ _HOME_OF = {
     "load": "vitprune.models.load",
     "push": "vitprune.hub.push",
     "save": "vitprune.models.saved_folder",
+    "as_open_clip": "vitprune.twins.to_open_clip",
     "as_torchvision": "vitprune.twins.to_torchvision",
     "save_transformers": "vitprune.twins.to_transformers",
     "save_elastic": "vitprune.models.elastic_file",

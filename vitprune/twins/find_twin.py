@@ -45,7 +45,10 @@ def adopt(model: nn.Module) -> nn.Module:
         model = getattr(model, "visual", model)
         if type(model).__name__ == "TimmModel":
             raise VitpruneError(f"{name} holds a timm model; pass it: model.visual.trunk")
-        twin = build_twin(twin_of_open_clip(read_open_clip(model), model.state_dict(), source=name))
+        facts = read_open_clip(model)
+        twin = build_twin(twin_of_open_clip(facts, model.state_dict(), source=name))
+        config = {"ls_init_value": 1e-5} if any(".ls_1." in key for key in model.state_dict()) else {}
+        twin.twin = {"library": OPEN_CLIP, "config": config, "names": list(model.state_dict())}
     else:
         raise VitpruneError(
             f"{name} is of no library with twins in timm; those are transformers, torchvision and open_clip"

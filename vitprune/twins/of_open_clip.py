@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from vitprune.errors import VitpruneError
 from vitprune.twins.twin import CLIP, Rules, State, Twin, activation, count_blocks, rename
 
@@ -54,6 +56,16 @@ def read_open_clip(visual: Any) -> dict[str, Any]:
     }
 
 
+def rename_open_clip(state: State, source: str = "the state dict") -> dict[str, Tensor]:
+    """Return a tower's tensors by timm's names, their shapes as they are.
+
+    >>> import torch
+    >>> list(rename_open_clip({"ln_post.bias": torch.ones(1)}))
+    ['norm.bias']
+    """
+    return rename(state, _TOWER, source)
+
+
 def twin_of_open_clip(facts: Mapping[str, Any], state: State, *, source: str = "the model") -> Twin:
     """Return the twin of an image tower of open_clip.
 
@@ -65,7 +77,7 @@ def twin_of_open_clip(facts: Mapping[str, Any], state: State, *, source: str = "
     Raises:
         VitpruneError: if it has something that timm's model has not.
     """
-    named = rename(state, _TOWER, source)
+    named = rename_open_clip(state, source)
     patches = named["patch_embed.proj.weight"]
     named["cls_token"], named["pos_embed"] = named["cls_token"].view(1, 1, -1), named["pos_embed"].unsqueeze(0)
     projection = named.pop("projection", None)
