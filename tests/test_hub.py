@@ -44,7 +44,13 @@ def made(tmp_path_factory):
 
 def run(address, home, *argv, code=0, token="secret"):
     """Run a command with its hub at an address; a process of its own, since the client reads it once."""
-    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "*",
+    }
     environment.pop("HF_TOKEN", None)
     if token:
         environment["HF_TOKEN"] = token
