@@ -151,7 +151,8 @@ def test_progress_goes_to_a_log_as_lines(saved_vit, image_folder, tmp_path, caps
     assert main(list(map(str, command))) == 0
     lines = capsys.readouterr().err.splitlines()
     first = "calibrate: 2 rankings, then compensation"
-    assert [line.partition(",")[0] for line in lines].count("rank neurons 3/3") == 2
+    begun = [line.partition(",")[0] for line in lines]
+    assert [f"rank neurons (step {step} of 2) 3/3" in begun for step in (1, 2)] == [True, True]
     for passed in ("", " (pass 2)"):
         rests = [line.removeprefix(f"{first}{passed} ") for line in lines]
         counts = [rest.partition(",")[0] for rest in rests if rest[0].isdigit()]

@@ -131,4 +131,4 @@ def test_progress_sees_every_ffn_at_every_stop(tiny_vit):
         return items
 
     vitprune.prune(tiny_vit, BATCHES, pruning_ratio=0.5, step=0.25, compensation="ridge", track=track)
-    assert seen == [("rank neurons", 3), ("rank neurons", 3)]
+    assert seen == [("rank neurons (step 1 of 2)", 3), ("rank neurons (step 2 of 2)", 3)]
