@@ -17,6 +17,8 @@ from vitprune import VitpruneError
 from vitprune.evaluation.accuracy import count_right
 from vitprune.evaluation.evaluation_folder import load_evaluation, save_evaluation
 from vitprune.hub.push import describe_measured, push
+from vitprune.speed.bench import BenchRow
+from vitprune.speed.bench_folder import BenchRecord, save_bench
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +127,10 @@ def test_only_figures_of_this_very_model_come_onto_its_card(made, tmp_path):
     assert "top-1" in describe_measured(made / "dense", [tmp_path / "of-dense"])[0]
     with pytest.raises(VitpruneError, match="holds neither an evaluation"):
         describe_measured(made / "half", [tmp_path])
+    row = BenchRow("other", "torch-eager", "float32", 1, 1, 1.0, 1.0, 1000.0, 1.0, 1.0, 1.0, None, None)
+    save_bench(BenchRecord((row,), {"processor": "a CPU"}), tmp_path / "bench")
+    with pytest.raises(VitpruneError, match="timed no model called half"):
+        describe_measured(made / "half", [tmp_path / "bench"])
     with pytest.raises(VitpruneError, match="it is called OWNER/NAME"):
         push(made / "half", "half")
 

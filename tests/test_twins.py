@@ -116,6 +116,13 @@ def test_files_of_shards_and_pickles_are_read(tmp_path):
         vitprune.load(tmp_path / "shards")
 
 
+def test_where_a_model_was_read_does_not_go_with_its_twin(tmp_path):
+    make("vit").save_pretrained(tmp_path / "private")
+    model = transformers.ViTForImageClassification.from_pretrained(tmp_path / "private")
+    vitprune.save(vitprune.load(model), tmp_path / "twin")
+    assert "private" not in (tmp_path / "twin" / "config.json").read_text()
+
+
 def test_what_has_no_twin_is_refused(tmp_path):
     config = make("vit").config.to_dict()
     state = make("vit").state_dict()

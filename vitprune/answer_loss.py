@@ -61,7 +61,7 @@ def draw_class_directions(logits_BC: Tensor, generator: torch.Generator, several
     Returns:
         [B, C], of the dtype and on the device of the logits.
     """
-    wide_BC = _at_least_float32(logits_BC.detach())
+    wide_BC = at_least_float32(logits_BC.detach())
     sigmoids = several or logits_BC.shape[-1] == 1
     share_BC = wide_BC.sigmoid() if sigmoids else wide_BC.softmax(-1)
     signs_BC = _draw_signs(share_BC, generator)
@@ -99,7 +99,7 @@ def draw_embedding_directions(embeddings: Tensor, generator: torch.Generator, se
     Returns:
         Of the shape and dtype of the embeddings, on their device.
     """
-    wide = _at_least_float32(embeddings.detach())
+    wide = at_least_float32(embeddings.detach())
     length = wide.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     unit, signs = wide / length, _draw_signs(wide, generator)
     across = signs - unit * (unit * signs).sum(-1, keepdim=True)
@@ -144,5 +144,6 @@ def _draw_signs(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randint(0, 2, like.shape, generator=generator).to(like) * 2 - 1
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Widen 16-bit numbers, which cannot hold sums over many tokens."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

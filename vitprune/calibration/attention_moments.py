@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vitprune.answer_loss import answer_loss
+from vitprune.answer_loss import answer_loss, at_least_float32
 from vitprune.answers import ask, has_several
-from vitprune.calibration.statistics import at_least_float32
 from vitprune.data import Batches, on_device
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitprune.answer_loss import answer_loss
+from vitprune.answer_loss import answer_loss, at_least_float32
 from vitprune.answers import ask, check_one_class, run
 from vitprune.calibration.moments import Moments
-from vitprune.calibration.statistics import at_least_float32
 from vitprune.data import Batches, on_device
 from vitprune.errors import VitpruneError
 from vitprune.models.left_out import BIAS, MAP, Bias, TokenMap

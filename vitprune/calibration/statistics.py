@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vitprune.answer_loss import answer_loss
+from vitprune.answer_loss import answer_loss, at_least_float32
 from vitprune.answers import ask, has_several, loss_of, run
 from vitprune.calibration.moments import Moments
 from vitprune.data import Batches, on_device
@@ -180,8 +180,3 @@ class _Sums:
         if MOMENTS in self.wanted:
             found["mean_H"], found["covariance_HH"] = self.moments.finish()
         return Statistics(num_images, count, **found)
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Widen 16-bit numbers, which cannot hold sums over many tokens."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -23,7 +23,6 @@ from vitprune.cli.terminal import Tracked
 from vitprune.errors import VitpruneError
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
-TRANSFORMERS_FILES = frozenset({"config.json", "model.safetensors", "preprocessor_config.json"})
 SUMMARY = "write an ONNX file and check it against torch"
 
 
@@ -64,6 +63,7 @@ def run(
     from vitprune.export.torch_program import export_program
     from vitprune.files import refuse_existing
     from vitprune.pruning.plan import find_plan
+    from vitprune.twins.to_transformers import TRANSFORMERS_FILES
 
     refuse_existing(output, overwrite=overwrite, owned=TRANSFORMERS_FILES if format == "transformers" else None)
     format = _pick_format(output, format)
@@ -172,7 +172,7 @@ def _pick_format(output: str, asked: str | None) -> str:
 
 
 def _write_transformers(network, output: str):
-    from vitprune.twins.to_transformers import save_transformers
+    from vitprune.twins.to_transformers import TRANSFORMERS_FILES, save_transformers
 
     save_transformers(network, output)
     answer = {"path": output, "format": "transformers", "files": sorted(TRANSFORMERS_FILES)}

@@ -17,6 +17,7 @@ from vitprune.answers import ask
 from vitprune.data import Batches, on_device
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
+from vitprune.images.class_map import names_in_order
 from vitprune.images.resized_batches import follow_size
 from vitprune.seen_images import UnseenBatches, check_labels, files_of, seen_by, watch
 from vitprune.views import data_config
@@ -229,7 +230,7 @@ class NeighbourClassifier:
         if known_I.ndim != 1 or bool((known_I < 0).any()):
             raise VitpruneError("neighbours vote for one class each, and some of these images have none or several")
         self.encoder = model
-        self.label_names = tuple(label_names or _names_in_order(batches)) or None
+        self.label_names = tuple(label_names or _names_of(batches)) or None
         self.num_classes = len(self.label_names or ()) or int(known_I.max()) + 1
         self.calibration = seen_by(model) | watched.seen.sha256
         self.num_neighbours = min(num_neighbours, len(known_I))
@@ -250,10 +251,10 @@ class NeighbourClassifier:
         return shares_BC
 
 
-def _names_in_order(batches: Batches) -> tuple[str, ...]:
+def _names_of(batches: Batches) -> tuple[str, ...]:
     images = files_of(batches)
-    names = {} if images is None else images.class_names
-    return tuple(names[index] for index in sorted(names)) if sorted(names) == list(range(len(names))) else ()
+    numbered = {} if images is None else {name: index for index, name in images.class_names.items()}
+    return names_in_order(numbered, len(numbered))
 
 
 def _weigh(distances: np.ndarray) -> np.ndarray:

@@ -111,7 +111,7 @@ def describe_measured(folder: Path, measured: Sequence[str | Path]) -> list[str]
             _check_same(comparison.model.name, folder, each)
             lines += [f"- {line}" for line in str(comparison.fidelity).splitlines()]
         elif (each / BENCH_FILE).is_file():
-            lines += _of_bench(load_bench(each))
+            lines += _of_bench(load_bench(each), folder, each)
         else:
             raise VitpruneError(f"{each} holds neither an evaluation nor a comparison of embeddings nor a benchmark")
     return lines
@@ -136,7 +136,9 @@ def _of_evaluation(evaluation: Evaluation, folder: Path, source: Path) -> list[s
     return lines
 
 
-def _of_bench(bench: BenchRecord) -> list[str]:
+def _of_bench(bench: BenchRecord, folder: Path, source: Path) -> list[str]:
+    if not any(Path(row.model).name == folder.name for row in bench.rows):
+        raise VitpruneError(f"{source} timed no model called {folder.name}; leave it out, or time this model")
     lines = ["", f"Timed on {bench.hardware['processor']}:", ""]
     lines += ["| model | backend | precision | batch | median ms | speed-up (95 % interval) |"]
     lines += ["|---|---|---|---|---|---|"]

@@ -28,8 +28,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vitprune.answer_loss import at_least_float32
 from vitprune.calibration.moments import Moments
-from vitprune.calibration.statistics import Statistics, at_least_float32
+from vitprune.calibration.statistics import Statistics
 from vitprune.data import Batches
 from vitprune.entry import entry
 from vitprune.models.block_calls import BlockCall, read_states_before, run_until_stopped, stopping_before, study_blocks

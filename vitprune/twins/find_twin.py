@@ -76,8 +76,22 @@ def adopt_transformers(
         VitpruneError: if it has no twin.
     """
     twin = build_twin(twin_of_transformers(config, state, processor=processor, source=source))
-    twin.twin = {"library": TRANSFORMERS, "config": dict(config), "processor": processor, "names": list(state)}
+    twin.twin = {
+        "library": TRANSFORMERS,
+        "config": _without_origin(config),
+        "processor": processor,
+        "names": list(state),
+    }
     return twin
+
+
+def _without_origin(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a description without where it was read, which is nobody's business once the model is handed on."""
+    return {
+        key: _without_origin(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if not str(key).startswith("_name_or_path")
+    }
 
 
 def rename_checkpoint(state: State) -> dict[str, Tensor] | None:

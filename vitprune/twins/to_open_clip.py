@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.entry import entry
-from vitprune.errors import VitpruneError
 from vitprune.twins.of_open_clip import rename_open_clip
-from vitprune.twins.to_transformers import check_equal_widths, check_shapes
+from vitprune.twins.to_transformers import check_equal_widths, check_shapes, find_origin
 from vitprune.views import data_config
 from vitprune.wrappers import OPEN_CLIP
 
@@ -37,9 +36,7 @@ def as_open_clip(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ...
     vitprune.errors.VitpruneError: VisionTransformer was not loaded from open_clip, which names its parts
     """
-    twin = getattr(model, "twin", None) or {}
-    if twin.get("library") != OPEN_CLIP:
-        raise VitpruneError(f"{type(model).__name__} was not loaded from open_clip, which names its parts")
+    twin = find_origin(model, OPEN_CLIP)
     check_shapes(model, OPEN_CLIP)
     width, dim = check_equal_widths(model, OPEN_CLIP)
     height, breadth = data_config(model)["input_size"][1:]

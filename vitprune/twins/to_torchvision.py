@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.entry import entry
-from vitprune.errors import VitpruneError
 from vitprune.twins.of_torchvision import rename_swin, rename_torchvision
-from vitprune.twins.to_transformers import check_equal_widths, check_shapes
+from vitprune.twins.to_transformers import check_equal_widths, check_shapes, find_origin
 from vitprune.views import data_config
 from vitprune.wrappers import TORCHVISION
 
@@ -38,9 +37,7 @@ def as_torchvision(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]
         ...
     vitprune.errors.VitpruneError: VisionTransformer was not loaded from torchvision, which names its parts
     """
-    twin = getattr(model, "twin", None) or {}
-    if twin.get("library") != TORCHVISION:
-        raise VitpruneError(f"{type(model).__name__} was not loaded from torchvision, which names its parts")
+    twin = find_origin(model, TORCHVISION)
     check_shapes(model, TORCHVISION)
     width, dim = check_equal_widths(model, TORCHVISION)
     is_vit = twin["class"] == "VisionTransformer"

@@ -25,6 +25,8 @@ from vitprune.views import data_config
 from vitprune.wrappers import TRANSFORMERS
 
 Named = dict[str, Tensor]
+CONFIG_FILE, WEIGHTS_FILE, PROCESSOR_FILE = "config.json", "model.safetensors", "preprocessor_config.json"
+TRANSFORMERS_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, PROCESSOR_FILE})
 _FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 
@@ -47,9 +49,9 @@ def save_transformers(model: nn.Module, folder: str | Path) -> None:
     """
     config, state = as_transformers(model)
     with atomic_folder(folder) as temporary:
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
-        (temporary / "preprocessor_config.json").write_text(json.dumps(describe_processor(model), indent=2) + "\n")
+        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        save_file(state, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        (temporary / PROCESSOR_FILE).write_text(json.dumps(describe_processor(model), indent=2) + "\n")
 
 
 def as_transformers(model: nn.Module) -> tuple[dict[str, Any], Named]:
@@ -61,9 +63,7 @@ def as_transformers(model: nn.Module) -> tuple[dict[str, Any], Named]:
     Raises:
         VitpruneError: as ``save_transformers`` does.
     """
-    twin = getattr(model, "twin", None) or {}
-    if twin.get("library") != TRANSFORMERS:
-        raise VitpruneError(f"{type(model).__name__} was not loaded from transformers, which names its parts")
+    twin = find_origin(model, TRANSFORMERS)
     config = dict(twin["config"])
     kind = config["model_type"]
     inner = dict(config["vision_config"]) if kind in WITH_TEXT else config
@@ -126,6 +126,18 @@ def describe_processor(model: nn.Module) -> dict[str, Any]:
         "image_mean": list(config["mean"]),
         "image_std": list(config["std"]),
     }
+
+
+def find_origin(model: nn.Module, library: str) -> Mapping[str, Any]:
+    """Return what a twin knows of the model that it was made of.
+
+    Raises:
+        VitpruneError: if it is no twin of a model of this library.
+    """
+    twin = getattr(model, "twin", None) or {}
+    if twin.get("library") != library:
+        raise VitpruneError(f"{type(model).__name__} was not loaded from {library}, which names its parts")
+    return twin
 
 
 def check_shapes(model: nn.Module, library: str) -> None:
