@@ -82,9 +82,9 @@ def unwrap(value: Any) -> Any:
 @contextmanager
 def below_autograd() -> Iterator[None]:
     """Derivatives and inference mode are the wrapper's affair; a tensor of inference mode would forbid more."""
-    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.no_grad():
-        with torch._C._AutoDispatchBelowAutograd():
-            yield
+    outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.no_grad()
+    with outside, torch._C._AutoDispatchBelowAutograd():
+        yield
 
 
 def dispatch(function, *args: Any, **kwargs: Any) -> Any:

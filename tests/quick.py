@@ -10,9 +10,11 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,3 +157,25 @@ def _describe(model, args, options) -> str:
         hashed.update(f"{name} {value.dtype} {value.shape}".encode())
         hashed.update(value.contiguous().numpy().data)
     return hashed.hexdigest()
+
+
+def run_on_processes(count: int, arguments: Sequence[Any], folder: Path) -> tuple[bool, str]:
+    """Do what torchrun does, with processes that start at once.
+
+    Returns:
+        Whether all went well, and what they told, the first one first.
+    """
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    place = {"WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    logs = [folder / f"{rank}.log" for rank in range(count)]
+    ranks = [start_command(arguments, stderr=log, RANK=rank, LOCAL_RANK=rank, **place) for rank, log in enumerate(logs)]
+    waiting = {process.sentinel: process for process in ranks}
+    while waiting:
+        ended = [waiting.pop(sentinel) for sentinel in wait(list(waiting))]
+        if any(process.exitcode for process in ended):
+            for process in ranks:
+                process.terminate()
+    for process in ranks:
+        process.join()
+    return not any(process.exitcode for process in ranks), "".join(log.read_text() for log in logs)

@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "vitprune"
 LAYERS = (
     ("errors", "progress", "table"),
     ("options", "processes", "intervals", "wrappers", "batches"),
-    ("files", "timing", "views", "entry"),
+    ("files", "timing", "views", "entry", "sharing"),
     ("answers", "twins"),
     ("answer_loss", "card", "images"),
     ("data",),

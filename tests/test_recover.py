@@ -17,7 +17,7 @@ import timm
 import torch
 from conftest import TINY, make_vit
 from families import half_plan
-from test_shards import run_on_two_processes
+from quick import run_on_processes
 
 import vitprune
 from vitprune import VitpruneError
@@ -402,7 +402,7 @@ def test_two_processes_are_one_with_twice_the_batch(saved_vit, image_folder, tmp
     asked[1] = tmp_path / "half"
     from vitprune.cli import main
 
-    went_well, told = run_on_two_processes([*asked, "--batch-size", 4, "-o", tmp_path / "two"], tmp_path)
+    went_well, told = run_on_processes(2, [*asked, "--batch-size", 4, "-o", tmp_path / "two"], tmp_path)
     assert went_well, told
     assert main([str(each) for each in [*asked, "--batch-size", 8, "-o", tmp_path / "one"]]) == 0
     one, two = (vitprune.load(tmp_path / name).state_dict() for name in ("one", "two"))
@@ -569,7 +569,7 @@ def test_a_teacher_that_is_shared_out_teaches_the_same(saved_vit, image_folder, 
         "--batch-size", 4, "--device", "cpu",
     ]  # fmt: skip
     for name, more in (("whole", []), ("shared", ["--shard-teacher"])):
-        went_well, told = run_on_two_processes([*asked, *more, "-o", tmp_path / name], tmp_path)
+        went_well, told = run_on_processes(2, [*asked, *more, "-o", tmp_path / name], tmp_path)
         assert went_well, told
     whole, shared = (vitprune.load(tmp_path / name) for name in ("whole", "shared"))
     assert same(whole, shared)
@@ -583,7 +583,7 @@ def test_each_process_holds_its_share_of_a_teacher(saved_vit, tmp_path):
         "import sys, torch, vitprune\n"
         "from vitprune.processes import join_processes\n"
         "from vitprune.training.sharded_teacher import spread_teacher\n"
-        "with join_processes(for_training=True) as processes:\n"
+        "with join_processes(exchanging=True) as processes:\n"
         "    model = vitprune.load(sys.argv[1]).requires_grad_(False)\n"
         "    images = torch.randn(2, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))\n"
         "    expected, whole = model(images), sum(each.numel() for each in model.blocks.parameters())\n"

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
-from multiprocessing.connection import wait
 
 import pytest
 import torch
 from PIL import Image
-from quick import start_command
+from quick import run_on_processes, start_command
 
 import vitprune
 from vitprune.cli import main
@@ -36,22 +34,6 @@ def whole(saved_vit, image_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards") / "whole"
     assert main(command(saved_vit, image_folder, folder)) == 0
     return folder
-
-
-def run_on_two_processes(arguments, folder):
-    """Do what torchrun does, with processes that start at once; return whether both went well, and what they told."""
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
-    place = {"WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    logs = [folder / f"{rank}.log" for rank in range(2)]
-    ranks = [start_command(arguments, stderr=log, RANK=rank, LOCAL_RANK=rank, **place) for rank, log in enumerate(logs)]
-    wait([process.sentinel for process in ranks])
-    if any(process.exitcode for process in ranks):
-        for process in ranks:
-            process.terminate()
-    for process in ranks:
-        process.join()
-    return not any(process.exitcode for process in ranks), "".join(log.read_text() for log in logs)
 
 
 def kill_after(wanted, arguments, shards):
@@ -236,14 +218,14 @@ def test_a_rank_that_dies_loses_its_unfinished_shard_only(saved_vit, image_folde
     whole_bytes = broken.read_bytes()
     broken.write_bytes(whole_bytes[:20])
     arguments = command(saved_vit, images, tmp_path / "two", "--strict")
-    went_well, told = run_on_two_processes(arguments, tmp_path)
+    went_well, told = run_on_processes(2, arguments, tmp_path)
     assert not went_well
     assert "cannot be decoded" in told
     finished = {path.name for path in (tmp_path / "two.shards").glob("shard-*")}
     assert "shard-000001.safetensors" in finished
     assert "shard-000003.safetensors" not in finished
     broken.write_bytes(whole_bytes)
-    went_well, told = run_on_two_processes(arguments, tmp_path)
+    went_well, told = run_on_processes(2, arguments, tmp_path)
     assert went_well, told
     assert f"{len(finished)} of 5 shards are there already" in told
     assert main(command(saved_vit, images, tmp_path / "one")) == 0
@@ -286,11 +268,11 @@ def test_more_names_than_a_header_holds_are_refused_beforehand(saved_vit, image_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_discover_runs_on_several_processes(saved_vit, image_folder, tmp_path, capsys, monkeypatch):
+def test_what_shares_no_images_runs_on_one_process(saved_vit, image_folder, tmp_path, capsys, monkeypatch):
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "localhost")):
         monkeypatch.setenv(name, value)
-    assert main(["prune", str(saved_vit), "--data", str(image_folder), "-o", str(tmp_path / "p")]) == 2
-    assert "'prune' runs on one process" in capsys.readouterr().err
+    assert main(["elastic", str(saved_vit), "--data", str(image_folder), "-o", str(tmp_path / "p")]) == 2
+    assert "'elastic' runs on one process" in capsys.readouterr().err
 
 
 def test_every_shard_has_one_process():

@@ -45,6 +45,7 @@ _HOME_OF = {
     "read_authors": "vitprune.interop.authors",
     "write_authors": "vitprune.interop.authors",
     "score_neurons": "vitprune.calibration.criteria",
+    "share_images": "vitprune.sharing",
     "Plan": "vitprune.pruning.plan",
     "read_plan": "vitprune.pruning.plan",
     "plan_pruning": "vitprune.pruning.prune",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.answers import ask, log_shares
+from vitprune.sharing import mean_of_all, own_rows, sharing
 from vitprune.views import has_classifier
 
 
@@ -137,11 +138,13 @@ def mean_divergence(dense: nn.Module, other: nn.Module, images: Sequence[Tensor]
     """
     loss = answer_loss(dense)
     losses = [loss.diverge(loss.refer(ask(dense, each)), ask(other, each)) for each in images]
-    return float(torch.cat(losses).mean())
+    return mean_of_all(torch.cat(losses))
 
 
 def _draw_signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, like.shape, generator=generator).to(like) * 2 - 1
+    # Where processes share images, each draws the signs of all and takes those of its own.
+    of_all = (len(like) * sharing().count, *like.shape[1:])
+    return own_rows(torch.randint(0, 2, of_all, generator=generator)).to(like) * 2 - 1
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from vitprune.images.find_images import ImageChoice, find_images
 from vitprune.images.image_batches import ImageBatches, ReadBatch
 from vitprune.images.image_hashes import digest_images, hash_images
 from vitprune.images.image_set import ImageSet
+from vitprune.sharing import deal_out, places, sharing, sum_of_all
 from vitprune.views import data_config
 
 __all__ = [
@@ -56,17 +57,30 @@ def take_evenly(batches: Batches, num_images: int, *, batch_size: int = 32) -> l
     >>> [labels.tolist() for _images, labels in take_evenly(batches, 3, batch_size=2)]
     [[0, 2], [4]]
     """
-    kept: list[tuple[Tensor, Tensor]] = []
-    every, passed = 1, 0
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+    every, passed, like = 1, 0, None
     for images, labels in batches:
-        for pair in zip(images, labels, strict=True):
-            if passed % every == 0:
-                kept.append(pair)
-            passed += 1
-            if len(kept) == 2 * num_images:
-                kept, every = kept[::2], 2 * every
-    if len(kept) > num_images:
-        kept = [kept[place * len(kept) // num_images] for place in range(num_images)]
-    starts = range(0, len(kept), batch_size)
-    parts = [zip(*kept[start : start + batch_size], strict=True) for start in starts]
-    return [(torch.stack(images), torch.stack(labels)) for images, labels in parts]
+        like = images[:0], labels[:0]
+        for place, *pair in zip(places(len(images), passed).tolist(), images, labels, strict=True):
+            if place % every == 0:
+                kept[place] = tuple(pair)
+            while place >= every * (2 * num_images - 1):
+                every *= 2
+                kept = {known: pair for known, pair in kept.items() if known % every == 0}
+        passed += len(images)
+    if like is None:
+        return []
+    (total,) = sum_of_all(passed)
+    while total - 1 >= every * (2 * num_images - 1):  # others may have come further
+        every *= 2
+    chosen = range(0, total, every)
+    if len(chosen) > num_images:
+        chosen = [chosen[place * len(chosen) // num_images] for place in range(num_images)]
+    if sharing().count == 1:
+        starts = range(0, len(chosen), batch_size)
+        parts = [zip(*(kept[place] for place in chosen[start : start + batch_size]), strict=True) for start in starts]
+        return [(torch.stack(images), torch.stack(labels)) for images, labels in parts]
+    batch_size -= batch_size % sharing().count
+    held, columns = torch.tensor(list(kept), dtype=torch.int64), zip(*kept.values(), strict=True)
+    images, labels = (torch.stack(column) for column in columns) if kept else like
+    return list(zip(*(deal_out(each, held, chosen, batch_size) for each in (images, labels)), strict=True))

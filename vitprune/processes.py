@@ -53,11 +53,12 @@ def count_processes() -> int:
 
 
 @contextmanager
-def join_processes(*, for_training: bool = False) -> Iterator[Processes]:
+def join_processes(*, exchanging: bool = False) -> Iterator[Processes]:
     """Meet the other processes that ``torchrun`` started; alone, there is nobody to wait for.
 
-    They exchange nothing but the news that they are there (gloo, whatever the device): results meet as files. Where
-    they train together they exchange gradients too, each device by torch's own choice of backend.
+    Args:
+        exchanging: whether they exchange tensors, each device by torch's own choice of backend. Else nothing but the
+            news that they are there (gloo, whatever the device), and results meet as files.
     """
     count = count_processes()
     if count == 1:
@@ -65,7 +66,7 @@ def join_processes(*, for_training: bool = False) -> Iterator[Processes]:
         return
     import torch.distributed
 
-    torch.distributed.init_process_group(None if for_training else "gloo", timeout=_PATIENCE)
+    torch.distributed.init_process_group(None if exchanging else "gloo", timeout=_PATIENCE)
     try:
         yield Processes(torch.distributed.get_rank(), count, int(os.environ.get("LOCAL_RANK", "0")))
     finally:

@@ -17,6 +17,7 @@ from vitprune.data import Batches, ImageSet, hash_images
 from vitprune.errors import VitpruneError
 from vitprune.images.number_classes import check_numbering
 from vitprune.images.resized_batches import resize_batches
+from vitprune.sharing import gather_texts
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class WatchedBatches:
         for images, labels in self.batches:
             hashes += hash_pixels(images)
             yield images, labels
-        self.seen = SeenImages(self.before.union(hashes))
+        self.seen = SeenImages(self.before.union(gather_texts(hashes)))
         images = files_of(self.batches)
         if images is not None:
             images = images.only(self.batches.files_read)

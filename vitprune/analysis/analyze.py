@@ -24,6 +24,7 @@ from vitprune.files import open_resumable
 from vitprune.models.identity import architecture, hash_weights
 from vitprune.progress import Track, untracked
 from vitprune.seen_images import check_unseen, seen_by
+from vitprune.sharing import sharing
 from vitprune.views import data_config
 
 Note = Callable[[str], None]
@@ -123,7 +124,7 @@ def analyze(
     if folder is not None:
         request = _describe_request(model, weights, runs, others, seed)
         opened = open_resumable(folder, request, owned=ANALYSIS_FILES, overwrite=overwrite)
-        passes = opened / PASSES_FOLDER
+        passes = opened / PASSES_FOLDER if sharing().count == 1 else None
     class_names = {**first.images.class_names, **({} if others is None else others.class_names)}
     results = run_experiments(
         chosen,

@@ -17,6 +17,7 @@ from vitprune.errors import VitpruneError
 from vitprune.intervals import Interval, mean_interval
 from vitprune.models.trunk import resolve_scope, scope_slice
 from vitprune.models.units import FeedForward, find_feed_forwards, hook_hidden
+from vitprune.sharing import gather_rows, own_rows
 
 
 @dataclass(frozen=True)
@@ -135,19 +136,19 @@ def measure_interventions(
     ffns = find_feed_forwards(model)
     slices = {scope: scope_slice(model, resolve_scope(model, scope)) for _factor, scope in interventions}
     parts: dict[tuple[float, str], list[Reactions]] = {key: [] for key in interventions}
-    start = 0
+    start, own_ILK = 0, own_rows(neurons_ILK)
     for images, labels in on_device(model, batches):
-        neurons_BLK = neurons_ILK[start : start + len(images)].to(images.device)
+        neurons_BLK = own_ILK[start : start + len(images)].to(images.device)
         start += len(images)
-        if start > len(neurons_ILK):
+        if start > len(own_ILK):
             break
         for factor, scope in parts:
             probabilities_BC = measure_intervention(
                 model, ffns, images, neurons_BLK, factor=factor, tokens=slices[scope]
             )
             parts[factor, scope].append(_reactions(probabilities_BC, labels))
-    if start != len(neurons_ILK):
-        raise VitpruneError(f"{len(neurons_ILK)} paths are not for these images, of which there are {start} or more")
+    if start != len(own_ILK):
+        raise VitpruneError(f"{len(own_ILK)} paths are not for these images, of which there are {start} or more")
     return {key: _join(reactions) for key, reactions in parts.items()}
 
 
@@ -160,7 +161,8 @@ def _join(parts) -> Reactions:
     parts = list(parts)
     if not parts:
         raise VitpruneError("no images to intervene on")
-    return Reactions(*(torch.cat([getattr(part, name) for part in parts]) for name in Reactions.__annotations__))
+    columns = (torch.cat([getattr(part, name) for part in parts]) for name in Reactions.__annotations__)
+    return Reactions(*map(gather_rows, columns))
 
 
 def deviate(clean: Reactions, changed: Reactions) -> Deviation:

@@ -17,6 +17,7 @@ from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.trunk import resolve_scope, scope_slice
 from vitprune.models.units import FeedForward, find_feed_forwards, hook_hidden
+from vitprune.sharing import join_rows, places, sharing
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def find_top_images(
     def keep_best(name: str, h_BNH: Tensor) -> None:
         own = torch.tensor(neurons[name], dtype=torch.int64, device=h_BNH.device)
         values_PB = h_BNH[:, scope].flatten(1, -2)[..., own].mean(1).T
-        positions_PB = torch.arange(count, count + len(h_BNH), device=h_BNH.device).expand_as(values_PB)
+        positions_PB = places(len(h_BNH), count).to(h_BNH.device).expand_as(values_PB)
         if name in best:
             values_PB, positions_PB = (
                 torch.cat(pair, dim=1) for pair in zip(best[name], (values_PB, positions_PB), strict=True)
@@ -90,11 +91,23 @@ def find_top_images(
             count += len(images)
     if count == 0:
         raise VitpruneError("no images to look at")
+    best = {name: _best_of_all(*of_ffn, num_images) for name, of_ffn in best.items()}
     return {
         (name, int(neuron)): TopImages(positions.cpu(), values.cpu())
         for name in neurons
         for neuron, values, positions in zip(neurons[name], *best[name], strict=True)
     }
+
+
+def _best_of_all(values_PB: Tensor, positions_PB: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
+    """Return the best of what the processes that share images found."""
+    if sharing().count == 1:
+        return values_PB, positions_PB
+    values_PB, positions_PB = (join_rows(each.T.contiguous()).T for each in (values_PB, positions_PB))
+    first_PB = positions_PB.argsort(dim=1)
+    values_PB, positions_PB = values_PB.gather(1, first_PB), positions_PB.gather(1, first_PB)
+    values_PB, order_PB = values_PB.sort(dim=1, descending=True, stable=True)
+    return values_PB[:, :num_images], positions_PB.gather(1, order_PB)[:, :num_images]
 
 
 def _check_neurons(model: nn.Module, neurons: Mapping[str, Sequence[int]]) -> list[FeedForward]:

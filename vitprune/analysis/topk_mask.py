@@ -20,6 +20,7 @@ from vitprune.models.trunk import resolve_scope, scope_slice
 from vitprune.models.units import find_feed_forwards, hook_hidden
 from vitprune.options import CLEAN, ONE_PLAN, ORACLE
 from vitprune.progress import Track, untracked
+from vitprune.sharing import sum_of_all
 
 # Neurons per FFN to spare, and shares of the others to mask, where nobody says otherwise.
 TOP_KS, MASK_SHARES = (1, 5, 10, 20, 50), (0.1, 0.3, 0.5, 1.0)
@@ -137,4 +138,5 @@ def _measure(model, batches, found: Discovery, factors, scope: slice) -> tuple[f
         count += len(labels)
     if count == 0:
         raise VitpruneError("no images to evaluate on")
+    probability, right, count = sum_of_all(probability, right, count)
     return probability / count, right / count, count

@@ -19,6 +19,7 @@ from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.attention import QK
 from vitprune.models.units import capture, find_groups
+from vitprune.sharing import sum_of_all
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,10 @@ class QueryKeySums:
 
     def finish(self) -> dict[str, QueryKeyMoments]:
         """Return the moments by name of the attention."""
-        mean = {key: (total / self.counts[key]).cpu() for key, total in self.sums.items()}
+        mean = {}
+        for key, local in self.sums.items():
+            total, count = sum_of_all(local, self.counts[key])
+            mean[key] = (total / count).cpu()
         names = [key.removesuffix(".q") for key in mean if key.endswith(".q")]
         return {name: QueryKeyMoments(mean[f"{name}.q"], mean[f"{name}.k"]) for name in names}
 
@@ -126,4 +130,5 @@ def measure_query_key_losses(
         num_images += len(images)
     if num_images == 0:
         raise VitpruneError("no calibration images")
-    return {name: total.cpu() / (2 * num_images) for name, total in sums.items()}
+    num_images, *totals = sum_of_all(num_images, *sums.values())
+    return {name: total.cpu() / (2 * num_images) for name, total in zip(sums, totals, strict=True)}

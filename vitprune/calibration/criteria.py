@@ -31,6 +31,7 @@ from vitprune.models.units import Group, find_groups, hook_hidden
 from vitprune.options import CRITERIA, DEFAULT_RIDGE, check_choice
 from vitprune.progress import Track, untracked
 from vitprune.seen_images import check_labels
+from vitprune.sharing import sum_of_all
 from vitprune.views import has_classifier
 
 Scores = dict[str, Tensor]
@@ -227,7 +228,8 @@ def integrated_gradients(model: nn.Module, batches: Batches, *, quadrature: str 
         count += len(images)
     if count == 0:
         raise VitpruneError("no calibration images")
-    return {name: total / count for name, total in sums.items()}
+    count, *totals = sum_of_all(count, *sums.values())
+    return {name: total / count for name, total in zip(sums, totals, strict=True)}
 
 
 def _loss_at(model: nn.Module, group: Group, images: Tensor, labels: Tensor, scale: float):

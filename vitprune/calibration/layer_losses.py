@@ -24,6 +24,7 @@ from vitprune.models.trunk import head
 from vitprune.models.units import Group
 from vitprune.options import DEFAULT_RIDGE
 from vitprune.progress import Track, untracked
+from vitprune.sharing import mean_of_all
 from vitprune.views import block_of
 
 
@@ -87,7 +88,7 @@ def fit_stand_ins(
             run(model, images)
     if any(of_layer.sum_H is None for of_layer in moments.values()):
         raise VitpruneError("no calibration images")
-    return {name: _fit(of_layer, next(model.parameters()), ridge) for name, of_layer in moments.items()}
+    return {name: _fit(of_layer.of_all(), next(model.parameters()), ridge) for name, of_layer in moments.items()}
 
 
 def _fit(moments: Moments, like: Tensor, ridge: float) -> tuple[Bias, TokenMap]:
@@ -193,7 +194,7 @@ def measure_replaced(
                 loss.diverge(reference, _resume(work, block, start) if resumes else ask(work, each))
                 for reference, each, start in zip(dense, images, starts[block], strict=True)
             ]
-            found[name].append(float(torch.cat(losses).mean()))
+            found[name].append(mean_of_all(torch.cat(losses)))
         work.set_submodule(name, layer)
     return found
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vitprune.sharing import from_first, sharing, sum_of_all
+
 
 class Moments:
     """Count, sum and products of rows around a shift; on the rows' device.
@@ -70,6 +72,15 @@ class Moments:
         moved.square_HH = self.square_HH + cross_HH + cross_HH.T + self.count * torch.outer(step_H, step_H)
         moved.sum_H = self.sum_H + self.count * step_H
         return moved
+
+    def of_all(self) -> Moments:
+        """Return the moments of the rows of all processes that share images; this one stays as it is."""
+        if sharing().count == 1 or self.sum_H is None:
+            return self
+        moved = self.around(from_first(self.shift_H))
+        total = Moments(moved.shift_H)
+        total.count, total.sum_H, total.square_HH = sum_of_all(self.count, moved.sum_H, moved.square_HH)
+        return total
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Return the mean [H] and the centred covariance [H, H], float64, on the CPU; the products are used up."""

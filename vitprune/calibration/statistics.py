@@ -18,6 +18,7 @@ from vitprune.data import Batches, on_device
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.units import Group, capture, hook_hidden
+from vitprune.sharing import sum_of_all
 
 # What can be asked for; the last three need a backward pass, taylor with the given labels, the others without any.
 MOMENTS, ABSOLUTE, TAYLOR, FISHER, GRADIENTS = "moments", "absolute", "taylor", "fisher", "gradients"
@@ -105,7 +106,8 @@ def measure_statistics(
         num_images += len(images)
     if num_images == 0:
         raise VitpruneError("no calibration images")
-    return {name: sums.pop(name).finish(num_images) for name in list(sums)}
+    (num_images,) = sum_of_all(num_images)
+    return {name: sums.pop(name).of_all().finish(num_images) for name in list(sums)}
 
 
 def _add_gradients(loss, sums, outputs, logits, labels, wanted, generator) -> None:
@@ -167,6 +169,13 @@ class _Sums:
 
     def add_taylor(self, gradient: Tensor, num_images: int) -> None:
         self._add("taylor_H", self._slopes(gradient, num_images).abs().sum(0))
+
+    def of_all(self) -> _Sums:
+        """Take in the sums of the other processes that share images."""
+        self.num_tokens, *totals = sum_of_all(self.num_tokens, *self.sums.values())
+        self.sums = dict(zip(self.sums, totals, strict=True))
+        self.moments = self.moments.of_all()
+        return self
 
     def finish(self, num_images: int) -> Statistics:
         sums, count = self.sums, self.num_tokens

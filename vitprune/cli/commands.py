@@ -13,6 +13,7 @@ import time
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from vitprune.cli import (
     run,
 )
 from vitprune.cli.number_ranges import check_numbers
+from vitprune.cli.several_processes import SHARE_IMAGES, refuse_command, run_together
 from vitprune.cli.terminal import forget_held, note_at_work, said, say_held
 from vitprune.cli.wording import in_flags
 from vitprune.errors import VitpruneError, VitpruneNote
@@ -116,10 +118,9 @@ def _parse(parser: ArgumentParser, commands: dict[str, ArgumentParser], argv: Se
 def _run_command(command: str, given: dict[str, Any]) -> None:
     """Run one command, or the commands of a recipe, and print the answer on stdout."""
     as_json = given.pop("json", False)
-    if command not in ("discover", "finetune", "recover") and count_processes() > 1:
-        raise VitpruneError(
-            f"'{command}' runs on one process; only 'discover', 'finetune' and 'recover' share their images with others"
-        )
+    several = count_processes() > 1
+    if several:
+        refuse_command(command)
     if command == "run":
         _parser, commands = build_parser()
         del commands["run"]
@@ -129,7 +130,8 @@ def _run_command(command: str, given: dict[str, Any]) -> None:
         with _as_asked(**common):
             answer = run.run_recipe(**given, as_json=as_json, **steps)
     else:
-        outcome = execute(command, given)
+        run_own = partial(execute, command)
+        outcome = run_together(run_own, given) if several and command in SHARE_IMAGES else run_own(given)
         if outcome is None:
             return
         answer, show = outcome

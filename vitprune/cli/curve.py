@@ -19,6 +19,7 @@ from vitprune.cli.inputs import (
     say_transform,
     warn_of_few_classes,
 )
+from vitprune.cli.several_processes import refuse_timing
 from vitprune.cli.terminal import print_table, track
 from vitprune.errors import VitpruneError
 
@@ -91,6 +92,7 @@ def run(
     check_place(output, is_folder=True)
     refuse_foreign(output)
     if speedups is not None:
+        refuse_timing("--speedups")
         front.check_alone(
             ratios=ratios, max_drop=max_drop, criteria=criteria, allocations=allocations, compensations=compensations,
             step=step,

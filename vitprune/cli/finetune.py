@@ -42,7 +42,7 @@ def run(
     }  # fmt: skip
     check_model(model, checkpoint, opening)
     check_data(data)
-    with join_processes(for_training=True) as processes:
+    with join_processes(exchanging=True) as processes:
         images = find_images(data, None)
         names = [images.class_names[index] for index in sorted(images.class_names)]
         network = load_model(model, checkpoint, pick_device(device, processes), opening=opening)

@@ -15,8 +15,11 @@ from vitprune.errors import VitpruneError
 def pick_device(device: str | None, processes: Any = None) -> str:
     import torch
 
+    from vitprune.sharing import sharing
+
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return f"cuda:{processes.local_rank}" if device == "cuda" and processes and processes.count > 1 else device
+    processes = sharing() if processes is None else processes
+    return f"cuda:{processes.local_rank}" if device == "cuda" and processes.count > 1 else device
 
 
 def read_opening(opening: Mapping[str, Any]) -> dict[str, Any]:

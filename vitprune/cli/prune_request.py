@@ -12,6 +12,7 @@ from vitprune import options
 from vitprune.cli.arguments import OPENING
 from vitprune.cli.inputs import check_data, refuse_without_data
 from vitprune.cli.prune_for_speed import check_export
+from vitprune.cli.several_processes import refuse_timing
 from vitprune.errors import VitpruneError
 
 
@@ -109,6 +110,8 @@ def check_together(source: str, asked: PruneRequest) -> None:
 def check_timing(asked: PruneRequest) -> None:
     """Refuse what goes with a speed where none is asked for, and what a speed cannot have."""
     given = asked.given
+    if asked.timed:
+        refuse_timing(f"--{next(iter(asked.targets), 'round-to auto').replace('_', '-')}")
     if (given.max_drop is None) != (given.eval_data is None):
         raise VitpruneError("--max-drop is judged on --eval-data DIR; name both or neither")
     if not asked.timed and (given.backend, given.latency_batch_size) != (None, None):

@@ -81,7 +81,7 @@ def run(
     if Path(model).suffix in (".safetensors", ".onnx"):
         raise VitpruneError(f"{model}: only a folder can be trained; prune to one ratio, or save one, first")
     check_data(data, class_map)
-    with join_processes(for_training=True) as processes:
+    with join_processes(exchanging=True) as processes:
         if shard_teacher:
             check_several(processes)
         where = pick_device(device, processes)

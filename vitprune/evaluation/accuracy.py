@@ -17,7 +17,8 @@ from vitprune.data import Batches, on_device
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.intervals import CONFIDENCE
-from vitprune.seen_images import UnseenBatches, check_labels, seen_by
+from vitprune.seen_images import UnseenBatches, check_labels, files_of, seen_by
+from vitprune.sharing import gather_rows, sharing, sum_of_all
 from vitprune.views import has_classifier
 
 
@@ -198,11 +199,14 @@ def _collect(model: Callable[[Tensor], Tensor], batches: Batches, allow_overlap:
         raise VitpruneError("no images to evaluate on")
     if len(set(map(len, parts))) > 1:
         raise VitpruneError("some batches have one class for each image, others have several; bring one kind")
-    if len(parts[0]) == 2:
-        return *map(torch.cat, zip(*parts, strict=True)), unseen.num_overlap
-    labels, predictions, probabilities, as_given, among_five = map(torch.cat, zip(*parts, strict=True))
+    columns = [gather_rows(torch.cat(column)) for column in zip(*parts, strict=True)]
+    num_overlap = unseen.num_overlap if files_of(batches) is not None else sum_of_all(unseen.num_overlap)[0]
+    if len(columns) == 2:
+        return *columns, num_overlap
+    are_shares = sum_of_all(int(are_shares))[0] == sharing().count
+    labels, predictions, probabilities, as_given, among_five = columns
     probabilities = as_given if are_shares else probabilities
-    return Answers(labels, predictions, probabilities, among_five, unseen.num_overlap, are_shares)
+    return Answers(labels, predictions, probabilities, among_five, num_overlap, are_shares)
 
 
 def _mean_precision(logits_IC: Tensor, labels_IC: Tensor, num_overlap: int) -> MultiLabelAccuracy:

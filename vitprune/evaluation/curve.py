@@ -36,6 +36,7 @@ from vitprune.pruning.schedule import Schedule, Stage, advance, finish, first_st
 from vitprune.pruning.session import Session
 from vitprune.pruning.target import Target, target_neurons
 from vitprune.seen_images import check_unseen, files_of
+from vitprune.sharing import told_by_first
 
 SEARCH_GRID, SEARCH_PRECISION = 0.1, 0.01
 
@@ -269,8 +270,9 @@ class _Course:
 
     def _evaluated(self, name: str, make: Callable[[], nn.Module]) -> tuple[Accuracy, Mapping[str, Any]]:
         path = None if self.curve.folder is None else self.curve.folder / f"{name}.json"
-        if path is not None and path.is_file():
-            content = read_json(path, kind="curve point")
+        finished = path is not None and path.is_file()
+        content = told_by_first(read_json(path, kind="curve point") if finished else None)
+        if content is not None:
             return accuracy_from_json(content["accuracy"]), content["size"]
         pruned = make()
         accuracy = evaluate(pruned, self.evaluation)

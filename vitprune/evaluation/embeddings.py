@@ -20,6 +20,7 @@ from vitprune.errors import VitpruneError
 from vitprune.images.class_map import names_in_order
 from vitprune.images.resized_batches import follow_size
 from vitprune.seen_images import UnseenBatches, check_labels, files_of, seen_by, watch
+from vitprune.sharing import gather_rows
 from vitprune.views import data_config
 
 # Caron et al., ICCV 2021 (arXiv:2104.14294): votes of the 20 nearest, by exp(cosine / 0.07).
@@ -92,7 +93,7 @@ def embed(model: Callable[[Tensor], Tensor], batches: Batches) -> Tensor:
     parts = [_embed(model, images) for images, _labels in _on_device(model, batches)]
     if not parts:
         raise VitpruneError("no images to embed")
-    return torch.cat(parts)
+    return gather_rows(torch.cat(parts))
 
 
 @entry(any_module=True)
@@ -226,7 +227,7 @@ class NeighbourClassifier:
             labels.append(of_images.cpu())
         if not parts:
             raise VitpruneError("no images of known classes")
-        known_I = torch.cat(labels)
+        known_I, embedded_IE = gather_rows(torch.cat(labels)), gather_rows(torch.cat(parts))
         if known_I.ndim != 1 or bool((known_I < 0).any()):
             raise VitpruneError("neighbours vote for one class each, and some of these images have none or several")
         self.encoder = model
@@ -235,7 +236,7 @@ class NeighbourClassifier:
         self.calibration = seen_by(model) | watched.seen.sha256
         self.num_neighbours = min(num_neighbours, len(known_I))
         self._votes = KNeighborsClassifier(self.num_neighbours, weights=_weigh, metric="cosine", algorithm="brute")
-        self._votes.fit(torch.cat(parts).numpy(), known_I.numpy())
+        self._votes.fit(embedded_IE.numpy(), known_I.numpy())
 
     @property
     def data_config(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from vitprune.errors import VitpruneError
 from vitprune.images.decode import read_image
 from vitprune.images.image_set import ImageSet
+from vitprune.sharing import own_rows, sharing
 from vitprune.views import data_config
 
 
@@ -39,7 +40,7 @@ class ImageBatches:
 
     Iterating yields images (float32 [B, channels, height, width], normalised) and labels (int64 [B]). Images that
     cannot be decoded are left out; ``skipped`` then names them with the reason, ``files_read`` names the others in
-    order, both as of the last complete pass.
+    order, both as of the last complete pass. Processes that share images (``share_images``) read a part each.
 
     Args:
         images: which images.
@@ -67,30 +68,37 @@ class ImageBatches:
         self.images, self.strict = images, strict
         self.skipped: list[tuple[str, str]] = []
         self.files_read: list[str] = []
-        self._loader = DataLoader(
-            _Decoded(images, data_config(model) if transform is None else transform),
-            batch_size=batch_size,
-            num_workers=num_workers,
-            collate_fn=list,
-            pin_memory=False,
-        )
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self._decoded = _Decoded(images, data_config(model) if transform is None else transform)
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return -(-len(own_rows(range(len(self.images)))) // self.batch_size)
 
     def of_model(self, model: Any) -> ImageBatches:
         """Return batches of the same images under another model's transform."""
-        sizes = {"batch_size": self._loader.batch_size, "num_workers": self._loader.num_workers}
+        sizes = {"batch_size": self.batch_size, "num_workers": self.num_workers}
         return ImageBatches(self.images, model, strict=self.strict, **sizes)
 
     def read(self) -> Iterator[ReadBatch]:
-        """Read all batches, those without a single good image among them, and say which files they are of."""
-        for decoded in self._loader:
+        """Read all batches, those without a single good image among them, and say which files they are of.
+
+        Where processes share images, it is this process's part of them.
+        """
+        loader = DataLoader(
+            self._decoded,
+            batch_size=self.batch_size,
+            sampler=own_rows(range(len(self.images))),
+            num_workers=self.num_workers,
+            collate_fn=list,
+            pin_memory=False,
+        )
+        for decoded in loader:
             good = [(index, image) for index, image, _reason in decoded if image is not None]
             skipped = [(self.images.files[index], reason) for index, image, reason in decoded if image is None]
-            if skipped and self.strict:
+            if skipped and (self.strict or sharing().count > 1):
                 name, reason = skipped[0]
-                raise VitpruneError(f"{self.images.root / name}: cannot be decoded ({reason})")
+                shared = "" if self.strict else "; several processes share the images by their places: leave it out"
+                raise VitpruneError(f"{self.images.root / name}: cannot be decoded ({reason}){shared}")
             yield ReadBatch(
                 tuple(self.images.files[index] for index, _image in good),
                 torch.stack([image for _index, image in good]) if good else None,
@@ -105,9 +113,18 @@ class ImageBatches:
             self.skipped += batch.skipped
             if batch.images is not None:
                 yield batch.images, batch.labels
+        if sharing().count > 1:
+            self._check_enough()
+            self.files_read = list(self.images.files)
         if not self.files_read:
             name, reason = self.skipped[0]
             raise VitpruneError(f"{self.images.root}: no image could be decoded (first: {name}, {reason})")
+
+    def _check_enough(self) -> None:
+        if len(self.images) < sharing().count:
+            raise VitpruneError(
+                f"{self.images.root}: {len(self.images)} images are too few for {sharing().count} processes; take fewer"
+            )
 
 
 class _Decoded(Dataset):

@@ -19,6 +19,7 @@ from vitprune.data import Batches, on_device
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.units import Group
+from vitprune.sharing import from_first
 from vitprune.views import block_of
 
 _REMEDY = "compensate with ridge instead"
@@ -88,11 +89,12 @@ def study_blocks(model: nn.Module, ffns: Sequence[Group], batches: Batches) -> d
     images = next((images for images, _labels in on_device(model, batches)), None)
     if images is None:
         raise VitpruneError("no calibration images")
+    images = from_first(images[:1])
     names = {ffn.name: block_of(ffn.name) for ffn in ffns}
     parallel = [name for name in names if ".ffns." in name]
     if parallel:
         raise VitpruneError(f"{parallel[0]}: blocks with several FFNs cannot be run one at a time; {_REMEDY}")
-    one, two = (_record_calls(model, names.values(), images[:1].expand(count, -1, -1, -1)) for count in (1, 2))
+    one, two = (_record_calls(model, names.values(), images.expand(count, -1, -1, -1)) for count in (1, 2))
     calls: dict[str, BlockCall] = {}
     previous = None
     for ffn in ffns:

@@ -27,6 +27,7 @@ from vitprune.models.macs import count_macs
 from vitprune.models.merging import check_merging, check_schedule, describe_merging, set_merging
 from vitprune.models.trunk import plain_attention
 from vitprune.progress import Track, untracked
+from vitprune.sharing import mean_of_all
 from vitprune.views import num_patches, num_prefix_tokens
 
 _FORMS = "'constant:13', 'every3:39', '3:60,6:60,9:36' (block:tokens) or a number for each block"
@@ -302,7 +303,7 @@ def _measure_loss(merged: nn.Module, images: Sequence[Tensor], answers: Sequence
     """Return the mean over images of how far merging moves their answers."""
     loss = answer_loss(merged)
     moved = [loss.diverge(dense, ask(merged, each)) for each, dense in zip(images, answers, strict=True)]
-    return float(torch.cat(moved).mean())
+    return mean_of_all(torch.cat(moved))
 
 
 def _first_guesses(fit: Callable[[_Shape], tuple[int, ...] | None], num_blocks: int, max_merges: int) -> list[_Shape]:

@@ -35,6 +35,7 @@ from vitprune.pruning.meters import MACS, Meter
 from vitprune.pruning.rank_parts import Worth, rank_parts
 from vitprune.pruning.target import Target
 from vitprune.pruning.turn import Turned, turn_attention
+from vitprune.sharing import mean_of_all
 
 # How many of the calibration images it is decided on; what goes is decided anew on more of them.
 NUM_IMAGES = 256
@@ -114,7 +115,7 @@ class Judged:
             self.loss.diverge(dense, asked(images if size is None else resize_images(images, size)))
             for images, dense in zip(self.images, self.dense, strict=True)
         ]
-        return float(torch.cat(losses).mean())
+        return mean_of_all(torch.cat(losses))
 
 
 @torch.no_grad()

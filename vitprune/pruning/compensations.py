@@ -17,6 +17,7 @@ from vitprune.pruning.distill import distill
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.sequential import compensate_sequentially
 from vitprune.pruning.session import Session
+from vitprune.sharing import refuse_sharing
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Compensation:
         bridge: the one that comes nearest to it between two rankings.
         stand_in: what it makes of one projection by itself; None where it takes more than that.
         changes_weights: whether more than biases change.
+        alone: what to use instead where processes share images, of one that cannot.
     """
 
     apply: Callable[[Session, Plan], nn.Module]
@@ -42,6 +44,7 @@ class Compensation:
     bridge: str = "ridge"
     stand_in: Callable[..., tuple[Tensor, Tensor]] | None = None
     changes_weights: bool = True
+    alone: str | None = None
 
 
 def _leave(session: Session, plan: Plan) -> nn.Module:
@@ -96,7 +99,9 @@ REGISTRY: Mapping[str, Compensation] = {
     "ridge": _one_shot("ridge"),
     "sequential-ffn": Compensation(partial(_by_block, towards_stream=False), weighs_tokens=True, by_block=True),
     "sequential": Compensation(partial(_by_block, towards_stream=True), weighs_tokens=True, by_block=True),
-    "distill": Compensation(_distill, weighs_tokens=True, by_block=True),
+    "distill": Compensation(
+        _distill, weighs_tokens=True, by_block=True, alone="use sequential, and train what comes of it (`recover`)"
+    ),
 }
 
 
@@ -114,11 +119,14 @@ def check_compensation(name: str, *, has_images: bool) -> Compensation:
     """Return a row of the registry, after checking that there is what it needs.
 
     Raises:
-        VitpruneError: if there is no such compensation, or images are missing.
+        VitpruneError: if there is no such compensation, images are missing, or processes share them and it cannot.
     """
     if reads_images(name) and not has_images:
         raise VitpruneError(f"compensation {name} needs calibration images; pass `batches`")
-    return REGISTRY[name]
+    row = REGISTRY[name]
+    if row.alone is not None:
+        refuse_sharing(f"compensation {name}", row.alone)
+    return row
 
 
 def needed_statistics(

@@ -31,6 +31,7 @@ from vitprune.pruning.plan import Plan, plan_from_widths
 from vitprune.pruning.rank_parts import Worth, rank_parts
 from vitprune.pruning.target import Target, count_tokens, target_neurons
 from vitprune.pruning.turn import Turned, cut, turn_attention
+from vitprune.sharing import mean_of_all
 
 # How many of the calibration images the decision is made on; all see what is left of the model.
 NUM_IMAGES = 512
@@ -286,7 +287,7 @@ def _search(trial: Trial, batches: Batches, track: Track) -> Decision:
         if key not in tried:
             model = trial.model(decision)
             losses = [loss_of.diverge(answers, ask(model, each)) for answers, each in zip(dense, images, strict=True)]
-            tried[key] = float(torch.cat(losses).mean())
+            tried[key] = mean_of_all(torch.cat(losses))
         return tried[key]
 
     factors = trial.factors

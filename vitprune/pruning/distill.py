@@ -20,6 +20,7 @@ from vitprune.errors import VitpruneError
 from vitprune.progress import Track, untracked
 from vitprune.pruning.apply import remove_neurons
 from vitprune.pruning.plan import Plan, fit_plan
+from vitprune.sharing import refuse_sharing
 from vitprune.views import block_of, has_classifier
 
 NUM_STEPS, BATCH_SIZE, LEARNING_RATE = 200, 32, 3e-4
@@ -78,6 +79,7 @@ def distill(
     >>> bool((result.blocks[1].mlp.fc2.weight != model.blocks[1].mlp.fc2.weight).any())
     True
     """
+    refuse_sharing("distill", "use `compensate_sequentially`, and train what comes of it (`recover`)")
     ffns = fit_plan(model, plan)
     blocks = [block_of(group.name) for group in ffns]
     kept, several = [], False

@@ -41,6 +41,7 @@ from vitprune.options import DEFAULT_RIDGE
 from vitprune.progress import Track, untracked
 from vitprune.pruning.compensate import reconstruct, regress, write_down_proj
 from vitprune.pruning.plan import Plan, fit_plan
+from vitprune.sharing import sharing, sum_of_all
 from vitprune.views import num_patches, num_prefix_tokens
 
 # Relative to the mean variance of the hidden neurons; infinity leaves the drift alone but for its mean, and comes
@@ -296,7 +297,7 @@ def _solve(
     down: nn.Linear, keep_H: Tensor, halves: _Halves, ridge: float | None, drift_ridges: Sequence[float] | None
 ) -> None:
     """Write an output projection; ``ridge`` where inputs go, ``drift_ridges`` where it shall steer."""
-    even, odd = halves.moments
+    even, odd = (half.of_all() for half in halves.moments)
     whole = even.merge(odd).finish()
     weight_DH, mean_H = down.weight.double().cpu(), whole.hidden.mean_H
     kept_DS = weight_DH[:, keep_H].clone()
@@ -307,7 +308,7 @@ def _solve(
         shift_D += weight_DH[:, ~keep_H] @ (mean_H[~keep_H] - map_PS @ mean_H[keep_H])
     if drift_ridges is not None:
         shift_D += whole.drift_D
-        finished = [half.finish() for half in halves.moments]
+        finished = [half.finish() for half in (even, odd)]
         penalty = _choose_ridge(keep_H, halves.gain_D.cpu(), finished, drift_ridges)
         if math.isfinite(penalty):
             steer_DS = regress(whole.hidden, keep_H, whole.drift_DH[:, keep_H].T, ridge=penalty)
@@ -362,15 +363,23 @@ class _Halves:
             shift_H = hidden.flatten(0, -2).mean(0)
             self.moments = tuple(_DriftMoments(self.gain_D, shift_H) for _ in range(2))
         for parity, half in enumerate(self.moments):
-            chosen = slice((parity + self.num_images) % 2, None, 2)
+            chosen = _of_parity(parity, self.num_images)
             weights = None if weights_BN is None else weights_BN[chosen].to(half.hidden.shift_H)
             half.add(hidden[chosen], drift[chosen].to(half.hidden.shift_H), weights)
         self.num_images += len(drift)
 
     def mean_drift(self) -> Tensor:
         """Return the mean drift of all images in units of the projection's output [D], float64."""
-        even, odd = self.moments
+        even, odd = (half.of_all() for half in self.moments)
         return even.merge(odd).finish().drift_D
+
+
+def _of_parity(parity: int, before: int) -> slice:
+    """Return which images of a batch have an even (0) or odd (1) place among all, ``before`` of this process's gone."""
+    here = sharing()
+    if here.count % 2 == 0:
+        return slice(None) if here.rank % 2 == parity else slice(0, 0)
+    return slice((parity + here.rank + before) % 2, None, 2)
 
 
 class _DriftMoments:
@@ -406,6 +415,17 @@ class _DriftMoments:
         merged.hidden = self.hidden.merge(other.hidden)
         merged.drift_D, merged.drift_DH = self.drift_D + other.drift_D, self.drift_DH + other.drift_DH
         return merged
+
+    def of_all(self) -> _DriftMoments:
+        """Return the moments of all processes that share images; this one stays as it is."""
+        if sharing().count == 1:
+            return self
+        total = _DriftMoments(self.gain_D, self.hidden.shift_H)
+        total.hidden = self.hidden.of_all()
+        step_H = self.hidden.shift_H.double() - total.hidden.shift_H.double()
+        moved_DH = self.drift_DH + torch.outer(self.drift_D, step_H)
+        total.drift_D, total.drift_DH = sum_of_all(self.drift_D, moved_DH)
+        return total
 
     def finish(self) -> _Drift:
         """Return what they come to; the products are used up."""
