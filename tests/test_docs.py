@@ -260,7 +260,16 @@ def as_pattern(key: str) -> str:
     return escaped
 
 
+# What the head of docs/file_formats.md says of all files.
+SEALS = {"content_sha256", "tensors_sha256"}
+
+
 def read_keys(path: Path, part: str | None) -> set[str]:
+    """Return the keys of a file, or of a part of it, but for those that all files have."""
+    return _read_keys(path, part) - SEALS
+
+
+def _read_keys(path: Path, part: str | None) -> set[str]:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as stream:
             return set(stream.keys()) if part == "tensors" else set(json.loads(stream.metadata()["vitprune"]))

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "vitprune"
 # Lower rows import nothing from higher ones.
 LAYERS = (
     ("errors", "progress", "table"),
-    ("options", "processes", "intervals", "wrappers", "batches"),
+    ("options", "processes", "intervals", "wrappers", "batches", "seal"),
     ("files", "timing", "views", "entry", "sharing"),
     ("answers", "twins"),
     ("answer_loss", "card", "images"),

@@ -17,6 +17,7 @@ from typing import Any
 
 from vitprune.files import CARD_FILE, FORMAT_VERSION, read_json, write_json
 from vitprune.processes import peak_memory_bytes
+from vitprune.seal import parsing
 
 # Those that can change a number. ONNX Runtime goes by another name for other devices.
 PACKAGES = (
@@ -89,7 +90,8 @@ def read_card(folder: str | Path) -> Card | None:
     if not path.is_file():
         return None
     content = read_json(path, kind="card")
-    return Card(**{name: content[name] for name in Card.__dataclass_fields__})
+    with parsing(path):
+        return Card(**{name: content[name] for name in Card.__dataclass_fields__})
 
 
 def find_versions() -> dict[str, str]:

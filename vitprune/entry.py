@@ -77,7 +77,8 @@ def entry(verb: Verb | None = None, *, any_module: bool = False, loads: bool = F
                 warnings.simplefilter("always", VitpruneNote)
             result = verb(*bound.args, **bound.kwargs)
             if loads:
-                check_finite_weights(result, str(next(iter(bound.arguments.values()))))
+                named = bound.arguments.get("checkpoint") or next(iter(bound.arguments.values()))
+                check_finite_weights(result, str(named))
             return result
 
     called.__signature__ = _shown(signature, progress=takes_progress)

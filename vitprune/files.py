@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vitprune.errors import VitpruneError
+from vitprune.seal import check_tensor, hash_tensor, seal, unseal
 
 FORMAT_VERSION = 1
 REQUEST_FILE = "request.json"
@@ -197,7 +198,8 @@ def _finish(path: Path) -> None:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON atomically; the same content gives the same bytes."""
+    """Write JSON atomically, sealed where it says its ``kind``; the same content gives the same bytes."""
+    content = seal(content) if isinstance(content, Mapping) and "kind" in content else content
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
@@ -206,14 +208,14 @@ def read_json(path: str | Path, *, kind: str) -> dict[str, Any]:
     """Read a JSON object that says it is of ``kind``.
 
     Raises:
-        VitpruneError: if the file is no JSON, or of another kind or a newer version.
+        VitpruneError: if the file is no JSON, damaged, or of another kind or a newer version.
     """
     try:
         content = json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise VitpruneError(f"{path}: not a JSON file ({error})") from error
     _check_kind(path, content, kind)
-    return content
+    return unseal(path, content)
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
@@ -223,9 +225,24 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
         VitpruneError: if it is none.
     """
     try:
-        return [json.loads(line) for line in Path(path).read_text().splitlines()]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    except (ValueError, RecursionError) as error:
         raise VitpruneError(f"{path}: not a file of JSON lines ({error})") from error
+    wrong = next((number for number, row in enumerate(rows, 1) if not isinstance(row, dict)), None)
+    if wrong is not None:
+        raise VitpruneError(f"{path}: line {wrong} is no JSON object")
+    return rows
+
+
+def check_lines(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Refuse a file of JSON lines that is not the one which ``content``, of the file beside it, was written with.
+
+    Raises:
+        VitpruneError: if its hash is another than ``lines_sha256``, where that is known.
+    """
+    known = content.get("lines_sha256")
+    if known is not None and known != hash_file(path):
+        raise VitpruneError(f"{path}: damaged, or changed since it was written (its hash does not fit)")
 
 
 def write_table(path: str | Path, rows: Iterable[Any], row_type: type) -> None:
@@ -240,9 +257,10 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Any], *, kind: str, fa
     """Write torch tensors to a safetensors file with ``facts`` as one JSON string in its header."""
     from safetensors.torch import save_file
 
-    header = {"kind": kind, "version": FORMAT_VERSION, **facts}
+    contiguous = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    hashes = {name: hash_tensor(tensor) for name, tensor in contiguous.items()}
+    header = seal({"kind": kind, "version": FORMAT_VERSION, **facts, "tensors_sha256": hashes})
     with atomic_file(path) as temporary:
-        contiguous = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
         save_file(contiguous, temporary, metadata={"vitprune": json.dumps(header, sort_keys=True)})
 
 
@@ -250,7 +268,7 @@ def read_tensors(path: str | Path, *, kind: str) -> tuple[dict[str, Any], dict[s
     """Return the tensors and the facts of a file that ``write_tensors`` wrote.
 
     Raises:
-        VitpruneError: if the file is missing, no safetensors file, or of another kind or a newer version.
+        VitpruneError: if the file is missing, no safetensors file, damaged, or of another kind or a newer version.
     """
     with open_tensors(path, kind=kind) as (stream, facts):
         return {name: stream.get_tensor(name) for name in stream.keys()}, facts  # noqa: SIM118 (no mapping)
@@ -261,14 +279,40 @@ def open_tensors(path: str | Path, *, kind: str) -> Iterator[tuple[Any, dict[str
     """Open a file that ``write_tensors`` wrote, to read some of its tensors.
 
     Yields:
-        What ``safetensors.safe_open`` gives (``keys``, ``get_tensor``), and the facts.
+        What has the tensors (``keys``, and ``get_tensor``, which checks what it reads), and the facts.
 
     Raises:
-        VitpruneError: if the file is missing, no safetensors file, or of another kind or a newer version.
+        VitpruneError: if the file is missing, no safetensors file, damaged, or of another kind or a newer version.
     """
     with _open_safetensors(path) as (stream, facts):
         _check_kind(path, facts, kind)
-        yield stream, facts
+        facts = unseal(path, facts)
+        yield SealedTensors(path, stream, facts.pop("tensors_sha256", {})), facts
+
+
+class SealedTensors:
+    """Tensors of an open safetensors file, checked against their hashes as they are read."""
+
+    def __init__(self, path: str | Path, stream: Any, hashes: Mapping[str, str]) -> None:
+        self._path, self._stream, self._hashes = path, stream, hashes
+        if not isinstance(hashes, dict):
+            raise VitpruneError(f"{path}: damaged: it has no hashes of its tensors")
+        if hashes and set(hashes) != set(self.keys()):
+            raise VitpruneError(f"{path}: damaged, or changed since it was written (it has other tensors)")
+
+    def keys(self) -> list[str]:
+        """Return the names of the tensors."""
+        return list(self._stream.keys())
+
+    def get_tensor(self, name: str) -> Any:
+        """Return a tensor.
+
+        Raises:
+            VitpruneError: if there is none of this name, or it is damaged.
+        """
+        if name not in self.keys():
+            raise VitpruneError(f"{self._path}: damaged, or of another version: it lacks the tensor {name}")
+        return check_tensor(self._path, name, self._stream.get_tensor(name), self._hashes)
 
 
 def read_kind(path: str | Path) -> str | None:
@@ -287,7 +331,13 @@ def _open_safetensors(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
 
     try:
         with safe_open(path, framework="pt") as stream:
-            yield stream, json.loads((stream.metadata() or {}).get("vitprune", "{}"))
+            try:
+                facts = json.loads((stream.metadata() or {}).get("vitprune", "{}"))
+            except (ValueError, RecursionError) as error:
+                raise VitpruneError(f"{path}: damaged: its facts are no JSON ({error})") from error
+            if not isinstance(facts, dict):
+                raise VitpruneError(f"{path}: damaged: its facts are no JSON object")
+            yield stream, facts
     except FileNotFoundError as error:
         raise VitpruneError(f"{path}: no such file") from error
     except (SafetensorError, IsADirectoryError) as error:
@@ -298,6 +348,8 @@ def _check_kind(path: str | Path, content: Any, kind: str) -> None:
     found = content.get("kind") if isinstance(content, dict) else None
     if found != kind:
         raise VitpruneError(f"{path}: expected a vitprune file of kind '{kind}', found {found!r}")
+    if not isinstance(content.get("version", 0), int):
+        raise VitpruneError(f"{path}: damaged: its version is {content['version']!r}")
     if content.get("version", 0) > FORMAT_VERSION:
         raise VitpruneError(f"{path}: format version {content['version']} is newer than this vitprune; upgrade it")
 

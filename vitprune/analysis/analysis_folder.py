@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vitprune.discovery.run import Run
 from vitprune.files import FORMAT_VERSION, read_json, read_tensors, write_json, write_tensors
+from vitprune.seal import parsing
 
 ANALYSIS_FILE, SIMILARITY_FILE = "analysis.json", "similarity.safetensors"
 FIGURES_FOLDER, PASSES_FOLDER = "figures", "passes"
@@ -103,6 +104,11 @@ def load_analysis(folder: str | Path) -> Analysis:
     """
     folder = Path(folder)
     content = read_json(folder / ANALYSIS_FILE, kind="analysis")
+    with parsing(folder / ANALYSIS_FILE):
+        return _read_analysis(folder, content)
+
+
+def _read_analysis(folder: Path, content: Mapping[str, Any]) -> Analysis:
     runs = tuple(AnalysedRun(**run) for run in content["runs"])
     names = (experiment.replace("-", "_") for experiment in content["experiments"])
     results = {name: content[name] for name in names}

@@ -36,7 +36,7 @@ def run_onnx(
     batches = None
     if data is not None:
         # A file of another tool does not know its transform; the pruned model of the same architecture does.
-        knows = bool(read_facts(open_session(source)))
+        knows = bool(read_facts(open_session(source), source))
         if not knows and not folder:
             raise VitpruneError(
                 f"{source} does not say which transform its images need; pass the pruned folder as --plan"

@@ -16,6 +16,7 @@ from vitprune.errors import VitpruneError
 from vitprune.files import FORMAT_VERSION, atomic_folder, read_json, read_tensors, write_json, write_tensors
 from vitprune.models.identity import hash_weights
 from vitprune.models.load import load
+from vitprune.seal import parsing
 from vitprune.seen_images import SeenImages, as_hashes, as_numbers
 
 # Tensor of the paths file: hashes of the images, as ``as_numbers`` writes them.
@@ -139,6 +140,12 @@ def load_run(folder: str | Path) -> Run:
     facts = read_json(folder / RUN_FILE, kind="run")
     tensors, path_facts = read_tensors(folder / PATHS_FILE, kind="paths")
     class_scores, score_facts = read_tensors(folder / SCORES_FILE, kind="class_scores")
+    with parsing(folder):
+        return _read_run(folder, facts, (tensors, path_facts), (class_scores, score_facts))
+
+
+def _read_run(folder: Path, facts: Mapping[str, Any], paths: tuple[Any, Any], scores: tuple[Any, Any]) -> Run:
+    (tensors, path_facts), (class_scores, score_facts) = paths, scores
     _check_agreement(folder, tensors, path_facts, class_scores)
     found = Discovery(
         ffns=tuple(path_facts["ffns"]),

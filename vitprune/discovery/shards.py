@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vitprune.data import ImageBatches, ImageSet, ReadBatch, hash_images
@@ -97,9 +96,8 @@ class Shards:
 
     def _is_there(self, number: int, strict: bool) -> bool:
         try:
-            with safe_open(self.path(number), framework="pt") as stream:
-                facts = json.loads((stream.metadata() or {}).get("vitprune", "{}"))
-        except (FileNotFoundError, SafetensorError):
+            _tensors, facts = read_tensors(self.path(number), kind="shard")
+        except VitpruneError:  # absent, or damaged: it is searched again
             return False
         # Earlier versions wrote no hashes.
         known = "sha256" in facts and facts.get("identity") == self.identity(number)

@@ -19,6 +19,7 @@ from vitprune.figures.style import save_figure
 from vitprune.files import FORMAT_VERSION, REQUEST_FILE, hash_file, open_resumable, read_json, write_json, write_table
 from vitprune.models.identity import architecture, hash_weights
 from vitprune.progress import Track, untracked
+from vitprune.seal import parsing
 from vitprune.seen_images import check_unseen, seen_by
 from vitprune.table import align
 from vitprune.views import data_config
@@ -186,12 +187,13 @@ def load_curve(folder: str | Path) -> CurveRecord:
     """
     folder = Path(folder)
     content = read_json(folder / CURVE_FILE, kind="curve")
-    return CurveRecord(
-        points=tuple(CurvePoint(**point) for point in content["points"]),
-        max_drop=content["max_drop"],
-        largest_ratio=content["largest_ratio"],
-        data=content["evaluation_data"],
-        files=tuple(content["evaluation_files"]),
-        skipped=tuple(content["skipped"]),
-        request=read_json(folder / REQUEST_FILE, kind="request")["request"],
-    )
+    with parsing(folder / CURVE_FILE):
+        return CurveRecord(
+            points=tuple(CurvePoint(**point) for point in content["points"]),
+            max_drop=content["max_drop"],
+            largest_ratio=content["largest_ratio"],
+            data=content["evaluation_data"],
+            files=tuple(content["evaluation_files"]),
+            skipped=tuple(content["skipped"]),
+            request=read_json(folder / REQUEST_FILE, kind="request")["request"],
+        )

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from vitprune.errors import VitpruneError
 from vitprune.evaluation.embeddings import Fidelity, describe_fidelity, read_fidelity
 from vitprune.evaluation.model_facts import ModelFacts
-from vitprune.files import FORMAT_VERSION, atomic_file, atomic_folder, read_json, read_json_lines, write_json
+from vitprune.files import (
+    FORMAT_VERSION,
+    atomic_file,
+    atomic_folder,
+    check_lines,
+    hash_file,
+    read_json,
+    read_json_lines,
+    write_json,
+)
+from vitprune.seal import parsing
 
 EMBEDDINGS_FILE, COSINES_FILE = "embeddings.json", "images.jsonl"
 EMBEDDINGS_FILES = frozenset({EMBEDDINGS_FILE, COSINES_FILE})
@@ -57,9 +69,10 @@ def save_embeddings(comparison: EmbeddingComparison, folder: str | Path) -> None
     }
     rows = zip(comparison.files, comparison.fidelity.cosines, strict=True)
     with atomic_folder(folder) as temporary:
-        write_json(temporary / EMBEDDINGS_FILE, content)
         with atomic_file(temporary / COSINES_FILE) as path, path.open("w") as stream:
             stream.writelines(json.dumps({"file": file, "cosine": cosine}) + "\n" for file, cosine in rows)
+        content["lines_sha256"] = hash_file(temporary / COSINES_FILE)
+        write_json(temporary / EMBEDDINGS_FILE, content)
 
 
 def load_embeddings(folder: str | Path) -> EmbeddingComparison:
@@ -73,11 +86,17 @@ def load_embeddings(folder: str | Path) -> EmbeddingComparison:
         if not (folder / name).is_file():
             raise VitpruneError(f"{folder} is no comparison of embeddings: it has no {name}")
     content = read_json(folder / EMBEDDINGS_FILE, kind="embeddings")
+    with parsing(folder):
+        return _read_comparison(folder, content)
+
+
+def _read_comparison(folder: Path, content: Mapping[str, Any]) -> EmbeddingComparison:
     rows = read_json_lines(folder / COSINES_FILE)
     if len(rows) != content["num_images"]:
         raise VitpruneError(
             f"{folder}: {EMBEDDINGS_FILE} is of {content['num_images']} images, {COSINES_FILE} of {len(rows)}"
         )
+    check_lines(folder / COSINES_FILE, content)
     return EmbeddingComparison(
         root=Path(content["data"]),
         files=tuple(row["file"] for row in rows),

@@ -15,7 +15,17 @@ from vitprune.errors import VitpruneError
 from vitprune.evaluation.accuracy import Accuracy, Answers, compare, count_right, drop_bound
 from vitprune.evaluation.embeddings import Fidelity, describe_fidelity, read_fidelity
 from vitprune.evaluation.model_facts import ModelFacts
-from vitprune.files import FORMAT_VERSION, atomic_file, atomic_folder, read_json, read_json_lines, write_json
+from vitprune.files import (
+    FORMAT_VERSION,
+    atomic_file,
+    atomic_folder,
+    check_lines,
+    hash_file,
+    read_json,
+    read_json_lines,
+    write_json,
+)
+from vitprune.seal import parsing
 from vitprune.table import align
 
 EVALUATION_FILE, ANSWERS_FILE = "evaluation.json", "images.jsonl"
@@ -171,9 +181,10 @@ def save_evaluation(evaluation: Evaluation, folder: str | Path) -> None:
         **describe_evaluation(evaluation),
     }
     with atomic_folder(folder) as temporary:
-        write_json(temporary / EVALUATION_FILE, content)
         with atomic_file(temporary / ANSWERS_FILE) as path, path.open("w") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in _rows(evaluation))
+        content["lines_sha256"] = hash_file(temporary / ANSWERS_FILE)
+        write_json(temporary / EVALUATION_FILE, content)
 
 
 def _rows(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
@@ -202,11 +213,17 @@ def load_evaluation(folder: str | Path) -> Evaluation:
         if not (folder / name).is_file():
             raise VitpruneError(f"{folder} is no evaluation: it has no {name}")
     content = read_json(folder / EVALUATION_FILE, kind="evaluation")
+    with parsing(folder):
+        return _read_evaluation(folder, content)
+
+
+def _read_evaluation(folder: Path, content: Mapping[str, Any]) -> Evaluation:
     rows = read_json_lines(folder / ANSWERS_FILE)
     if len(rows) != content["num_images"]:
         raise VitpruneError(
             f"{folder}: {EVALUATION_FILE} is of {content['num_images']} images, {ANSWERS_FILE} of {len(rows)}"
         )
+    check_lines(folder / ANSWERS_FILE, content)
     return Evaluation(
         root=Path(content["data"]),
         files=tuple(row["file"] for row in rows),

@@ -36,6 +36,7 @@ from vitprune.intervals import CONFIDENCE
 from vitprune.options import BUDGET, DEFAULT_RIDGE, DENSE, LEVERS
 from vitprune.progress import Track, untracked
 from vitprune.pruning.decide import check_parts
+from vitprune.seal import parsing
 from vitprune.seen_images import check_unseen, seen_by
 from vitprune.speed.fit_latency import Format, Writer, time_sources
 from vitprune.speed.speed_reach import DEFAULT_PARTS
@@ -322,11 +323,12 @@ def load_front(folder: str | Path) -> Front:
     if not (folder / FRONT_FILE).is_file():
         raise VitpruneError(f"{folder} holds no {FRONT_FILE}")
     content = read_json(folder / FRONT_FILE, kind="front")
-    return Front(
-        rows=tuple(FrontRow(**row) for row in content["rows"]),
-        unreached=content["unreached"],
-        left_out=content["left_out"],
-        batch_sizes=tuple(content["batch_sizes"]),
-        num_images=content["num_images"],
-        request=read_json(folder / REQUEST_FILE, kind="request")["request"],
-    )
+    with parsing(folder / FRONT_FILE):
+        return Front(
+            rows=tuple(FrontRow(**row) for row in content["rows"]),
+            unreached=content["unreached"],
+            left_out=content["left_out"],
+            batch_sizes=tuple(content["batch_sizes"]),
+            num_images=content["num_images"],
+            request=read_json(folder / REQUEST_FILE, kind="request")["request"],
+        )

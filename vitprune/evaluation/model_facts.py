@@ -92,7 +92,7 @@ def describe_file(path: str | Path, opened: OnnxModel | OpenVinoModel) -> ModelF
     beside = path.with_suffix(".bin") if path.suffix == ".xml" else path.with_name(f"{path.name}.data")
     files = [file for file in (path, beside) if file.is_file()]
     is_openvino = isinstance(opened, OpenVinoModel)
-    facts = opened.facts if is_openvino else read_facts(opened.session)
+    facts = opened.facts if is_openvino else read_facts(opened.session, path)
     return ModelFacts(
         name=str(path),
         checkpoint=None,

@@ -44,6 +44,7 @@ from vitprune.progress import Track, untracked
 from vitprune.pruning.compensate import check_ridge
 from vitprune.pruning.compensations import REGISTRY, check_compensation
 from vitprune.pruning.plan import Plan
+from vitprune.seal import parsing
 from vitprune.seen_images import watch
 from vitprune.views import data_config
 
@@ -280,7 +281,8 @@ def _span(names: Sequence[str]) -> str:
 def _own_facts(model: ir.Model) -> dict[str, Any] | None:
     """Return what a file that vitprune wrote says of itself; None for anyone else's."""
     text = model.metadata_props.get(METADATA_KEY)
-    return None if text is None else json.loads(text)
+    with parsing("the ONNX file's own description"):
+        return None if text is None else dict(json.loads(text))
 
 
 def _input_shape(model: ir.Model, donor: nn.Module | None, source: Path) -> tuple[int, ...] | None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from vitprune.errors import VitpruneError
 from vitprune.export.runtime import METADATA_KEY, fill_up
 from vitprune.export.signal_stack import kept_signal_stack
+from vitprune.seal import parsing
 
 OPENVINO = "openvino"
 SUFFIX = ".xml"
@@ -141,7 +142,8 @@ def facts_in(model: Any) -> dict[str, Any]:
     """Return what vitprune wrote into OpenVINO's model about itself; nothing for the files of others."""
     for place in ([METADATA_KEY], ["framework", METADATA_KEY]):
         if model.has_rt_info(place):
-            return json.loads(model.get_rt_info(place).astype(str))
+            with parsing("the OpenVINO file's own description"):
+                return dict(json.loads(model.get_rt_info(place).astype(str)))
     return {}
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vitprune.errors import VitpruneError
+from vitprune.seal import parsing
 
 METADATA_KEY = "vitprune"
 CPU = "CPUExecutionProvider"
@@ -243,7 +244,7 @@ def open_onnx(
     """
     session = open_session(path, num_threads=num_threads, backend=backend)
     check_finite_initializers(path)
-    facts = read_facts(session)
+    facts = read_facts(session, path)
     find_input(session, path)
     if transform is not None:
         facts["data_config"] = _complete(transform, facts.get("data_config"), read_input(session, path), path)
@@ -251,7 +252,8 @@ def open_onnx(
         raise VitpruneError(
             f"{path}: does not say which transform its images need; pass `transform`, or export it anew"
         )
-    return OnnxModel(session, facts, path)
+    with parsing(path):
+        return OnnxModel(session, facts, path)
 
 
 def _complete(
@@ -296,9 +298,14 @@ def _check_initializer(path: str | Path, name: str | None, values: np.ndarray) -
     )
 
 
-def read_facts(session: onnxruntime.InferenceSession) -> dict[str, Any]:
-    """Return what vitprune wrote into a file about itself; nothing for the files of others."""
-    return json.loads(session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "{}"))
+def read_facts(session: onnxruntime.InferenceSession, source: str | Path) -> dict[str, Any]:
+    """Return what vitprune wrote into a file, of this name, about itself; nothing for the files of others.
+
+    Raises:
+        VitpruneError: if that is damaged.
+    """
+    with parsing(source):
+        return dict(json.loads(session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "{}")))
 
 
 def open_session(

@@ -209,9 +209,10 @@ def _read_list(path: Path) -> Listing:
     for number, row in rows:
         if len(row) != len(header):
             raise VitpruneError(f"{what} line {number}: {len(row)} columns, the first line has {len(header)}")
-        file = row[at_file].replace("\\", "/") if not (folder / row[at_file]).exists() else row[at_file]
+        file = row[at_file]
         if not _is_file(folder, file):
-            raise VitpruneError(f"{what} line {number}: no such file '{file}' in {folder}")
+            raise VitpruneError(f"{what} line {number}: no such file '{file[:200]}' in {folder}")
+        file = file if (folder / file).exists() else file.replace("\\", "/")
         file = PurePosixPath(file).as_posix()
         if file in line_of:
             raise VitpruneError(f"{what} line {number}: '{file}' is there already (line {line_of[file]})")

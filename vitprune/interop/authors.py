@@ -37,6 +37,7 @@ from vitprune.discovery.run import Run
 from vitprune.errors import VitpruneError
 from vitprune.files import FORMAT_VERSION, atomic_siblings, write_json
 from vitprune.options import AUTHORS_METHODS, check_choice
+from vitprune.seal import parsing
 
 ARGS_SUFFIX = ".args.json"
 MOST_NEURONS = 2**31
@@ -142,12 +143,13 @@ def read_authors(source: str | Path, *, method: str = "jas") -> AuthorsPaths:
 def _read_args(path: Path) -> dict[str, Any]:
     try:
         args = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise VitpruneError(f"{path}: not a JSON file ({error})") from error
     if not isinstance(args, dict):
         raise VitpruneError(f"{path}: expected a JSON object of arguments, found {_name_type(args)}")
-    if args.get("vitprune", {}).get("version", 0) > FORMAT_VERSION:
-        raise VitpruneError(f"{path}: written by a newer vitprune; upgrade this one")
+    with parsing(path):
+        if args.get("vitprune", {}).get("version", 0) > FORMAT_VERSION:
+            raise VitpruneError(f"{path}: written by a newer vitprune; upgrade this one")
     return args
 
 

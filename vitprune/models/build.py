@@ -17,12 +17,18 @@ from vitprune.models.attention import SplitAttention, describe_attention, restor
 from vitprune.models.left_out import describe_left_out, restore_left_out
 from vitprune.models.merging import describe_merging, set_merging
 from vitprune.models.units import find_left
+from vitprune.seal import parsing
 from vitprune.twins.twin import add_projection, set_norm_eps
 
 CONFIG_FILE = "config.json"
 # What a description says beside timm's own keys, where there is such a thing.
 ATTENTION_KEY, LEFT_OUT_KEY, MERGE_KEY = "attention", "left_out", "merge"
 NORM_EPS_KEY, PROJECTION_KEY, TWIN_KEY = "norm_eps", "projection", "twin"
+
+# Arguments of timm's factory that say where weights and descriptions come from.
+_NOT_OF_A_MODEL = frozenset(
+    {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "model_name"}
+)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -66,15 +72,29 @@ def build(config: Mapping[str, Any], source: str = CONFIG_FILE) -> nn.Module:
     Raises:
         VitpruneError: if this timm cannot build it.
     """
+    with parsing(source):
+        _check_names_no_code(config, source)
     try:
         model_args = {"num_classes": config["num_classes"], **config.get("model_args", {})}
         model = timm.create_model(config["architecture"], pretrained_cfg=dict(config["pretrained_cfg"]), **model_args)
-    except (KeyError, RuntimeError, TypeError) as error:
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise VitpruneError(f"timm {timm.__version__} cannot build the model of {source} ({error!r})") from error
     model.model_args = model_args
     if isinstance(config.get("label_names"), list):
         model.label_names = tuple(config["label_names"])
     return model
+
+
+def _check_names_no_code(config: Mapping[str, Any], source: str) -> None:
+    """Refuse a description that would fetch a model, or read another file, instead of naming an architecture."""
+    name, model_args = config["architecture"], config.get("model_args", {})
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise VitpruneError(f"{source}: timm {timm.__version__} has no architecture {str(name)[:100]!r}")
+    foreign = sorted(_NOT_OF_A_MODEL & dict(model_args).keys())
+    if foreign:
+        raise VitpruneError(
+            f"{source}: {foreign[0]} says where to load from, which a description must not; take it out"
+        )
 
 
 def restore(model: nn.Module, config: Mapping[str, Any], source: str = CONFIG_FILE) -> nn.Module:
@@ -92,7 +112,7 @@ def restore(model: nn.Module, config: Mapping[str, Any], source: str = CONFIG_FI
         model = restore_attention(model, config.get(ATTENTION_KEY) or {})
         model = restore_left_out(model, config.get(LEFT_OUT_KEY) or {})
         return set_merging(model, config[MERGE_KEY]) if config.get(MERGE_KEY) else model
-    except (AttributeError, KeyError, TypeError, VitpruneError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, VitpruneError) as error:
         raise VitpruneError(f"{source}: the model cannot be as described ({error})") from error
 
 

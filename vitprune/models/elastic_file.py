@@ -30,6 +30,7 @@ from vitprune.models.build import ATTENTION_KEY, LEFT_OUT_KEY, build, describe, 
 from vitprune.models.facts import Facts
 from vitprune.models.identity import hash_weights
 from vitprune.models.units import FFN, LAYERS, Group, find_groups, kind_of, module_of, read_group, take_units
+from vitprune.seal import parsing
 
 ELASTIC = "elastic"
 
@@ -199,7 +200,7 @@ def read_ranking(path: str | Path) -> tuple[Ranking, Facts]:
     Raises:
         VitpruneError: if the file is missing, or no elastic file.
     """
-    with open_tensors(path, kind=ELASTIC) as (stream, header):
+    with open_tensors(path, kind=ELASTIC) as (stream, header), parsing(path):
         return _read_ranking(stream, header), Facts.from_json(header["facts"])
 
 
@@ -414,7 +415,8 @@ def load_elastic(path: Path, ratio: float) -> nn.Module:
         raise VitpruneError(f"{path} holds weights without their model; pass a timm name, and this as `checkpoint`")
     if kind != ELASTIC:
         raise VitpruneError(f"{path} is no model but a vitprune file of kind '{kind}'")
-    config, state = read_state(path, ratio)
+    with parsing(path):
+        config, state = read_state(path, ratio)
     model = fill(
         restore(build(config, str(path)), config, str(path)), state, f"{path} does not fit its own description"
     )

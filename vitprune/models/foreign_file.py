@@ -101,8 +101,11 @@ def _explain_json(path: Path) -> str:
 def _explain_zip(path: Path) -> str | None:
     if not zipfile.is_zipfile(path):
         return "is cut off (a zip archive without its end); download or copy it again"
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, ValueError) as error:
+        return f"is a damaged zip archive ({error}); download or copy it again"
     if any(name.endswith("/constants.pkl") or "/code/" in name or name == "constants.pkl" for name in names):
         return (
             "is a TorchScript archive, a program with its weights; in torch save the state_dict() of what "

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from vitprune.models.facts import Facts
 from vitprune.models.foreign_file import explain_file
 from vitprune.models.load_twin import is_of_transformers, load_transformers
 from vitprune.models.model_card import MODEL_CARD_FILE, write_model_card
+from vitprune.seal import SEAL, hash_tensors, seal, unseal
 from vitprune.seen_images import seen_by
 
 WEIGHTS_FILE, PLAN_FILE = "model.safetensors", "plan.safetensors"
@@ -53,15 +55,16 @@ def save(model: nn.Module, folder: str | Path, *, plan: Any = None) -> None:
     ['README.md', 'config.json', 'model.safetensors']
     """
     with atomic_folder(folder) as temporary:
-        save_file(_unshared(model), temporary / WEIGHTS_FILE)
+        state = _unshared(model)
+        save_file(state, temporary / WEIGHTS_FILE, metadata={SEAL: hash_tensors(state)})
         save_config_for_hf(model, str(temporary / CONFIG_FILE), **unrecorded(model))
         seen = seen_by(model)
         if plan is not None:
             plan.write(temporary / PLAN_FILE)
             seen -= plan.calibration
-        if seen:
-            config = {**read_config(temporary), SEEN_KEY: sorted(seen)}
-            (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2))
+        config = json.loads((temporary / CONFIG_FILE).read_text())
+        config |= {SEEN_KEY: sorted(seen)} if seen else {}
+        (temporary / CONFIG_FILE).write_text(json.dumps(seal(config), indent=2))
         load_folder(temporary)
         (temporary / MODEL_CARD_FILE).write_text(describe_folder(temporary))
 
@@ -111,12 +114,23 @@ def load_folder(folder: Path) -> nn.Module:
     config = read_config(folder)
     weights_path = _find_weights(folder)
     state = dict(read_checkpoint(weights_path, what="").tensors)
+    _check_seal(weights_path, state)
     model = restore(build(config, str(folder / CONFIG_FILE)), config)
     model = fill(model, state, f"{weights_path} does not fit its {CONFIG_FILE}")
     seen = _read_seen(folder)
     if seen:
         model.calibration = seen
     return model
+
+
+def _check_seal(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are not those that the file was written with; those that others wrote have no seal."""
+    if path.suffix != ".safetensors":
+        return
+    with safe_open(path, framework="pt") as stream:
+        sealed = (stream.metadata() or {}).get(SEAL)
+    if sealed is not None and sealed != hash_tensors(state):
+        raise VitpruneError(f"{path}: damaged, or changed since it was written (its hash does not fit)")
 
 
 def _read_seen(folder: Path) -> frozenset[str]:
@@ -159,10 +173,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _read_json(folder: Path) -> Any:
     try:
-        return json.loads((folder / CONFIG_FILE).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads((folder / CONFIG_FILE).read_text())
+    except (ValueError, RecursionError) as error:
         reason = explain_file(folder / CONFIG_FILE) or f"is no JSON ({error})"
         raise VitpruneError(f"{folder / CONFIG_FILE}: not a JSON file: it {reason}") from error
+    return unseal(folder / CONFIG_FILE, content) if isinstance(content, dict) else content
 
 
 def _find_weights(folder: Path) -> Path:

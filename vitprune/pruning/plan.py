@@ -17,6 +17,7 @@ from vitprune.models.facts import Facts
 from vitprune.models.identity import architecture
 from vitprune.models.saved_folder import PLAN_FILE
 from vitprune.models.units import FFN, KINDS, LAYERS, Group, find_groups, kind_of
+from vitprune.seal import parsing
 from vitprune.table import align
 
 
@@ -129,16 +130,17 @@ def read_plan(path: str | Path) -> Plan:
     path = Path(path)
     path = path / PLAN_FILE if path.is_dir() else path
     tensors, content = read_tensors(path, kind="plan")
-    # Version 0.1.0 wrote the names of FFNs alone.
-    units = content.get("units") or [{"name": name, "kind": FFN} for name in content["ffns"]]
-    unknown = [each for each in units if each["kind"] not in KINDS]
-    if unknown:
-        raise VitpruneError(
-            f"{path}: {unknown[0]['name']} has units of kind '{unknown[0]['kind']}', which this version does not know "
-            f"({', '.join(KINDS)})"
-        )
-    kinds = {each["name"]: each["kind"] for each in units if each["kind"] != FFN}
-    return Plan({each["name"]: tensors[each["name"]].bool() for each in units}, Facts.from_json(content), kinds)
+    with parsing(path):
+        # Version 0.1.0 wrote the names of FFNs alone.
+        units = content.get("units") or [{"name": name, "kind": FFN} for name in content["ffns"]]
+        unknown = [each for each in units if each["kind"] not in KINDS]
+        if unknown:
+            raise VitpruneError(
+                f"{path}: {unknown[0]['name']} has units of kind '{unknown[0]['kind']}', which this version does not "
+                f"know ({', '.join(KINDS)})"
+            )
+        kinds = {each["name"]: each["kind"] for each in units if each["kind"] != FFN}
+        return Plan({each["name"]: tensors[each["name"]].bool() for each in units}, Facts.from_json(content), kinds)
 
 
 def read_elastic_plan(path: str | Path, ratio: float | None = None) -> Plan:

@@ -64,6 +64,10 @@ class Recipe:
     steps: tuple[Step, ...]
 
 
+# Bytes of a file's name, on all usual file systems.
+_LONGEST_NAME = 255
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as its version 1.2 has it, and as editors read it: 1e-3 is a number, ``no`` and dates are text.
 
@@ -119,7 +123,7 @@ def read_recipe(path: str | Path, commands: Mapping[str, ArgumentParser], given:
         raise VitpruneError(f"recipe {path}: no such file")
     try:
         content = yaml.load(path.read_text(), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise VitpruneError(f"recipe {path}: not a YAML file ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("steps"), list) or not content["steps"]:
         raise VitpruneError(f"recipe {path}: expected 'steps' with a list of commands")
@@ -238,6 +242,8 @@ def _read_output(value: Any, keys: Mapping[str, Any]) -> tuple[str | None, list[
         return None, [f"output: {problem}" for problem in problems]
     if output is not None and (not isinstance(output, str) or not output):
         return None, [f"output: expected a folder, got {describe_value(output)}"]
+    if output is not None and (max(map(len, Path(output).parts)) > _LONGEST_NAME or "\0" in output):
+        return None, [f"output: no folder can be called {describe_value(output[:40])}"]
     return output, []
 
 

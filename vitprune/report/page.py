@@ -18,6 +18,7 @@ from vitprune.report.page_blocks import Gallery, Picture, Section
 from vitprune.report.provenance import CardView, make_card_view
 from vitprune.report.shown_folder import Artefact, of_kind
 from vitprune.report.story import Story, tell_story
+from vitprune.seal import parsing
 
 TEMPLATES = "templates"
 
@@ -56,9 +57,11 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> PageReport:
         VitpruneError: if a folder is of no kind that a report shows, or damaged.
     """
     artefacts = read_artefacts(folders)
-    story = tell_story(artefacts)
+    # What its files hold may fit its seal, as who means harm would write it, and yet be nothing to show.
+    with parsing(", ".join(str(each.folder) for each in artefacts)):
+        story = tell_story(artefacts)
     sections = [*([story.models] if story.models else []), *make_sections(artefacts)]
-    html = render_page(story, sections, list(map(make_card_view, artefacts)))
+    html = render_page(story, sections, list(map(_show_card, artefacts)))
     path = Path(path)
     with atomic_file(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
@@ -77,7 +80,17 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> PageReport:
 
 def make_sections(artefacts: Sequence[Artefact]) -> list[Section]:
     """Tell what each folder holds, kind by kind."""
-    return [kind.section(each, artefacts) for name, kind in KINDS.items() for each in of_kind(artefacts, name)]
+    sections = []
+    for name, kind in KINDS.items():
+        for each in of_kind(artefacts, name):
+            with parsing(each.folder):
+                sections.append(kind.section(each, artefacts))
+    return sections
+
+
+def _show_card(artefact: Artefact) -> CardView:
+    with parsing(artefact.folder):
+        return make_card_view(artefact)
 
 
 def render_page(story: Story, sections: Sequence[Section], cards: Sequence[CardView]) -> str:

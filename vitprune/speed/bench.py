@@ -351,7 +351,7 @@ class _Files:
 
     def _facts(self, name: str) -> Mapping[str, Any]:
         path = self.models[name]
-        return facts_in(read_openvino(path)) if _is_openvino(path) else read_facts(open_session(path))
+        return facts_in(read_openvino(path)) if _is_openvino(path) else read_facts(open_session(path), path)
 
 
 def make_backend_runner(source: nn.Module | Path, setting: Setting) -> Runner:

@@ -9,6 +9,7 @@ from pathlib import Path
 from vitprune.figures.bench_figure import draw_bench
 from vitprune.figures.style import save_figure
 from vitprune.files import FORMAT_VERSION, atomic_folder, read_json, write_json, write_table
+from vitprune.seal import parsing
 from vitprune.speed.bench import BenchRow
 
 BENCH_FILE = "bench.json"
@@ -50,4 +51,5 @@ def load_bench(folder: str | Path) -> BenchRecord:
         VitpruneError: if it is none.
     """
     content = read_json(Path(folder) / BENCH_FILE, kind="bench")
-    return BenchRecord(tuple(BenchRow(**row) for row in content["rows"]), content["hardware"])
+    with parsing(Path(folder) / BENCH_FILE):
+        return BenchRecord(tuple(BenchRow(**row) for row in content["rows"]), content["hardware"])

@@ -145,7 +145,7 @@ def diagnose(
         _about_precision(nodes),
         _about_placement(nodes, backend),
         _about_opset(graph),
-        about_facts(read_facts(session)),
+        about_facts(read_facts(session, path)),
     ]
     next(stages)
     findings.append(_about_batch(session, seconds / 4))

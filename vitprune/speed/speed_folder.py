@@ -11,6 +11,7 @@ from vitprune.figures.candidates_figure import draw_candidates
 from vitprune.figures.style import save_figure
 from vitprune.files import FORMAT_VERSION, atomic_folder, read_json, write_json, write_table
 from vitprune.models.saved_folder import FOLDER_FILES, save
+from vitprune.seal import parsing
 from vitprune.speed.prune_for_speed import PrunedForSpeed
 from vitprune.speed.speed_candidates import Candidate, candidate_from_json
 
@@ -73,5 +74,6 @@ def load_speed(folder: str | Path) -> SpeedRecord | None:
     if not path.is_file():
         return None
     content = read_json(path, kind="speed")
-    candidates = tuple(map(candidate_from_json, content.pop("candidates")))
+    with parsing(path):
+        candidates = tuple(map(candidate_from_json, content.pop("candidates")))
     return SpeedRecord(content, candidates)

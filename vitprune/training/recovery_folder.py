@@ -11,6 +11,7 @@ from vitprune.figures.recovery_figure import draw_recovery
 from vitprune.figures.style import save_figure
 from vitprune.files import FORMAT_VERSION, atomic_folder, read_json, write_json
 from vitprune.models.saved_folder import FOLDER_FILES, save
+from vitprune.seal import parsing
 from vitprune.training.loop import STEPS_FILE, EpochRow
 from vitprune.training.recover import Recovered
 from vitprune.training.settings import Training
@@ -48,15 +49,16 @@ def load_recovery(folder: str | Path) -> Recovery | None:
     if not path.is_file():
         return None
     content = read_json(path, kind="recovery")
-    before = content["before"]
-    rows = tuple(EpochRow(**row) for row in content["epochs"])
-    return Recovery(
-        rows,
-        content["best"],
-        (before["held_back"], before["accuracy"]),
-        content["num_images"],
-        is_flattered=content.get("before_is_flattered", False),
-    )
+    with parsing(path):
+        before = content["before"]
+        rows = tuple(EpochRow(**row) for row in content["epochs"])
+        return Recovery(
+            rows,
+            content["best"],
+            (before["held_back"], before["accuracy"]),
+            content["num_images"],
+            is_flattered=content.get("before_is_flattered", False),
+        )
 
 
 def describe_recovery(recovered: Recovered, training: Training) -> dict[str, Any]:
