@@ -159,15 +159,19 @@ def _describe(model, args, options) -> str:
     return hashed.hexdigest()
 
 
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
 def run_on_processes(count: int, arguments: Sequence[Any], folder: Path) -> tuple[bool, str]:
     """Do what torchrun does, with processes that start at once.
 
     Returns:
         Whether all went well, and what they told, the first one first.
     """
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
-    place = {"WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    place = {"WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
     logs = [folder / f"{rank}.log" for rank in range(count)]
     ranks = [start_command(arguments, stderr=log, RANK=rank, LOCAL_RANK=rank, **place) for rank, log in enumerate(logs)]
     waiting = {process.sentinel: process for process in ranks}

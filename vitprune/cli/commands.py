@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import inspect
 import json
 import logging
+import os
 import shlex
+import signal
 import sys
+import threading
 import time
 import warnings
 from argparse import ArgumentError
@@ -45,10 +49,23 @@ from vitprune.cli.several_processes import SHARE_IMAGES, refuse_command, run_tog
 from vitprune.cli.terminal import forget_held, note_at_work, said, say_held
 from vitprune.cli.wording import in_flags
 from vitprune.errors import VitpruneError, VitpruneNote
+from vitprune.files import held
 from vitprune.processes import count_processes
 from vitprune.recipe.command_options import command_line, explain_mistake, option_names
 
-EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
+EXIT_MISTAKE, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
+# What torch, oneDNN and the loader of libraries say where the machine gives no more memory.
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "annot allocate memory",
+    "std::bad_alloc",
+    "could not create a primitive",
+    "could not create a memory",
+    "failed to map segment",
+)
+# What gloo and NCCL say where another process has ended.
+_PEER_IS_GONE = ("gloo/", "Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
 # What every command takes beside its own options.
 COMMON = ("quiet", "verbose", "threads")
 # Each has SUMMARY, add_arguments(parser), and run(**options), which returns the answer for --json and a function
@@ -76,21 +93,46 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C, 143 after SIGTERM."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     parser, commands = build_parser()
     try:
         arguments = _parse(parser, commands, argv)
         command, given = arguments.subcommand, arguments[arguments.subcommand]
-        _run_command(command, given.as_dict())
+        with _terminable():
+            _run_command(command, given.as_dict())
     except VitpruneError as error:
         print(f"vitprune: {in_flags(' '.join(str(error).split()))}", file=sys.stderr)
         return EXIT_MISTAKE
+    except _TerminatedError:
+        print("vitprune: terminated; nothing half-written was kept", file=sys.stderr)
+        return EXIT_TERMINATED
     except KeyboardInterrupt:
         print("vitprune: interrupted; nothing half-written was kept", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+class _TerminatedError(BaseException):
+    """Somebody, such as a cluster whose time is up, has asked this process to end."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """End as after Ctrl-C where SIGTERM comes, so that temporary files go."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def end(_signal: int, _frame: Any) -> None:
+        raise _TerminatedError
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _parse(parser: ArgumentParser, commands: dict[str, ArgumentParser], argv: Sequence[str] | None) -> Namespace:
@@ -157,19 +199,44 @@ def execute(command: str, given: dict[str, Any]) -> tuple[dict[str, Any], Callab
     # Now, because a command may replace the folder that it was started in.
     output = Path(given["output"]).absolute() if given.get("output") else None
     try:
-        with contextlib.redirect_stdout(sys.stderr), _notes_are_shown(), _as_asked(**common):
+        with contextlib.redirect_stdout(sys.stderr), _notes_are_shown(), _as_asked(**common), _alone_at(output):
             forget_held()
             outcome = COMMANDS[command].run(**passed)
             say_held()
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, named so that torch need not be imported here
-            raise
+    except (MemoryError, RuntimeError, ImportError, OSError) as error:
         remedy = "a smaller model" if command == "discover" else "a smaller --batch-size"
-        raise VitpruneError(f"out of memory on the device; try {remedy}, or --device cpu") from error
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, named so that torch need not be imported here
+            raise VitpruneError(f"out of memory on the device; try {remedy}, or --device cpu") from error
+        if _says_out_of_memory(error):
+            raise VitpruneError(f"out of memory; try {remedy}") from error
+        if count_processes() > 1 and any(said in str(error) for said in _PEER_IS_GONE):
+            raise VitpruneError("this process stops because another one did; see its message") from error
+        if "DataLoader worker" in str(error):  # torch says so wherever this process is by then
+            raise VitpruneError(f"{str(error).splitlines()[0]}; try --workers 0") from error
+        raise
     if outcome is not None and output is not None and output.is_dir():
         typed = shlex.join(command_line(_build_command(command), command, given))
         write_card(make_card(typed, given, seconds=time.perf_counter() - started), output)
     return outcome
+
+
+@contextlib.contextmanager
+def _alone_at(output: Path | None) -> Iterator[None]:
+    """Refuse to work on an output that another command on this machine works on."""
+    # Of processes that work together the first one stands for all. What cannot be written is refused by the command.
+    first = os.environ.get("RANK", "0") == "0"
+    if output is None or not first or not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
+        yield
+        return
+    with held(output.with_name(f".{output.name}.lock"), what=output.name):
+        yield
+
+
+def _says_out_of_memory(error: Exception) -> bool:
+    """Tell whether memory was short, whichever library says so."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.ENOMEM, errno.EAGAIN):
+        return True
+    return any(said in str(error) for said in _OUT_OF_MEMORY)
 
 
 @contextlib.contextmanager

@@ -92,7 +92,7 @@ class ImageBatches:
             collate_fn=list,
             pin_memory=False,
         )
-        for decoded in loader:
+        for decoded in told_of_killed(loader):
             good = [(index, image) for index, image, _reason in decoded if image is not None]
             skipped = [(self.images.files[index], reason) for index, image, reason in decoded if image is None]
             if skipped and (self.strict or sharing().count > 1):
@@ -125,6 +125,23 @@ class ImageBatches:
             raise VitpruneError(
                 f"{self.images.root}: {len(self.images)} images are too few for {sharing().count} processes; take fewer"
             )
+
+
+def told_of_killed(loader: DataLoader) -> Iterator[Any]:
+    """Yield the batches of a loader.
+
+    Raises:
+        VitpruneError: if one of its processes ends before its time.
+    """
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise VitpruneError(
+            f"a process that decodes images ended ({reason}); where memory is short take fewer `num_workers`, or 0"
+        ) from error
 
 
 class _Decoded(Dataset):

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from vitprune.data import ImageSet
 from vitprune.errors import VitpruneError
 from vitprune.images.decode import read_image
+from vitprune.images.image_batches import told_of_killed
 from vitprune.training.settings import Training
 
 
@@ -145,4 +146,4 @@ class AugmentedImages:
             num_workers=self.training.num_workers,
             collate_fn=_collate,
         )
-        yield from loader
+        yield from told_of_killed(loader)
