@@ -72,7 +72,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise VitpruneError(f"{path}: not a JSON file ({error})") from error
     if not isinstance(content, Mapping):
         raise VitpruneError(f"{path}: a JSON object is expected")

@@ -122,7 +122,7 @@ def read_recipe(path: str | Path, commands: Mapping[str, ArgumentParser], given:
     if not path.is_file():
         raise VitpruneError(f"recipe {path}: no such file")
     try:
-        content = yaml.load(path.read_text(), _Loader)
+        content = yaml.load(path.read_text(), _Loader)  # noqa: S506 (a SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise VitpruneError(f"recipe {path}: not a YAML file ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("steps"), list) or not content["steps"]:
@@ -187,7 +187,7 @@ def _is_nested_list(value: Any) -> bool:
 def _read_given(name: str, text: str, default: Any) -> tuple[Any, list[str]]:
     """Return the value that was given for a key, and what is wrong with it."""
     try:
-        value = yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         if isinstance(default, str):
             return text, []

@@ -28,7 +28,7 @@ def measure_footprint(path: str | Path, *, batch_size: int, num_threads: int) ->
         VitpruneError: if the process fails, for want of memory perhaps.
     """
     command = [sys.executable, "-m", "vitprune.speed.footprint", str(path), str(batch_size), str(num_threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (this interpreter)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise VitpruneError(f"{path}: a process that only runs it ended before its memory was known ({last})")
