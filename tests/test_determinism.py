@@ -1,4 +1,4 @@
-"""The same seed gives the same bytes: again, and with other numbers of loader processes; other batches, the same units."""
+"""The same seed gives the same bytes, however many loader processes there are; other batches keep the same units."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ from vitprune.models.merging import (
     why_no_merging,
 )
 from vitprune.models.saved_folder import build_dense
+from vitprune.seal import seal
 
 SCHEDULE = (3, 0, 6)
 KINDS = {
@@ -265,7 +266,7 @@ def test_narrow_attention_and_neurons_of_a_merging_model_are_kept_in_a_folder(sa
 def test_a_description_that_cannot_be_is_refused(saved_vit, tmp_path):
     vitprune.save(set_merging(vitprune.load(saved_vit), SCHEDULE), tmp_path / "merged")
     path = tmp_path / "merged" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "merge": [9, 0, 0]}))
+    path.write_text(json.dumps(seal({**json.loads(path.read_text()), "merge": [9, 0, 0]})))
     with pytest.raises(VitpruneError, match=r"config.json: .*blocks.0: 9 of 16 patches"):
         vitprune.load(tmp_path / "merged")
 

@@ -22,6 +22,7 @@ from vitprune.report.page import write_report
 from vitprune.report.page_blocks import Cell, Column, Grid, Row, grid_of, without_empty
 from vitprune.report.sections import evaluation_section as evaluation_module
 from vitprune.report.text import percent
+from vitprune.seal import seal
 from vitprune.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,7 +162,7 @@ def test_images_that_are_gone_are_said_to_be(folders, tmp_path):
     evaluation = tmp_path / "evaluation"
     shutil.copytree(folders["evaluation"], evaluation)
     content = json.loads((evaluation / "evaluation.json").read_text())
-    (evaluation / "evaluation.json").write_text(json.dumps({**content, "data": str(tmp_path / "gone")}))
+    (evaluation / "evaluation.json").write_text(json.dumps(seal({**content, "data": str(tmp_path / "gone")})))
     written = write_report([evaluation], tmp_path / "r.html")
     flips = len(content["against"]["lost_images"]) + len(content["against"]["gained_images"])
     assert (written.num_absent, written.num_thumbnails) == (flips, 0)

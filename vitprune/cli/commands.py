@@ -106,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vitprune: {in_flags(' '.join(str(error).split()))}", file=sys.stderr)
         return EXIT_MISTAKE
     except _TerminatedError:
-        print("vitprune: terminated; nothing half-written was kept", file=sys.stderr)
+        if count_processes() == 1:  # torchrun, which ends the others where one fails, tells of that one
+            print("vitprune: terminated; nothing half-written was kept", file=sys.stderr)
         return EXIT_TERMINATED
     except KeyboardInterrupt:
         print("vitprune: interrupted; nothing half-written was kept", file=sys.stderr)
