@@ -1,6 +1,9 @@
-"""Bytes and seconds that the shards of a large run cost; writes a dated JSON file.
+"""Bytes, seconds and memory that a large run costs after its search; writes a dated JSON file.
 
     python benchmarks/shard_merge.py --num_shards 500
+    python benchmarks/shard_merge.py --num_shards 3907
+
+Written, looked at as a killed run does that goes on, merged, saved, read, analysed and reported.
 
 Shards as ``vitprune discover`` writes them for ViT-B/16 on ImageNet's training images in the order of their class
 folders: 256 images of one or two of 1,000 classes, paths of one neuron per FFN. Their numbers are random.
@@ -19,6 +22,7 @@ from common import RESULTS, describe_machine
 from jsonargparse import auto_cli
 
 import vitprune
+from vitprune.analysis.experiments import describe_classes, describe_paths
 from vitprune.discovery.discover import Part
 from vitprune.discovery.objective import DEFAULT_OBJECTIVE
 from vitprune.discovery.quadrature import parse_quadrature
@@ -26,6 +30,7 @@ from vitprune.discovery.search import Search
 from vitprune.discovery.shards import Shards, read_shards, write_shard
 from vitprune.models.units import group_of_neurons
 from vitprune.processes import peak_memory_bytes
+from vitprune.report.page import write_report
 
 NUM_FFNS, NUM_NEURONS, PER_SHARD, PER_CLASS = 12, 3072, 256, 1281
 
@@ -65,21 +70,41 @@ def main(num_shards: int = 500):
         started = time.perf_counter()
         if shards.missing():
             raise SystemExit("a shard is missing")
+        resume_seconds = time.perf_counter() - started
+        started = time.perf_counter()
         found, _images, _hashes, _skipped = read_shards(search, shards)
         merge_seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        run = vitprune.Run(found, images, "vit_base_patch16_224", None, "0" * 64)
+        vitprune.save_run(run, Path(folder) / "run")
+        found = vitprune.load_run(Path(folder) / "run").found
+        save_seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        describe_paths(found)
+        describe_classes(found, class_names)
+        analysis_seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        write_report([Path(folder) / "run"], Path(folder) / "report.html")
+        report_seconds = time.perf_counter() - started
     result = {
         **describe_machine(),
         "num_shards": num_shards,
         "num_images": len(found.labels),
         "bytes": size,
         "write_seconds": write_seconds,
+        "resume_seconds": resume_seconds,
         "merge_seconds": merge_seconds,
+        "save_and_load_seconds": save_seconds,
+        "analysis_seconds": analysis_seconds,
+        "report_seconds": report_seconds,
         "peak_gib": peak_memory_bytes() / 2**30,
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{date.today()}-shard-merge.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"{len(found.labels)} images, {size / 1e6:.0f} MB")
-    print(f"written in {write_seconds:.1f} s, merged in {merge_seconds:.1f} s")
+    for what in ("write", "resume", "merge", "save_and_load", "analysis", "report"):
+        print(f"{what.replace('_', ' ')}: {result[f'{what}_seconds']:.1f} s")
+    print(f"at most {result['peak_gib']:.2f} GiB")
 
 
 if __name__ == "__main__":

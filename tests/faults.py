@@ -44,6 +44,7 @@ COMMANDS = {
     "analyze": "analyze RUN --experiments scores manipulation similarity",
     "recover": "recover HALF --data PHOTOS --epochs 3 --batch-size 4",
 }
+OF_TWO = "one of two processes killed"
 # Of a folder: what holds times or speeds, which no two runs share, and what a killed run goes on from.
 VARY = (CARD_FILE, "recovery.json", "steps.jsonl", "recovery.png", "request.json")
 
@@ -72,11 +73,13 @@ class Place:
     Attributes:
         root: folder with models, photos, a run and a pruned folder.
         references: command -> what it writes undisturbed.
+        of_two: the same on two processes, whose sums are rounded differently.
         seconds: command -> how long that takes.
     """
 
     root: Path
     references: dict[str, Path]
+    of_two: dict[str, Path]
     seconds: dict[str, float]
 
 
@@ -155,6 +158,14 @@ def fail_call(name: str, number: int, code: int) -> None:
     setattr(os, name, failing)
 
 
+def begin_two(arguments: Sequence[str], log: Path) -> tuple[list[Path], list[BaseProcess]]:
+    """Start a command on two processes, as torchrun does; return their logs and them."""
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    logs = [log, log.with_name("rank1.log")]
+    ranks = [begin(arguments, logs[rank], RANK=str(rank), LOCAL_RANK=str(rank), **together) for rank in range(2)]
+    return logs, ranks
+
+
 def children_of(pid: int) -> list[int]:
     found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
@@ -213,8 +224,8 @@ KINDS["SIGINT"] = signalled(signal.SIGINT)
 
 @kind("no space left")
 def _(place, fault, arguments, log, output):
-    # From nothing at all to more than any file of these commands.
-    return finish([begin(arguments, log, limit_files, (int(200_000 * fault.amount**3),))])
+    # From less than any weights to more than any file of these commands; what they tell goes into a file as well.
+    return finish([begin(arguments, log, limit_files, (8_000 + int(200_000 * fault.amount**3),))])
 
 
 @kind("fsync fails")
@@ -273,11 +284,9 @@ def _(place, fault, arguments, log, output):
     return finish([process])
 
 
-@kind("one of two processes killed")
+@kind(OF_TWO)
 def _(place, fault, arguments, log, output):
-    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    logs = [log, log.with_name("rank1.log")]
-    ranks = [begin(arguments, logs[rank], RANK=str(rank), LOCAL_RANK=str(rank), **together) for rank in range(2)]
+    logs, ranks = begin_two(arguments, log)
     wait([process.sentinel for process in ranks], timeout=fault.amount * place.seconds[fault.command])
     victim = ranks[fault.seed % 2]
     if victim.is_alive():
@@ -315,7 +324,7 @@ def _(place, fault, arguments, log, output):
 def applies(kind: str, command: str) -> bool:
     if kind == "loader worker killed":
         return command not in ("recover", "analyze")
-    if kind == "one of two processes killed":
+    if kind == OF_TWO:
         # What is recovered depends on how many processes there are.
         return command in ("discover", "prune", "prune parts", "evaluate", "curve")
     if kind == "image deleted or replaced":
@@ -339,7 +348,8 @@ def inject(place: Place, fault: Fault) -> str:
         arguments = arguments_of(fault.command, place.root, output)
         codes = KINDS[fault.kind](place, fault, arguments, log, output)
         told = log.read_text()
-        result, wanted = output_of(fault.command, output), place.references[fault.command]
+        on_two = fault.kind == OF_TWO
+        result, wanted = output_of(fault.command, output), (place.of_two if on_two else place.references)[fault.command]
         assert "Traceback" not in told, f"traceback: {told[-700:]}"
         if 2 in codes:
             lines = [line for line in told.splitlines() if line.startswith("vitprune: ")]
@@ -348,8 +358,9 @@ def inject(place: Place, fault: Fault) -> str:
         assert not unexpected, f"exit code {unexpected[0]}: {told[-500:]}"
         # The next try: the same command, nothing in its way.
         if not (result.exists() and same_files(result, wanted) is None):
-            (code,) = finish([begin(arguments, folder / "again.log")])
-            assert code == 0, f"the next try: {(folder / 'again.log').read_text()[-500:]}"
+            again = folder / "again.log"
+            codes_again = finish(begin_two(arguments, again)[1] if on_two else [begin(arguments, again)])
+            assert not any(codes_again), f"the next try: {(folder / 'again.log').read_text()[-500:]}"
         difference = same_files(result, wanted)
         assert difference is None, f"afterwards {difference}"
         if all(code == 0 for code in codes):
@@ -369,15 +380,20 @@ def prepare(root: Path) -> Place:
     for name, command in (("run", "discover"), ("half", "prune")):
         (code,) = finish([begin(arguments_of(command, root, root / name), root / f"{name}.log")])
         assert code == 0, (root / f"{name}.log").read_text()
-    references, seconds = {}, {}
+    references, of_two, seconds = {}, {}, {}
     for command in COMMANDS:
-        output = root / "undisturbed" / command.replace(" ", "-") / "out"
+        output, twice = (root / name / command.replace(" ", "-") / "out" for name in ("undisturbed", "of-two"))
         output.parent.mkdir(parents=True)
         started = time.perf_counter()
         (code,) = finish([begin(arguments_of(command, root, output), root / "log")])
         assert code == 0, (root / "log").read_text()
         references[command], seconds[command] = output_of(command, output), time.perf_counter() - started
-    return Place(root, references, seconds)
+        if applies(OF_TWO, command):
+            twice.parent.mkdir(parents=True)
+            codes = finish(begin_two(arguments_of(command, root, twice), root / "log")[1])
+            assert not any(codes), (root / "log").read_text()
+            of_two[command] = output_of(command, twice)
+    return Place(root, references, of_two, seconds)
 
 
 def draw(number: int, seed: int) -> Fault:

@@ -66,7 +66,12 @@ def join_processes(*, exchanging: bool = False) -> Iterator[Processes]:
         return
     import torch.distributed
 
-    torch.distributed.init_process_group(None if exchanging else "gloo", timeout=_PATIENCE)
+    try:
+        torch.distributed.init_process_group(None if exchanging else "gloo", timeout=_PATIENCE)
+    except RuntimeError as error:
+        raise VitpruneError(
+            f"{count} processes could not meet ({str(error).splitlines()[0]}); start all anew"
+        ) from error
     try:
         yield Processes(torch.distributed.get_rank(), count, int(os.environ.get("LOCAL_RANK", "0")))
     finally:

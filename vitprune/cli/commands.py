@@ -109,6 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if count_processes() == 1:  # torchrun, which ends the others where one fails, tells of that one
             print("vitprune: terminated; nothing half-written was kept", file=sys.stderr)
         return EXIT_TERMINATED
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        # torch says so wherever this process is by then.
+        print(f"vitprune: {str(error).splitlines()[0]}; try --workers 0", file=sys.stderr)
+        return EXIT_MISTAKE
     except KeyboardInterrupt:
         print("vitprune: interrupted; nothing half-written was kept", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -212,8 +218,6 @@ def execute(command: str, given: dict[str, Any]) -> tuple[dict[str, Any], Callab
             raise VitpruneError(f"out of memory; try {remedy}") from error
         if count_processes() > 1 and any(said in str(error) for said in _PEER_IS_GONE):
             raise VitpruneError("this process stops because another one did; see its message") from error
-        if "DataLoader worker" in str(error):  # torch says so wherever this process is by then
-            raise VitpruneError(f"{str(error).splitlines()[0]}; try --workers 0") from error
         raise
     if outcome is not None and output is not None and output.is_dir():
         typed = shlex.join(command_line(_build_command(command), command, given))
