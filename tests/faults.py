@@ -350,7 +350,9 @@ def inject(place: Place, fault: Fault) -> str:
         told = log.read_text()
         on_two = fault.kind == OF_TWO
         result, wanted = output_of(fault.command, output), (place.of_two if on_two else place.references)[fault.command]
-        assert "Traceback" not in told, f"traceback: {told[-700:]}"
+        # What Python tells of torch's own tidying up does not end a command.
+        tracebacks = told.count("Traceback (most") - told.count("Exception ignored in")
+        assert tracebacks <= 0, f"traceback: {told[told.index('Traceback (most') :][:1500]}"
         if 2 in codes:
             lines = [line for line in told.splitlines() if line.startswith("vitprune: ")]
             assert lines, f"exit code 2 without a reason: {told[-300:]}"

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +24,8 @@ REQUEST_FILE = "request.json"
 # Every output folder may have one.
 CARD_FILE = "card.json"
 _BLOCK_BYTES = 2**20
+# As ``atomic_file`` names them.
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -405,10 +408,7 @@ def open_resumable(folder: str | Path, request: Mapping[str, Any], *, owned: fro
     if path.is_file():
         before = read_json(path, kind="request")["request"]
         if before == wanted:
-            # A killed run leaves temporary files behind.
-            for entry in folder.glob(".*"):
-                if any(entry.name.startswith(f".{name}.") for name in (*owned, REQUEST_FILE, CARD_FILE)):
-                    entry.unlink()
+            _remove_temporary(folder, frozenset({*owned, REQUEST_FILE, CARD_FILE}))
             return folder
         changed = sorted(key for key in {**before, **wanted} if before.get(key) != wanted.get(key))
         if not overwrite:
@@ -421,6 +421,17 @@ def open_resumable(folder: str | Path, request: Mapping[str, Any], *, owned: fro
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, {"kind": "request", "version": FORMAT_VERSION, "request": wanted})
     return folder
+
+
+def _remove_temporary(folder: Path, owned: frozenset[str]) -> None:
+    """Remove the temporary files that a killed run left behind, in the folder and in those that it owns."""
+    for name in owned:
+        for entry in folder.glob(f".{name}.*"):
+            entry.unlink()
+        if (folder / name).is_dir():
+            for entry in (folder / name).rglob(".*"):
+                if entry.is_file() and _TEMPORARY.fullmatch(entry.name):
+                    entry.unlink()
 
 
 def hash_file(*paths: str | Path, digits: int = 16) -> str:
