@@ -12,6 +12,7 @@ from vitprune import VitpruneError
 from vitprune.files import (
     atomic_file,
     atomic_folder,
+    open_resumable,
     read_json,
     read_tensors,
     refuse_existing,
@@ -112,3 +113,15 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(kind, tmp_path):
     process.join()
     assert process.exitcode == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_killed_before_it_had_written_its_request_begins_anew(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / ".request.json.ab12cd34.json").write_text("{")
+    assert open_resumable(folder, {"a": 1}, owned=frozenset(), overwrite=False) == folder
+    assert sorted(path.name for path in folder.iterdir()) == ["request.json"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(VitpruneError, match="exists"):
+        open_resumable(tmp_path / "other", {"a": 1}, owned=frozenset(), overwrite=False)

@@ -76,3 +76,9 @@ assert (there * 2.0).device.type == (there + torch.tensor(1.0)).device.type == "
 assert (there.cpu() + here).device.type == "cpu"
 """
     run_script("-c", program)
+
+
+def test_the_page_names_every_verb():
+    page = (HERE.parent / "docs" / "trust.md").read_text()
+    listed = "; ".join(f"`{name}`" for name in VERBS) + "."
+    assert " ".join(listed.split()) in " ".join(page.split())

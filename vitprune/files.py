@@ -386,7 +386,7 @@ def refuse_foreign(folder: str | Path) -> None:
     >>> refuse_foreign("nowhere")
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / REQUEST_FILE).is_file():
+    if folder.exists() and not (folder / REQUEST_FILE).is_file() and not _is_just_begun(folder):
         refuse_existing(folder, overwrite=False, owned=frozenset())
 
 
@@ -417,10 +417,19 @@ def open_resumable(folder: str | Path, request: Mapping[str, Any], *, owned: fro
             )
         refuse_existing(folder, overwrite=True, owned=owned | {REQUEST_FILE})
         shutil.rmtree(folder)
+    if _is_just_begun(folder):
+        _remove_temporary(folder, frozenset({REQUEST_FILE}))
     refuse_existing(folder, overwrite=False, owned=frozenset())
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, {"kind": "request", "version": FORMAT_VERSION, "request": wanted})
     return folder
+
+
+def _is_just_begun(folder: Path) -> bool:
+    """Tell whether a run was killed before it had written its request: nothing else is there."""
+    if not folder.is_dir():
+        return False
+    return all(entry.name.startswith(f".{REQUEST_FILE}.") for entry in folder.iterdir())
 
 
 def _remove_temporary(folder: Path, owned: frozenset[str]) -> None:

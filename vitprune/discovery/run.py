@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -154,7 +155,7 @@ def _read_run(folder: Path, facts: Mapping[str, Any], paths: tuple[Any, Any], sc
         labels=tensors["labels"],
         predictions=tensors["predictions"],
         completeness_errors=tensors.get("completeness_errors"),
-        classes=tuple(score_facts["classes"]),
+        classes=tuple(map(operator.index, score_facts["classes"])),
         class_scores=class_scores,
         method=facts["method"],
         tokens=facts["tokens"],
