@@ -103,5 +103,5 @@ def parsing(path: str | Path) -> Iterator[None]:
         yield
     except KeyError as error:
         raise VitpruneError(f"{path}: damaged, or of another version: it lacks {error}") from error
-    except (AttributeError, IndexError, OverflowError, RecursionError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise VitpruneError(f"{path}: damaged, or of another version: {error}") from error

@@ -96,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C, 143 after SIGTERM."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    parser, commands = build_parser()
     try:
+        parser, commands = build_parser()
         arguments = _parse(parser, commands, argv)
         command, given = arguments.subcommand, arguments[arguments.subcommand]
         with _terminable():
@@ -106,8 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vitprune: {in_flags(' '.join(str(error).split()))}", file=sys.stderr)
         return EXIT_MISTAKE
     except _TerminatedError:
-        if count_processes() == 1:  # torchrun, which ends the others where one fails, tells of that one
-            print("vitprune: terminated; nothing half-written was kept", file=sys.stderr)
+        print("vitprune: terminated; nothing half-written was kept", file=sys.stderr)
         return EXIT_TERMINATED
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
@@ -128,7 +127,9 @@ class _TerminatedError(BaseException):
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     """End as after Ctrl-C where SIGTERM comes, so that temporary files go."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+    is_main = threading.current_thread() is threading.main_thread()
+    # Of several processes, one that waits for another must end at once.
+    if not is_main or count_processes() > 1 or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
 

@@ -214,6 +214,8 @@ def _read_ranking(stream: Any, header: Mapping[str, Any]) -> Ranking:
         "layers": tuple(header.get("layers", ())),
         "stand_ins": tuple((layer, kind) for layer, kind in header.get("stand_ins", ())),
     }
+    if not 0 <= header["largest"] < 1:
+        raise ValueError(f"its largest ratio is {header['largest']}")
     return Ranking(order, budgets, header["largest"], **whole)
 
 
@@ -415,8 +417,12 @@ def load_elastic(path: Path, ratio: float) -> nn.Module:
         raise VitpruneError(f"{path} holds weights without their model; pass a timm name, and this as `checkpoint`")
     if kind != ELASTIC:
         raise VitpruneError(f"{path} is no model but a vitprune file of kind '{kind}'")
-    with parsing(path):
-        config, state = read_state(path, ratio)
+    try:
+        with parsing(path):
+            config, state = read_state(path, ratio)
+    except VitpruneError as error:
+        named = path.name in str(error)
+        raise error if named else VitpruneError(f"{path}: {error}") from error
     model = fill(
         restore(build(config, str(path)), config, str(path)), state, f"{path} does not fit its own description"
     )

@@ -99,9 +99,9 @@ def _explain_json(path: Path) -> str:
 
 
 def _explain_zip(path: Path) -> str | None:
-    if not zipfile.is_zipfile(path):
-        return "is cut off (a zip archive without its end); download or copy it again"
     try:
+        if not zipfile.is_zipfile(path):
+            return "is cut off (a zip archive without its end); download or copy it again"
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, ValueError) as error:

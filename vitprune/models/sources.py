@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +49,7 @@ def spell(name: str) -> str:
     >>> spell("local-dir:runs/mine")
     'runs/mine'
     """
-    if Path(name).exists():
+    if os.path.exists(name):
         return name
     scheme, colon, rest = name.partition(":")
     scheme = scheme.lower().replace("_", "-")

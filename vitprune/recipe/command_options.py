@@ -138,7 +138,12 @@ def _check_single(option: Option, value: Any) -> tuple[Any, str]:
         return value, f"expected one of {', '.join(option.choices)}, got {describe_value(value)}{near}"
     if not fits:
         return value, f"expected {KINDS[option.kind]}, got {describe_value(value)}"
-    return float(value) if option.kind == "number" else value, ""
+    if option.kind != "number":
+        return value, ""
+    try:
+        return float(value), ""
+    except OverflowError:
+        return value, f"{describe_value(value)[:40]} is too large a number"
 
 
 def command_line(parser: ArgumentParser, command: str, given: Mapping[str, Any]) -> list[str]:
