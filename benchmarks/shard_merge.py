@@ -46,6 +46,7 @@ def main(num_shards: int = 500):
     search = Search(ffns, "jas", 1, "cls", parse_quadrature("gauss-legendre:4"), DEFAULT_OBJECTIVE)
     labels = torch.arange(num_shards * PER_SHARD) // PER_CLASS
     files = tuple(f"class{label:04}/image{index:08}.JPEG" for index, label in enumerate(labels.tolist()))
+    peaks: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         class_names = {label: f"class{label:04}" for label in set(labels.tolist())}
         images = vitprune.ImageSet(Path(folder), files, tuple(labels.tolist()), class_names)
@@ -66,26 +67,32 @@ def main(num_shards: int = 500):
             identity, hashes = shards.identity(number), [f"{place:016x}" for place in shards.places(number)]
             write_shard(shards.path(number), part, of_shard, (), identity=identity, hashes=hashes)
         write_seconds = time.perf_counter() - started
+        peaks["write"] = peak_memory_bytes() / 2**30
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
         started = time.perf_counter()
         if shards.missing():
             raise SystemExit("a shard is missing")
         resume_seconds = time.perf_counter() - started
+        peaks["resume"] = peak_memory_bytes() / 2**30
         started = time.perf_counter()
         found, _images, _hashes, _skipped = read_shards(search, shards)
         merge_seconds = time.perf_counter() - started
+        peaks["merge"] = peak_memory_bytes() / 2**30
         started = time.perf_counter()
         run = vitprune.Run(found, images, "vit_base_patch16_224", None, "0" * 64)
         vitprune.save_run(run, Path(folder) / "run")
         found = vitprune.load_run(Path(folder) / "run").found
         save_seconds = time.perf_counter() - started
+        peaks["save"] = peak_memory_bytes() / 2**30
         started = time.perf_counter()
         describe_paths(found)
         describe_classes(found, class_names)
         analysis_seconds = time.perf_counter() - started
+        peaks["analysis"] = peak_memory_bytes() / 2**30
         started = time.perf_counter()
         write_report([Path(folder) / "run"], Path(folder) / "report.html")
         report_seconds = time.perf_counter() - started
+        peaks["report"] = peak_memory_bytes() / 2**30
     result = {
         **describe_machine(),
         "num_shards": num_shards,
@@ -97,14 +104,14 @@ def main(num_shards: int = 500):
         "save_and_load_seconds": save_seconds,
         "analysis_seconds": analysis_seconds,
         "report_seconds": report_seconds,
-        "peak_gib": peak_memory_bytes() / 2**30,
+        "peak_gib_after": peaks,
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{date.today()}-shard-merge.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"{len(found.labels)} images, {size / 1e6:.0f} MB")
     for what in ("write", "resume", "merge", "save_and_load", "analysis", "report"):
         print(f"{what.replace('_', ' ')}: {result[f'{what}_seconds']:.1f} s")
-    print(f"at most {result['peak_gib']:.2f} GiB")
+    print(f"most memory by then: {', '.join(f'{what} {peak:.2f} GiB' for what, peak in peaks.items())}")
 
 
 if __name__ == "__main__":

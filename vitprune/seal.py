@@ -22,8 +22,22 @@ def hash_content(content: Any) -> str:
     >>> hash_content({"a": 1, "b": [2.5]}) == hash_content({"b": (2.5,), "a": 1})
     True
     """
-    plain = json.loads(json.dumps(content))
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:DIGITS]
+    plain, digest = _with_text_keys(content), hashlib.sha256()
+    # Key by key: a run of a million images has a list of as many names.
+    for key, value in sorted(plain.items()) if isinstance(plain, dict) else [("", plain)]:
+        digest.update(json.dumps([key, value], sort_keys=True).encode())
+    return digest.hexdigest()[:DIGITS]
+
+
+def _with_text_keys(value: Any) -> Any:
+    """Return JSON values whose keys are text, as they are read back, so that they stand in one order."""
+    if isinstance(value, dict):
+        return {_as_text(key): _with_text_keys(each) for key, each in value.items()}
+    return [_with_text_keys(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _as_text(key: Any) -> str:
+    return key if isinstance(key, str) else next(iter(json.loads(json.dumps({key: None}))))
 
 
 def hash_tensor(tensor: Any) -> str:

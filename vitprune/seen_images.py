@@ -98,6 +98,24 @@ def names_in(batches: Any) -> tuple[str, ...]:
     return () if images is None else images.label_names
 
 
+def stamp_files(images: ImageSet | None) -> list[tuple[int, int] | None]:
+    """Return size and time of change (nanoseconds) of each file; None where there is none, nothing for no files.
+
+    >>> from pathlib import Path
+    >>> stamp_files(ImageSet(Path("nowhere"), ("a.png",), (0,)))
+    [None]
+    """
+    stamps: list[tuple[int, int] | None] = []
+    for name in () if images is None else images.files:
+        try:
+            status = (images.root / name).stat()
+        except OSError:  # gone, or inside of an archive
+            stamps.append(None)
+        else:
+            stamps.append((status.st_size, status.st_mtime_ns))
+    return stamps
+
+
 class WatchedBatches:
     """Batches that remember which images they gave, as of the first complete pass over them.
 
@@ -109,6 +127,7 @@ class WatchedBatches:
     def __init__(self, batches: Batches, before: Iterable[str] = ()) -> None:
         self.batches, self.before = batches, frozenset(before)
         self.seen = SeenImages()
+        self._stamps: list[tuple[int, int] | None] | None = None
 
     def of_model(self, model: Any) -> WatchedBatches:
         """Return the same images as another model reads them; how they were read until now is remembered as well."""
@@ -123,8 +142,10 @@ class WatchedBatches:
         return files_of(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self._stamps = stamp_files(files_of(self.batches)) if self._stamps is None else self._stamps
         if self.seen:
             yield from self.batches
+            self._check_unchanged()
             return
         hashes: list[str] = []
         for images, labels in self.batches:
@@ -137,6 +158,15 @@ class WatchedBatches:
             self.seen = SeenImages(
                 self.seen.sha256.union(hash_images(images)) - {""}, str(images.root), images.files, images.labels
             )
+        self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        """Refuse files that are others now than when they were read first: no hash would say what was read."""
+        images = files_of(self.batches)
+        stamps = stamp_files(images)
+        changed = next((place for place, stamp in enumerate(stamps) if stamp != self._stamps[place]), None)
+        if changed is not None:
+            raise VitpruneError(f"{images.root / images.files[changed]}: it changed while it was read; start again")
 
 
 def watch(batches: Batches | None) -> WatchedBatches | None:

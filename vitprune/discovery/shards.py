@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vitprune.data import ImageBatches, ImageSet, ReadBatch, hash_images
 from vitprune.discovery.discover import Discovery, Part, Search, combine, find_part, set_pace
 from vitprune.errors import VitpruneError
-from vitprune.files import REQUEST_FILE, read_tensors, write_tensors
+from vitprune.files import REQUEST_FILE, open_tensors, read_tensors, write_tensors
 from vitprune.images.image_tar import find_archive
 from vitprune.processes import Processes
 from vitprune.progress import Track, untracked
@@ -96,7 +96,8 @@ class Shards:
 
     def _is_there(self, number: int, strict: bool) -> bool:
         try:
-            _tensors, facts = read_tensors(self.path(number), kind="shard")
+            with open_tensors(self.path(number), kind="shard") as (_tensors, facts):
+                pass
         except VitpruneError:  # absent, or damaged: it is searched again
             return False
         # Earlier versions wrote no hashes.
@@ -217,10 +218,16 @@ def read_shards(search: Search, shards: Shards) -> tuple[Discovery, ImageSet, li
     hashes: list[str] = []
     pixels: list[str] = []
     skipped: list[list[str]] = []
+    damaged: list[str] = []
 
     def read() -> Iterator[Part]:
         for number in range(len(shards)):
-            tensors, facts = read_tensors(shards.path(number), kind="shard")
+            try:
+                tensors, facts = read_tensors(shards.path(number), kind="shard")
+            except VitpruneError as error:
+                shards.path(number).unlink(missing_ok=True)
+                damaged.append(f"{error}; it was removed, and is searched again when the search is started again")
+                raise VitpruneError(damaged[0]) from error
             files.extend(facts["files"])
             hashes.extend(facts["sha256"])
             pixels.extend(facts.get("pixels", ()))
@@ -236,7 +243,7 @@ def read_shards(search: Search, shards: Shards) -> tuple[Discovery, ImageSet, li
     try:
         found = combine(search, read())
     except VitpruneError as error:
-        if files:
+        if files or damaged:
             raise
         name, reason = skipped[0]
         raise VitpruneError(f"{shards.images.root}: no image could be decoded (first: {name}, {reason})") from error
