@@ -35,6 +35,10 @@ class ReadBatch:
     skipped: tuple[tuple[str, str], ...]
 
 
+# What torch says where a process of a loader, or what it had in shared memory, is gone.
+_OF_WORKERS = ("DataLoader worker", "shared memory")
+
+
 class ImageBatches:
     """Batches of an image set under the model's own transform; may be read any number of times.
 
@@ -135,10 +139,10 @@ def told_of_killed(loader: DataLoader) -> Iterator[Any]:
     """
     try:
         yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and not any(said in str(error) for said in _OF_WORKERS):
             raise
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise VitpruneError(
             f"a process that decodes images ended ({reason}); where memory is short take fewer `num_workers`, or 0"
         ) from error
