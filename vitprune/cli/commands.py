@@ -66,6 +66,8 @@ _OUT_OF_MEMORY = (
 )
 # What gloo and NCCL say where another process has ended.
 _PEER_IS_GONE = ("gloo/", "Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
+# Bytes of a file's name.
+_LONGEST_NAME = 255
 # What every command takes beside its own options.
 COMMON = ("quiet", "verbose", "threads")
 # Each has SUMMARY, add_arguments(parser), and run(**options), which returns the answer for --json and a function
@@ -231,10 +233,11 @@ def _alone_at(output: Path | None) -> Iterator[None]:
     """Refuse to work on an output that another command on this machine works on."""
     # Of processes that work together the first one stands for all. What cannot be written is refused by the command.
     first = os.environ.get("RANK", "0") == "0"
-    if output is None or not first or not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
+    lock = None if output is None else f".{output.name}.lock"
+    if lock is None or not first or len(os.fsencode(lock)) > _LONGEST_NAME or not os.access(output.parent, os.W_OK):
         yield
         return
-    with held(output.with_name(f".{output.name}.lock"), what=output.name):
+    with held(output.with_name(lock), what=output.name):
         yield
 
 
