@@ -231,13 +231,15 @@ def execute(command: str, given: dict[str, Any]) -> tuple[dict[str, Any], Callab
 @contextlib.contextmanager
 def _alone_at(output: Path | None) -> Iterator[None]:
     """Refuse to work on an output that another command on this machine works on."""
-    # Of processes that work together the first one stands for all. What cannot be written is refused by the command.
+    # Of processes that work together the first one stands for all.
     first = os.environ.get("RANK", "0") == "0"
-    lock = None if output is None else f".{output.name}.lock"
-    if lock is None or not first or len(os.fsencode(lock)) > _LONGEST_NAME or not os.access(output.parent, os.W_OK):
+    lock = None if output is None else output.with_name(f".{output.name}.lock")
+    # A path that cannot be written is refused by the command, which says why.
+    writable = lock is not None and os.path.isdir(lock.parent) and os.access(lock.parent, os.W_OK)
+    if not first or not writable or len(os.fsencode(lock.name)) > _LONGEST_NAME:
         yield
         return
-    with held(output.with_name(lock), what=output.name):
+    with held(lock, what=output.name):
         yield
 
 
