@@ -1,6 +1,6 @@
 """Faults at random points of real commands: killed, no space, no memory, damaged and vanished files, two at once.
 
-``python tests/faults.py --faults 300 --seed 0`` injects so many and prints the table of docs/trust.md. After each, what
+``python tests/faults.py --faults 312 --seed 1`` injects so many and prints the table of docs/trust.md. After each, what
 was written is what an undisturbed run writes, or the command ended with one line that says why; and in the end the same
 command finishes with the files of an undisturbed run. What is left is never half of a file.
 """
