@@ -1,8 +1,8 @@
 """Damaged files of every kind that vitprune reads: each is read rightly, or refused in one line that names it.
 
-``python tests/bad_input.py --inputs 20000 --seed 3`` tries so many and prints the table of docs/trust.md. Each input is a good
-file with a few changes: bytes flipped, cut, doubled or taken out, and in JSON and YAML values of another type, missing,
-far too large or nested deeply.
+``python tests/bad_input.py --inputs 20000 --seed 3`` tries so many and prints the table of docs/trust.md. Each input is
+a good file with a few changes: bytes flipped, cut, doubled or taken out, and in JSON and YAML values of another type,
+missing, far too large or nested deeply.
 """
 
 from __future__ import annotations
