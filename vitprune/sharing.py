@@ -60,16 +60,6 @@ def share_images() -> Iterator[Processes]:
             _current.pop()
 
 
-@contextmanager
-def alone() -> Iterator[None]:
-    """Share nothing for a while: what is called inside is of this process."""
-    _current.append(_ALONE)
-    try:
-        yield
-    finally:
-        _current.pop()
-
-
 def refuse_sharing(what: str, remedy: str) -> None:
     """Refuse what several processes cannot do together.
 
