@@ -86,7 +86,8 @@ def test_a_model_at_chance_is_pruned_and_evaluated():
     with torch.no_grad():
         model.head.weight.zero_()
         model.head.bias.zero_()
-    assert vitprune.evaluate(model, BATCHES).top1 <= 1
+    # Whichever class stands for all of them, one or two of the six images are of it.
+    assert vitprune.evaluate(model, BATCHES).top1 in (1 / 6, 2 / 6)
     scores = vitprune.score_neurons(model, "obs", batches=BATCHES)
     assert all(bool(torch.isfinite(each).all()) for each in scores.values())
     pruned, _plan = vitprune.prune(model, BATCHES, ratio=0.5)

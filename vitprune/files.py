@@ -23,6 +23,8 @@ FORMAT_VERSION = 1
 REQUEST_FILE = "request.json"
 # Every output folder may have one.
 CARD_FILE = "card.json"
+# Bytes of a file's name, on all usual file systems.
+LONGEST_NAME = 255
 _BLOCK_BYTES = 2**20
 # As ``atomic_file`` names them.
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")

@@ -49,7 +49,7 @@ from vitprune.cli.several_processes import SHARE_IMAGES, refuse_command, run_tog
 from vitprune.cli.terminal import forget_held, note_at_work, said, say_held
 from vitprune.cli.wording import in_flags
 from vitprune.errors import VitpruneError, VitpruneNote
-from vitprune.files import held
+from vitprune.files import LONGEST_NAME, held
 from vitprune.processes import count_processes
 from vitprune.recipe.command_options import command_line, explain_mistake, option_names
 
@@ -66,8 +66,6 @@ _OUT_OF_MEMORY = (
 )
 # What gloo and NCCL say where another process has ended.
 _PEER_IS_GONE = ("gloo/", "Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
-# Bytes of a file's name.
-_LONGEST_NAME = 255
 # What every command takes beside its own options.
 COMMON = ("quiet", "verbose", "threads")
 # Each has SUMMARY, add_arguments(parser), and run(**options), which returns the answer for --json and a function
@@ -236,7 +234,7 @@ def _alone_at(output: Path | None) -> Iterator[None]:
     lock = None if output is None else output.with_name(f".{output.name}.lock")
     # A path that cannot be written is refused by the command, which says why.
     writable = lock is not None and os.path.isdir(lock.parent) and os.access(lock.parent, os.W_OK)
-    if not first or not writable or len(os.fsencode(lock.name)) > _LONGEST_NAME:
+    if not first or not writable or len(os.fsencode(lock.name)) > LONGEST_NAME:
         yield
         return
     with held(lock, what=output.name):

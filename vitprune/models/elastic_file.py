@@ -421,8 +421,9 @@ def load_elastic(path: Path, ratio: float) -> nn.Module:
         with parsing(path):
             config, state = read_state(path, ratio)
     except VitpruneError as error:
-        named = path.name in str(error)
-        raise error if named else VitpruneError(f"{path}: {error}") from error
+        if path.name in str(error):
+            raise
+        raise VitpruneError(f"{path}: {error}") from error
     model = fill(
         restore(build(config, str(path)), config, str(path)), state, f"{path} does not fit its own description"
     )

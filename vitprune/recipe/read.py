@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from vitprune.errors import VitpruneError
+from vitprune.files import LONGEST_NAME
 from vitprune.recipe.command_options import (
     KINDS,
     check_value,
@@ -62,10 +63,6 @@ class Recipe:
     keys: Mapping[str, Any]
     output: str | None
     steps: tuple[Step, ...]
-
-
-# Bytes of a file's name, on all usual file systems.
-_LONGEST_NAME = 255
 
 
 class _Loader(yaml.SafeLoader):
@@ -242,7 +239,7 @@ def _read_output(value: Any, keys: Mapping[str, Any]) -> tuple[str | None, list[
         return None, [f"output: {problem}" for problem in problems]
     if output is not None and (not isinstance(output, str) or not output):
         return None, [f"output: expected a folder, got {describe_value(output)}"]
-    if output is not None and (max(map(len, Path(output).parts)) > _LONGEST_NAME or "\0" in output):
+    if output is not None and (max(map(len, Path(output).parts)) > LONGEST_NAME or "\0" in output):
         return None, [f"output: no folder can be called {describe_value(output[:40])}"]
     return output, []
 
