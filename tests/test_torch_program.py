@@ -1,4 +1,4 @@
-"""Programs of torch.export: they run with torch alone, at any batch size, and at any image size where asked."""
+"""Programs of torch.export: they run with torch alone, at any batch size."""
 
 from __future__ import annotations
 
@@ -57,29 +57,17 @@ def test_merging_tokens_are_written(tmp_path):
     run_alone(tmp_path / "merged.pt2", [make_batches()[0][0]], merged, tmp_path)
 
 
-def test_images_of_any_size(tmp_path):
-    model = make_vit(dynamic_img_size=True).float()
-    vitprune.export_program(model, tmp_path / "any.pt2", make_batches(), dynamic_size=True)
-    patch = model.patch_embed.patch_size[0]
-    sizes = [(2, 3, 4 * patch, 6 * patch), (1, 3, 9 * patch, 5 * patch)]
-    run_alone(tmp_path / "any.pt2", [torch.randn(size) for size in sizes], model, tmp_path)
-    assert read_program_facts(tmp_path / "any.pt2")["dynamic_size"] is True
-    with pytest.raises(VitpruneError, match="takes images of one size"):
-        vitprune.export_program(make_vit().float(), tmp_path / "one.pt2", make_batches(), dynamic_size=True)
-    assert not (tmp_path / "one.pt2").exists()
-
-
 def test_a_program_that_answers_otherwise_is_not_written(tmp_path, monkeypatch):
     model = make_vit().float()
-    monkeypatch.setattr("vitprune.export.torch_program._trace", lambda _model, size, _dynamic: traced_other(size))
+    monkeypatch.setattr("vitprune.export.torch_program._trace", lambda _model, _dynamic: traced_other())
     with pytest.raises(VitpruneError, match="the exported graph differs from torch"):
         vitprune.export_program(model, tmp_path / "other.pt2", make_batches())
     assert not list(tmp_path.iterdir())
 
 
-def traced_other(size):
+def traced_other():
     dims = ({0: torch.export.Dim("batch", min=1, max=64)},)
-    return torch.export.export(make_vit(seed=1).float(), (torch.zeros(2, *size),), dynamic_shapes=dims)
+    return torch.export.export(make_vit(seed=1).float(), (torch.zeros(2, 3, 32, 32),), dynamic_shapes=dims)
 
 
 def test_programs_from_the_command_line(saved_vit, image_folder, tmp_path, capsys):
@@ -100,8 +88,8 @@ def test_programs_from_the_command_line(saved_vit, image_folder, tmp_path, capsy
         (("--format", "transformers"), "writes a folder"),
     ):
         assert told in run("export", saved_vit, tmp_path / "x.pt2", *said, *extra, code=2)
-    line = run("export", saved_vit, tmp_path / "x.onnx", *said, "--dynamic-size", code=2)
-    assert "--dynamic-size is of programs" in line
+    line = run("export", saved_vit, tmp_path / "x", *said, "--format", "transformers", "--dynamic-size", code=2)
+    assert "--dynamic-size is of files" in line
     line = run("export", saved_vit, tmp_path / "x", *said, "--format", "transformers", code=2)
     assert "was not loaded from transformers" in line
     assert not (tmp_path / "x").exists()

@@ -50,7 +50,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--opset", type=int, help="version of ONNX's operators, 18 .. 23 (default: that of torch)")
     parser.add_argument("--fixed-batch", type=int, help="images per run of the file (default: any number)")
     parser.add_argument(
-        "--dynamic-size", action="store_true", help="of a .pt2: any height and width, where the model has it"
+        "--dynamic-size", action="store_true", help="take images of any height and width, where the model has it"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
 
@@ -71,8 +71,8 @@ def run(
     given = [name for name, value in of_onnx.items() if value]
     if given and format in ("torch", "transformers"):
         raise VitpruneError(f"--{given[0]} is of ONNX and OpenVINO files; leave it out for --format {format}")
-    if dynamic_size and format != "torch":
-        raise VitpruneError("--dynamic-size is of programs of torch.export; name the output .pt2")
+    if dynamic_size and format == "transformers":
+        raise VitpruneError("--dynamic-size is of files; leave it out for --format transformers")
     if int8 and precision not in (None, "int8"):
         raise VitpruneError(f"--int8 and --precision {precision} contradict each other; leave one out")
     precision = "int8" if int8 else precision or "float32"
@@ -109,6 +109,7 @@ def run(
             operators=operators,
             batch_size=fixed_batch,
             opset=opset,
+            dynamic_size=dynamic_size,
         )
     answer = {
         "path": output,

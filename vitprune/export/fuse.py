@@ -272,7 +272,7 @@ def skip_unread_tokens(model: ir.Model) -> int:
     if read is None:
         return 0
     nodes = list(graph)
-    num_tokens = size(read, 1)
+    num_tokens = read.shape[1]
     narrow: set[ir.Node] = set()
     for node in reversed(nodes):
         if not _is_per_token(node, num_tokens):
@@ -321,15 +321,17 @@ def _find_read_tokens(graph: ir.Graph) -> tuple[ir.Value | None, int]:
             scalar(user.inputs[1]) if user.op_type == "Gather" and attribute(user, "axis", 0) == 1 else None
             for user in users
         ]
-        num_tokens = size(value, 1)
-        if None in places or min(places) < 0 or num_tokens is None or len(value.shape) != 3:
+        if None in places or min(places) < 0 or value.shape is None or len(value.shape) != 3:
             return None, 0
-        count = int(max(places)) + 1
-        return (value, count) if count < num_tokens else (None, 0)
+        num_tokens, count = value.shape[1], int(max(places)) + 1
+        if isinstance(num_tokens, int):
+            return (value, count) if count < num_tokens else (None, 0)
+        # Any number of patches stands behind them, as long as it is known to be the same number everywhere.
+        return (value, count) if num_tokens.value is not None else (None, 0)
     return None, 0
 
 
-def _is_per_token(node: ir.Node, num_tokens: int) -> bool:
+def _is_per_token(node: ir.Node, num_tokens: int | ir.SymbolicDim) -> bool:
     """Tell whether a node's result for a token depends on that token alone, attention's queries among them."""
     if not all(_has_tokens(result, num_tokens) and not result.is_graph_output() for result in node.outputs):
         return False
@@ -351,8 +353,8 @@ def _narrows(node: ir.Node, at: int) -> bool:
     return at == 0 or node.op_type in _BINARY
 
 
-def _has_tokens(value: ir.Value, num_tokens: int) -> bool:
-    return value.shape is not None and len(value.shape) == 3 and size(value, 1) == num_tokens
+def _has_tokens(value: ir.Value, num_tokens: int | ir.SymbolicDim) -> bool:
+    return value.shape is not None and len(value.shape) == 3 and value.shape[1] == num_tokens
 
 
 def _part_projection(graph: ir.Graph, packed: ir.Value) -> tuple[ir.Value, ...] | None:

@@ -27,6 +27,7 @@ from vitprune.batches import NO_LABEL
 from vitprune.data import Batches, class_names, remember_names
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
+from vitprune.export.any_size import any_size_dims, check_other_sizes, example_size
 from vitprune.export.fuse import fuse_attention, skip_unread_tokens, unspread_biases
 from vitprune.export.fuse_merging import fuse_merging
 from vitprune.export.graph import forget_shapes
@@ -165,6 +166,7 @@ def export_onnx(
     operators: str = "onnxruntime",
     batch_size: int | None = None,
     opset: int | None = None,
+    dynamic_size: bool = False,
 ) -> ExportReport:
     """Write an ONNX file that is fast in ONNX Runtime, or OpenVINO's own, check it, and compare it with torch.
 
@@ -184,6 +186,8 @@ def export_onnx(
             other runtimes, OpenVINO among them).
         batch_size: images per run, fixed; None leaves it open.
         opset: version of ONNX's operators, in 18 .. 23; None takes the one of torch's exporter.
+        dynamic_size: take images of any height and width in whole patches; for models that timm builds so
+            (``dynamic_img_size``), and not for OpenVINO.
 
     Raises:
         VitpruneError: if there are no images, an argument is unknown, or ONNX Runtime's float32 logits differ from
@@ -209,6 +213,11 @@ def export_onnx(
     if to_openvino:
         if precision not in ("float32", "int8") or opset is not None:
             raise VitpruneError(f"{path}: OpenVINO's files are float32 or int8, and have no `opset`")
+        if dynamic_size:
+            raise VitpruneError(
+                f"{path}: OpenVINO resizes position embeddings otherwise than torch, without antialiasing, so its "
+                "files take images of one size; leave `dynamic_size` out, or write an ONNX file"
+            )
         import_openvino()
         if precision == "int8":
             import_nncf()
@@ -220,11 +229,13 @@ def export_onnx(
     with plain_attention(model), atomic_siblings(path) as folder:
         written = folder / path.name
         # Facts first: they tell of every merge, one that nothing reads among them.
-        facts = describe_facts(model, plan, "float32")
+        facts = {**describe_facts(model, plan, "float32"), "dynamic_size": dynamic_size}
         drop_unread_merge(model)
         if to_openvino:
             return _export_openvino(model, written, path, batches, facts, precision, batch_size)
-        _write(_trace(model, batch_size, operators, opset), written, facts)
+        _write(_trace(model, batch_size, operators, opset, dynamic_size), written, facts)
+        if dynamic_size:
+            check_other_sizes(model, open_onnx(written), what="the file")
         watched = WatchedBatches(batches)
         parity = measure_parity(model, open_onnx(written), watched, exact=True)
         if precision != "float32":
@@ -324,10 +335,14 @@ def _compare_speed(
     return paired_speedup(measured[first], measured[second])
 
 
-def _trace(model: nn.Module, batch_size: int | None, operators: str, opset: int | None = None) -> ir.Model:
+def _trace(
+    model: nn.Module, batch_size: int | None, operators: str, opset: int | None = None, dynamic_size: bool = False
+) -> ir.Model:
+    dims = any_size_dims(model) if dynamic_size else {}
+    if batch_size is None:
+        dims[0] = torch.export.Dim("batch", min=1, max=MAX_BATCH_SIZE)
     # Two images: torch.export takes a dimension of size 1 for a constant.
-    example = torch.zeros(2 if batch_size is None else batch_size, *data_config(model)["input_size"])
-    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH_SIZE)
+    example = torch.zeros(2 if batch_size is None else batch_size, *example_size(model, dynamic_size=dynamic_size))
     with quiet():
         program = torch.onnx.export(
             model,
@@ -336,7 +351,7 @@ def _trace(model: nn.Module, batch_size: int | None, operators: str, opset: int 
             input_names=["images"],
             output_names=["logits"],
             opset_version=opset,
-            dynamic_shapes=({0: batch},) if batch_size is None else None,
+            dynamic_shapes=(dims,) if dims else None,
             verbose=False,
         )
     graph_model = program.model
@@ -352,6 +367,9 @@ def _trace(model: nn.Module, batch_size: int | None, operators: str, opset: int 
     forget_shapes(graph)
     for value in (*graph.inputs, *graph.outputs):
         value.shape = ir.Shape(["batch" if batch_size is None else batch_size, *value.shape[1:]])
+    if dynamic_size:
+        (images,) = graph.inputs
+        images.shape = ir.Shape([*images.shape[:2], "height", "width"])
     return graph_model
 
 

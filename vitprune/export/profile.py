@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 
 from vitprune.errors import VitpruneError
-from vitprune.export.runtime import open_session
+from vitprune.export.runtime import complete_size, open_session, read_facts
 
 NUM_RUNS = 20
 _DTYPES = {
@@ -108,18 +108,20 @@ def make_feed(session: onnxruntime.InferenceSession, batch_size: int) -> dict[st
     """Return random images for a session.
 
     Raises:
-        VitpruneError: if the file has not one image input, or leaves open how large images are.
+        VitpruneError: if the file has not one image input, or neither its graph nor what vitprune wrote into it says
+            how large images are.
     """
     inputs = session.get_inputs()
     if len(inputs) != 1 or inputs[0].type not in _DTYPES or len(inputs[0].shape) != 4:
         listed = ", ".join(f"{each.name} {each.type} {each.shape}" for each in inputs)
         raise VitpruneError(f"expected one input of images [batch, channels, height, width], the file has {listed}")
     batch, *rest = inputs[0].shape
-    if not all(isinstance(length, int) for length in rest):
+    size = complete_size(rest, read_facts(session, "the file"), "the file")
+    if size is None:
         raise VitpruneError(
             f"the file leaves the size of its images open: {inputs[0].shape}; export it with a fixed one"
         )
-    shape = (batch if isinstance(batch, int) else batch_size, *rest)
+    shape = (batch if isinstance(batch, int) else batch_size, *size)
     images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     return {inputs[0].name: images.astype(_DTYPES[inputs[0].type])}
 

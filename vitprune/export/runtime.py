@@ -308,6 +308,28 @@ def read_facts(session: onnxruntime.InferenceSession, source: str | Path) -> dic
         return dict(json.loads(session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "{}")))
 
 
+def complete_size(
+    lengths: Sequence[int | None], facts: Mapping[str, Any], source: str | Path
+) -> tuple[int, int, int] | None:
+    """Return [channels, height, width] of the images that a file is for, where its graph leaves some of them open.
+
+    Args:
+        lengths: of its images; None where the graph takes any.
+        facts: what the file says of itself.
+        source: the file, for messages.
+
+    Returns:
+        None where nobody says.
+
+    >>> complete_size((3, None, None), {"data_config": {"input_size": [3, 224, 224]}}, "any.onnx")
+    (3, 224, 224)
+    """
+    with parsing(source):
+        told = facts.get("data_config", {}).get("input_size", [None] * 3)
+        whole = tuple(length if isinstance(length, int) else said for length, said in zip(lengths, told, strict=True))
+    return None if None in whole else whole
+
+
 def open_session(
     path: str | Path,
     *,

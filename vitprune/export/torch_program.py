@@ -11,23 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import Dim
 
-from vitprune.answers import ask, shape_like
 from vitprune.data import Batches, remember_names
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
+from vitprune.export.any_size import any_size_dims, check_other_sizes, example_size
 from vitprune.export.onnx_file import ExportReport, describe_facts, measure_parity
 from vitprune.files import atomic_file
 from vitprune.models.merging import drop_unread_merge
 from vitprune.pruning.plan import Plan
 from vitprune.seen_images import names_in
-from vitprune.views import data_config, has_classifier
 
 FACTS_FILE = "vitprune.json"
-MAX_BATCH_SIZE, MAX_PATCHES = 4096, 512
-_TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}
+MAX_BATCH_SIZE = 4096
 
 
 @entry
@@ -63,14 +61,13 @@ def export_program(
     remember_names(model, names_in(batches))
     facts = {**describe_facts(model, plan, "float32"), "kind": "torch program", "dynamic_size": dynamic_size}
     drop_unread_merge(model)
-    size = tuple(data_config(model)["input_size"])
-    program = _trace(model, size, dynamic_size)
+    program = _trace(model, dynamic_size)
     with atomic_file(path) as temporary:
         torch.export.save(program, temporary, extra_files={FACTS_FILE: json.dumps(facts, sort_keys=True)})
         loaded = torch.export.load(temporary).module()
         parity = measure_parity(model, loaded, batches, exact=True, runtime="the program")
         if dynamic_size:
-            _check_other_sizes(model, loaded, size)
+            check_other_sizes(model, loaded, what="the program")
         size_bytes = temporary.stat().st_size
     return ExportReport(path, **vars(parity), size_bytes=size_bytes)
 
@@ -89,47 +86,17 @@ def read_program_facts(path: str | Path) -> Mapping[str, Any]:
         raise VitpruneError(f"{path} is no program that vitprune wrote ({error or type(error).__name__})") from error
 
 
-def _trace(model: nn.Module, size: tuple[int, int, int], dynamic_size: bool) -> torch.export.ExportedProgram:
+def _trace(model: nn.Module, dynamic_size: bool) -> torch.export.ExportedProgram:
     dims: dict[int, Any] = {0: Dim("batch", min=1, max=MAX_BATCH_SIZE)}
-    channels, height, width = size
     if dynamic_size:
-        patch = getattr(model.patch_embed, "patch_size", None) if hasattr(model, "patch_embed") else None
-        if patch is None or not getattr(model, "dynamic_img_size", False):
-            raise VitpruneError(
-                f"{type(model).__name__} takes images of one size; build it with `model_args` dynamic_img_size=True, "
-                "if timm has that for it, or leave `dynamic_size` out"
-            )
-        dims[2] = patch[0] * Dim("rows", min=2, max=MAX_PATCHES)
-        dims[3] = patch[1] * Dim("columns", min=2, max=MAX_PATCHES)
-        width += patch[1]  # of two different sizes, so that none is taken for the other
+        dims.update(any_size_dims(model))
+    example = torch.zeros(2, *example_size(model, dynamic_size=dynamic_size))
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            return torch.export.export(model, (torch.zeros(2, channels, height, width),), dynamic_shapes=(dims,))
+            return torch.export.export(model, (example,), dynamic_shapes=(dims,))
     except Exception as error:  # whatever torch.export's own compiler raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise VitpruneError(
             f"{type(model).__name__} cannot be written as a program of torch.export ({reason})"
         ) from error
-
-
-@torch.no_grad()
-def _check_other_sizes(model: nn.Module, program: Any, size: tuple[int, int, int]) -> None:
-    """Refuse a program that does not answer as the model at other heights and widths."""
-    rows, columns = model.patch_embed.patch_size
-    generator = torch.Generator().manual_seed(0)
-    for more_rows, more_columns in ((-2, 1), (3, 0)):
-        shape = (1, size[0], size[1] + more_rows * rows, size[2] + more_columns * columns)
-        images = torch.randn(shape, generator=generator)
-        try:
-            got = program(images)
-        except (AssertionError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise VitpruneError(
-                f"{type(model).__name__} is bound to the size that it was traced at ({reason}); leave `dynamic_size` "
-                "out"
-            ) from error
-        expected = ask(model, images)
-        got = got if has_classifier(model) else shape_like(model, got)
-        if not isinstance(got, Tensor) or not torch.allclose(got, expected, **_TOLERANCE):
-            raise VitpruneError(f"the program answers otherwise than torch to images of {shape[2]} x {shape[3]} pixels")

@@ -246,7 +246,7 @@ def _make_variants(path: Path, graph: ir.Model, folder: Path) -> tuple[dict[str,
     operators = {node.op_type for node in graph.graph}
     if {"MatMul", "Gemm"} & operators and not any("Quantize" in name or "Integer" in name for name in operators):
         variants["int8"] = _Variant(folder / "int8.onnx", 1)
-        quantize(path, variants["int8"].path, {})
+        quantize(path, variants["int8"].path, dict(graph.metadata_props))
     return variants, untried
 
 

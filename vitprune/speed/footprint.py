@@ -36,6 +36,8 @@ def measure_footprint(path: str | Path, *, batch_size: int, num_threads: int) ->
 
 
 def _main(path: str, batch_size: str, num_threads: str) -> None:
+    import json
+
     import numpy as np
     import onnxruntime
 
@@ -43,7 +45,10 @@ def _main(path: str, batch_size: str, num_threads: str) -> None:
     options.intra_op_num_threads = int(num_threads)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     entry = session.get_inputs()[0]
-    shape = (entry.shape[0] if isinstance(entry.shape[0], int) else int(batch_size), *entry.shape[1:])
+    lengths = [length if isinstance(length, int) else None for length in entry.shape]
+    if None in lengths[1:]:  # images of any size: of the one that vitprune wrote into the file
+        lengths[1:] = json.loads(session.get_modelmeta().custom_metadata_map["vitprune"])["data_config"]["input_size"]
+    shape = (lengths[0] or int(batch_size), *lengths[1:])
     dtypes = {"tensor(float16)": np.float16, "tensor(double)": np.float64, "tensor(uint8)": np.uint8}
     for _ in range(3):
         session.run(None, {entry.name: np.zeros(shape, dtypes.get(entry.type, np.float32))})
