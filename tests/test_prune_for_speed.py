@@ -164,6 +164,26 @@ def test_a_result_that_is_faster_than_asked_for_is_pruned_more_mildly():
     assert asked * 0.985 <= result.speedup <= asked * 1.02
 
 
+@pytest.mark.parametrize(("wrong_by", "num_pruned"), [(0.975, 1), (1.035, 1), (0.9, 2)])
+def test_a_result_is_not_pruned_again_for_the_noise_of_one_measurement(wrong_by, num_pruned):
+    """Its widths were timed before: the two draws together decide, and what is told is the last."""
+    model, latency = make_vit(**SIZES), make_latency(3)
+    timed = []
+
+    def measure(other, _format):
+        timed.append(other)
+        # The candidate, its widths, and what was pruned to them; with the next widths the noise is gone.
+        return [(wrong_by if len(timed) == 3 else 1.0) * latency.predict(model) / latency.predict(other)]
+
+    fitted = Fitted(latency.predict(model), {EAGER: latency}, EAGER)
+    options = {"formats": [EAGER], "fitted": fitted, "measure": measure, "step": 1}
+    result = prune_for_speed(model, make_batches(), 1.3, parts=["ffn", "qk"], **options)
+    assert vitprune.count_macs(timed[1]) == vitprune.count_macs(timed[2])
+    assert len(timed) == 3 if num_pruned == 1 else len(timed) > 3
+    if num_pruned == 1:
+        assert result.speedup == pytest.approx(wrong_by * 1.3, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("speedup", "options", "message"),
     [

@@ -6,6 +6,7 @@ nothing was fitted to. The best is timed, which corrects the fit where it matter
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from vitprune.pruning.plan import Plan
 from vitprune.pruning.prune import prune
 from vitprune.seen_images import watch
 from vitprune.speed.fit_latency import Fitted, Format, Writer, fit_latency
-from vitprune.speed.settle_widths import MAX_ROUNDS, TOLERANCE, Shaper, cuts, is_near
+from vitprune.speed.settle_widths import MAX_ROUNDS, TOLERANCE, Shaper, cuts, is_near, mean_speedups
 from vitprune.speed.speed_candidates import (
     Candidate,
     Measure,
@@ -202,16 +203,19 @@ def prune_for_speed(
                 shaped, own, left, target, decided = shaper.shape(seen)
                 of_units = {"target": target, "decided": decided} if cuts(target) else {"ratio": 0.0}
                 pruned, plan = prune(shaped, own, parts=left, dense=model, **of_units, **shared, **options)
-                predicted = fitted.dense_ms / seen.latency.predict(pruned)
-                facts = {"predicted": predicted, "speedups": timer.speedups(pruned, wanted), "cut": cuts(target)}
-                return pruned, plan, facts
+                took = seen.latency.predict(pruned)
+                as_settled = bool(seen.settled) and math.isclose(took, seen.latency.predict(decided.in_shape))
+                facts = {"predicted": fitted.dense_ms / took, "cut": cuts(target), "as_settled": as_settled}
+                return pruned, plan, {**facts, "speedups": timer.speedups(pruned, wanted)}
 
             pruned, plan, facts = kept.model(f"round-{number}", make)
             predicted, speedups = facts["predicted"], tuple(facts["speedups"])
             results.append((pruned, plan, predicted, speedups))
-            if is_near(speedups, speedup, facts["cut"]):
+            # Where these widths were timed before, pruning again for one measurement would only chase noise.
+            found = mean_speedups(seen.settled, speedups) if facts["as_settled"] else speedups
+            if is_near(found, speedup, facts["cut"]):
                 break
-            seen = replace(seen, latency=latency.scaled(predicted / min(speedups)))
+            seen = replace(seen, latency=latency.scaled(predicted / min(found)), settled=())
     candidates = seen.candidates
     pruned, plan, predicted, speedups = _nearest(results, TOLERANCE * speedup)
     return PrunedForSpeed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -35,6 +36,15 @@ def cuts(target: Target) -> bool:
 def is_near(speedups: Sequence[float], speedup: float, cuts: bool) -> bool:
     """Tell whether a result is fast enough and not milder than need be; without units to keep it cannot be milder."""
     return TOLERANCE * speedup <= min(speedups) <= (GENEROUS * speedup if cuts else float("inf"))
+
+
+def mean_speedups(first: Sequence[float], second: Sequence[float]) -> tuple[float, ...]:
+    """Return the geometric means of two measurements of one shape, at each batch size.
+
+    >>> mean_speedups((2.0, 3.0), (2.0, 3.0))
+    (2.0, 3.0)
+    """
+    return tuple(math.sqrt(one * other) for one, other in zip(first, second, strict=True))
 
 
 class Shaper:
@@ -86,7 +96,7 @@ class Shaper:
             candidate = decided.in_shape
             speedups = self.timer.speedups(candidate, Format(chosen.backend, chosen.precision))
             if is_near(speedups, speedup, cuts(target)):
-                break
+                return replace(seen, settled=speedups)
             ratio = self.timer.dense_ms / seen.latency.predict(candidate) / min(speedups)
             seen = replace(seen, latency=seen.latency.scaled(ratio))
         return seen

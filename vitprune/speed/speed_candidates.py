@@ -76,12 +76,15 @@ class Seen:
         best: which of these to go on with.
         latency: of its format, corrected by what was timed.
         refused: format -> why nothing in it is so fast.
+        settled: how many times faster than the dense model the widths are that were decided, at each batch size; empty
+            where none were timed.
     """
 
     candidates: tuple[Candidate, ...]
     best: int
     latency: LatencyModel
     refused: Mapping[str, str]
+    settled: tuple[float, ...] = ()
 
 
 def seen_as_json(seen: Seen) -> dict[str, Any]:
@@ -97,6 +100,7 @@ def seen_from_json(content: Mapping[str, Any]) -> Seen:
         content["best"],
         LatencyModel(**{**latency, "rates": tuple(latency["rates"])}),
         content["refused"],
+        tuple(content.get("settled", ())),
     )
 
 
