@@ -18,7 +18,7 @@ from torch import nn
 
 from vitprune.batches import DOOR, GivenBatches, given, inside_door
 from vitprune.errors import VitpruneError, VitpruneNote
-from vitprune.progress import Reported, report, untracked
+from vitprune.progress import Reported, forget_work, report, untracked
 from vitprune.wrappers import TRANSFORMERS, check_unwrapped, evaluating, library_of, unwrap
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -72,6 +72,7 @@ def entry(verb: Verb | None = None, *, any_module: bool = False, loads: bool = F
                     check_finite_weights(model)
                 DOOR.inside = True
                 stack.callback(setattr, DOOR, "inside", False)
+                stack.callback(forget_work)
                 stack.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("always", VitpruneNote)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from threading import Timer
 from time import monotonic
 from typing import Any
@@ -13,6 +14,10 @@ Track = Callable[[Sequence[Any], str], Iterable[Any]]
 
 SECONDS_BETWEEN_LINES = 20
 SECONDS_BEFORE_A_LINE = 2
+# Of all the work, before what is left of it is told.
+LEAST_SHARE = 0.02
+# The stage of a pass over images, whatever it is called.
+IMAGES = "images"
 
 
 def untracked(items: Sequence[Any], _description: str) -> Iterable[Any]:
@@ -29,6 +34,78 @@ def in_step(track: Track, number: int, count: int) -> Track:
     if count < 2:
         return track
     return lambda items, description: track(items, f"{description} (step {number} of {count})")
+
+
+class Journey:
+    """Several loops one after another, each with its share of the work, as far as that is known beforehand.
+
+    Args:
+        stages: (what a loop is called first, its work in any unit), in the order in which they come; a loop that none
+            of these names begin is ``IMAGES``.
+        clock: seconds.
+
+    >>> seconds = iter([0.0, 30.0])
+    >>> journey = Journey([(IMAGES, 1.0), ("rank neurons", 0.5), (IMAGES, 1.0), ("compensate", 2.5)], seconds.__next__)
+    >>> journey.enter("calibrate")(0.6)  # seconds that are left of all
+    220.0
+    """
+
+    def __init__(self, stages: Sequence[tuple[str, float]], clock: Callable[[], float] = monotonic) -> None:
+        self.stages, self.clock, self.started, self.begun = tuple(stages), clock, clock(), 0
+
+    def enter(self, description: str) -> Callable[[float], float | None]:
+        """Begin a loop.
+
+        Returns:
+            Share of it that is done, in [0, 1] -> seconds that all stages will still take; None where that is not known
+            yet, or the loop is none of the stages that are to come.
+        """
+        names = {name for name, _work in self.stages}
+        own = next((name for name in names if description.startswith(name)), IMAGES)
+        place = next((at for at in range(self.begun, len(self.stages)) if self.stages[at][0] == own), None)
+        if place is None:
+            return lambda _share: None
+        self.begun = place + 1
+        whole, before = (sum(work for _name, work in some) for some in (self.stages, self.stages[:place]))
+        work = self.stages[place][1]
+
+        def left(share: float) -> float | None:
+            done = (before + share * work) / whole
+            return None if done < LEAST_SHARE else (self.clock() - self.started) * (1 - done) / done
+
+        return left
+
+
+_JOURNEY: ContextVar[Journey | None] = ContextVar("journey", default=None)
+
+
+def expect_work(stages: Sequence[tuple[str, float]]) -> None:
+    """Let loops from here on tell how long all of them will take as well, unless they are part of something longer.
+
+    Args:
+        stages: as ``Journey`` takes them; none: nothing tells it, until ``forget_work``.
+    """
+    if _JOURNEY.get() is None:
+        _JOURNEY.set(Journey(stages))
+
+
+def forget_work() -> None:
+    """End what ``expect_work`` began."""
+    _JOURNEY.set(None)
+
+
+def enter_stage(description: str) -> Callable[[int, int | None], str]:
+    """Return what says after so many items, of so many, how long all will take; nothing where that is not known."""
+    journey = _JOURNEY.get()
+    if journey is None:
+        return lambda _count, _total: ""
+    left = journey.enter(description)
+
+    def say(count: int, total: int | None) -> str:
+        seconds = left(count / total) if total else None
+        return "" if not seconds else f"; in all about {_clock(seconds)} left"
+
+    return say
 
 
 def report(items: Sequence[Any], description: str) -> Iterator[Any]:
@@ -74,6 +151,7 @@ def log_lines(
     """
     started = said = monotonic()
     count = done
+    in_all_left = enter_stage(description)
     first = Timer(SECONDS_BEFORE_A_LINE, lambda: _say(f"{description} {_of(count, total)} ..."))
     first.daemon = True
     first.start()
@@ -84,13 +162,14 @@ def log_lines(
                 so_far = f"{_clock(said - started)} so far"
                 if total is not None:
                     so_far += f", about {_clock((said - started) / max(count - done, 1) * (total - count))} left"
-                _say(f"{description} {_of(count, total)}, {so_far}")
+                _say(f"{description} {_of(count, total)}, {so_far}{in_all_left(count, total)}")
             yield item
             count += 1
     finally:
         first.cancel()
     if total is None or total > done:
-        _say(f"{description} {_of(count if total is None else total, total)}, {_clock(monotonic() - started)}")
+        whole = "" if total is None else in_all_left(total, total)
+        _say(f"{description} {_of(count if total is None else total, total)}, {_clock(monotonic() - started)}{whole}")
 
 
 def _of(count: int, total: int | None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from vitprune.progress import Reported, log_lines
+from vitprune.progress import Reported, enter_stage, log_lines
 from vitprune.table import Table
 
 SECONDS_BETWEEN_LINES = 20
@@ -52,11 +52,12 @@ def _draw_bar(items: Iterable[Any], description: str, total: int | None, done: i
         TextColumn("left"),
         TimeRemainingColumn(),
     )
+    in_all_left = enter_stage(description)
     with Progress(*columns, console=_console(stderr=True)) as progress:
         task = progress.add_task(description, total=total, completed=done)
-        for item in items:
+        for count, item in enumerate(items, done + 1):
             yield item
-            progress.advance(task)
+            progress.update(task, advance=1, description=f"{description}{in_all_left(count, total)}")
 
 
 def _console(*, stderr: bool = False):

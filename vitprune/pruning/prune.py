@@ -39,7 +39,7 @@ from vitprune.options import (
     MODES,
     check_choice,
 )
-from vitprune.progress import Track, untracked
+from vitprune.progress import Track, expect_work, untracked
 from vitprune.pruning.allocate import allocate
 from vitprune.pruning.apply import mask_neurons, remember, remove_neurons
 from vitprune.pruning.choose_tokens import reduce_tokens_first
@@ -49,7 +49,7 @@ from vitprune.pruning.compensations import check_compensation, needed_statistics
 from vitprune.pruning.decide import PIXELS, TOKENS, check_parts
 from vitprune.pruning.decide_parts import NUM_IMAGES, Decided, decide_parts, keep_back
 from vitprune.pruning.plan import Plan, fit_plan, plan_from_widths
-from vitprune.pruning.schedule import Schedule, finish, list_stops, needs_steps, walk
+from vitprune.pruning.schedule import Schedule, finish, list_stops, list_work, needs_steps, walk
 from vitprune.pruning.sequential import weigh_tokens
 from vitprune.pruning.session import Session
 from vitprune.pruning.target import Target, target_neurons
@@ -260,7 +260,10 @@ def prune(
         # Refuse an impossible target before any image is read.
         level = {group.name: torch.zeros(group.num_units) for group in find_groups(model)}
         allocate(level, target, allocation=allocation, across_ffns=True, round_to=round_to, floor=floor)
-    list_stops(0.0 if target is None else target.share, step)
+    share = ratio or 0.0 if target is None else target.share
+    stops = list_stops(share, step)
+    rankings = len(stops) if needs_steps(criterion) else 1
+    expect_work(list_work(rankings, compensate, of_parts=parts != (FFN,)))
     if parts != (FFN,) and decided is None:
         decided = decide_parts(
             model,

@@ -20,7 +20,7 @@ from vitprune.data import Batches
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.options import DEFAULT_ALLOCATION, DEFAULT_CRITERION, DEFAULT_FLOOR, DEFAULT_RIDGE
-from vitprune.progress import Track, untracked
+from vitprune.progress import Track, expect_work, untracked
 from vitprune.pruning.choose_tokens import Judged, Weighed, ask_dense, weigh
 from vitprune.pruning.decide import check_parts
 from vitprune.pruning.latency_model import LatencyModel
@@ -150,6 +150,7 @@ def prune_for_speed(
         raise VitpruneError("no `formats` to choose from")
     parts = check_parts(model, parts)
     batches = watch(batches)
+    expect_work(())  # what is pruned on the way is not all
     widths = {"allocation": allocation, "round_to": round_to, "floor": floor}
     asked = {"speedup": speedup, "latency_ms": latency_ms, "formats": list(map(str, formats)), "parts": parts}
     timing = {"batch_sizes": list(batch_sizes), "num_threads": num_threads, "seed": seed}
