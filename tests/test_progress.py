@@ -101,6 +101,14 @@ def test_a_pruning_runs_the_loops_that_it_told_of(options, of_parts, monkeypatch
         assert all(begun == before + 1 for _what, before, begun, _count in entered)
 
 
+@pytest.mark.parametrize("parts", [("ffn",), ("ffn", "qk")])
+def test_several_models_in_one_file_are_all_told_of(parts, capsys, monkeypatch):
+    monkeypatch.setattr(log_lines, "__defaults__", (0, 0))
+    vitprune.make_elastic(make_vit(), make_batches(), ratios=[0.3, 0.5], parts=parts, progress=True)
+    ends = [line for line in capsys.readouterr().err.splitlines() if re.match(r"compensate at \S+ 3/3", line)]
+    assert ["in all" in line for line in ends] == [True, False]
+
+
 def test_what_a_pruning_tells_of_the_whole(capsys, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
     monkeypatch.setattr(log_lines, "__defaults__", (0, 0))
