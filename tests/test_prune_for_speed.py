@@ -184,6 +184,30 @@ def test_a_result_is_not_pruned_again_for_the_noise_of_one_measurement(wrong_by,
         assert result.speedup == pytest.approx(wrong_by * 1.3, rel=0.01)
 
 
+def test_merging_that_turns_out_too_slow_is_known_before_anything_is_pruned(monkeypatch):
+    """Its candidate was timed as fast enough; a second draw says it is not, and units go as well."""
+    model, latency = make_vit(**SIZES), make_latency(3)
+    timed, pruned = [], []
+
+    def measure(other, _format):
+        timed.append(other)
+        return [(1.0 if len(timed) == 1 else 0.95) * latency.predict(model) / latency.predict(other)]
+
+    def count(*args, **kwargs):
+        pruned.append(args)
+        return vitprune.prune(*args, **kwargs)
+
+    monkeypatch.setattr("vitprune.speed.prune_for_speed.prune", count)
+    fitted = Fitted(latency.predict(model), {EAGER: latency}, EAGER)
+    options = {"formats": [EAGER], "fitted": fitted, "measure": measure, "step": 1}
+    result = prune_for_speed(model, make_batches(), 1.5, parts=["tokens", "qk"], **options)
+    (chosen,) = (each for each in result.candidates if each.chosen)
+    assert vitprune.count_macs(timed[0]) == vitprune.count_macs(set_merging(model, chosen.merge))
+    assert result.speedup >= 1.5 * 0.985
+    assert not all(bool(keep.all()) for keep in result.plan.only("qk").keep.values())
+    assert len(pruned) == 1
+
+
 @pytest.mark.parametrize(
     ("speedup", "options", "message"),
     [

@@ -205,7 +205,8 @@ def prune_for_speed(
                 of_units = {"target": target, "decided": decided} if cuts(target) else {"ratio": 0.0}
                 pruned, plan = prune(shaped, own, parts=left, dense=model, **of_units, **shared, **options)
                 took = seen.latency.predict(pruned)
-                as_settled = bool(seen.settled) and math.isclose(took, seen.latency.predict(decided.in_shape))
+                timed = shaped if decided is None else decided.in_shape
+                as_settled = bool(seen.settled) and math.isclose(took, seen.latency.predict(timed))
                 facts = {"predicted": fitted.dense_ms / took, "cut": cuts(target), "as_settled": as_settled}
                 return pruned, plan, {**facts, "speedups": timer.speedups(pruned, wanted)}
 

@@ -82,7 +82,7 @@ class Shaper:
         for _round in range(MAX_ROUNDS):
             chosen = seen.candidates[seen.best]
             try:
-                _shaped, _own, _left, target, decided = self.shape(seen)
+                shaped, _own, _left, target, decided = self.shape(seen)
             except VitpruneError:
                 # The fit was further off than this schedule leaves room for: others, with what was measured.
                 try:
@@ -91,9 +91,9 @@ class Shaper:
                     raise OutOfReachError(f"{speedup:.4g} times as fast is out of reach; {error}") from error
                 seen = replace(seen, candidates=(*seen.candidates, *again), best=len(seen.candidates), latency=latency)
                 continue
-            if decided is None:
-                break
-            candidate = decided.in_shape
+            if decided is None and cuts(target):
+                break  # neurons alone go, and their own ranking says how many of which FFN
+            candidate = shaped if decided is None else decided.in_shape
             speedups = self.timer.speedups(candidate, Format(chosen.backend, chosen.precision))
             if is_near(speedups, speedup, cuts(target)):
                 return replace(seen, settled=speedups)
