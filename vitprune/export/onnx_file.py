@@ -229,7 +229,7 @@ def export_onnx(
     with plain_attention(model), atomic_siblings(path) as folder:
         written = folder / path.name
         # Facts first: they tell of every merge, one that nothing reads among them.
-        facts = {**describe_facts(model, plan, "float32"), "dynamic_size": dynamic_size}
+        facts = describe_facts(model, plan, "float32")
         drop_unread_merge(model)
         if to_openvino:
             return _export_openvino(model, written, path, batches, facts, precision, batch_size)

@@ -44,7 +44,7 @@ from vitprune.pruning.decide_parts import NUM_IMAGES, keep_back, multiple_of
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.prune import apply_in, list_seen, open_session, prune_turned
 from vitprune.pruning.rank_parts import Worth, rank_parts
-from vitprune.pruning.schedule import Schedule, Stage, finish, list_stops, list_work, needs_steps, walk
+from vitprune.pruning.schedule import Schedule, Stage, finish, list_work, needs_steps, walk
 from vitprune.pruning.session import Session
 from vitprune.pruning.target import Target, target_neurons
 from vitprune.pruning.turn import Turned, turn_attention
@@ -116,9 +116,9 @@ def make_elastic(
         raise VitpruneError("part tokens: which tokens merge is chosen when an elastic file is loaded; leave it out")
     if PIXELS in parts:
         raise VitpruneError("part pixels: resize the model before (set_image_size); leave it out")
-    rankings = len(list_stops(ratios[-1], step)) if needs_steps(criterion) else 1
     check_compensation(compensate, has_images=batches is not None)
-    expect_work(list_work(rankings, compensate, of_parts=parts != (FFN,), num_models=len(ratios)))
+    of_parts = parts != (FFN,)
+    expect_work(list_work(criterion, ratios[-1], step, compensate, of_parts=of_parts, num_models=len(ratios)))
     schedule = Schedule(criterion, allocation, row.bridge, floor=floor)
     # Refuse an impossible ratio before any image is read.
     if FFN in parts:

@@ -49,7 +49,7 @@ from vitprune.pruning.compensations import check_compensation, needed_statistics
 from vitprune.pruning.decide import PIXELS, TOKENS, check_parts
 from vitprune.pruning.decide_parts import NUM_IMAGES, Decided, decide_parts, keep_back
 from vitprune.pruning.plan import Plan, fit_plan, plan_from_widths
-from vitprune.pruning.schedule import Schedule, finish, list_stops, list_work, needs_steps, walk
+from vitprune.pruning.schedule import Schedule, finish, list_work, needs_steps, walk
 from vitprune.pruning.sequential import weigh_tokens
 from vitprune.pruning.session import Session
 from vitprune.pruning.target import Target, target_neurons
@@ -261,9 +261,7 @@ def prune(
         level = {group.name: torch.zeros(group.num_units) for group in find_groups(model)}
         allocate(level, target, allocation=allocation, across_ffns=True, round_to=round_to, floor=floor)
     share = ratio or 0.0 if target is None else target.share
-    stops = list_stops(share, step)
-    rankings = len(stops) if needs_steps(criterion) else 1
-    expect_work(list_work(rankings, compensate, of_parts=parts != (FFN,)))
+    expect_work(list_work(criterion, share, step, compensate, of_parts=parts != (FFN,)))
     if parts != (FFN,) and decided is None:
         decided = decide_parts(
             model,

@@ -72,21 +72,30 @@ class Schedule:
 WORK = {"rank neurons": 0.05, "compensate": 2.2, "distill": 20.0, "layers": 1.0, "candidates": 2.0}
 
 
-def list_work(num_rankings: int, compensation: str, *, of_parts: bool, num_models: int = 1) -> list[tuple[str, float]]:
+def list_work(
+    criterion: str, share: float, step: float, compensation: str, *, of_parts: bool, num_models: int = 1
+) -> list[tuple[str, float]]:
     """Return the loops of a pruning in their order and what each takes, as ``expect_work`` takes them.
 
     Args:
-        num_rankings: of neurons; 0 where none are ranked.
+        criterion: key of ``CRITERIA``.
+        share: what is to go in the end, in [0, 1].
+        step: as ``list_stops`` takes it.
         compensation: key of ``COMPENSATIONS``.
         of_parts: whether widths of attention, and layers, are decided beforehand.
         num_models: that are compensated, one after another.
 
-    >>> [name for name, _work in list_work(1, "sequential", of_parts=False)]
+    Raises:
+        VitpruneError: as ``list_stops`` does.
+
+    >>> [name for name, _work in list_work("obs", 0.5, 1, "sequential", of_parts=False)]
     ['images', 'rank neurons', 'compensate', 'images']
     """
+    stops = list_stops(share, step)
     ranking = [(IMAGES, 1.0), ("rank neurons", WORK["rank neurons"])]
-    names = ["layers", "layers", "candidates"] if of_parts else []
-    work = [*(ranking if of_parts else []), *((name, WORK[name]) for name in names), *(ranking * num_rankings)]
+    decided = [(name, WORK[name]) for name in ("layers", "layers", "candidates")]
+    num_rankings = len(stops) if needs_steps(criterion) else 1
+    work = [*(ranking + decided if of_parts else []), *ranking * num_rankings]
     compensated = []
     if COMPENSATIONS[compensation].by_block:
         compensated += [("compensate", WORK["compensate"]), (IMAGES, 0.0)]  # which it reads when it begins

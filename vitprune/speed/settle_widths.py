@@ -41,8 +41,8 @@ def is_near(speedups: Sequence[float], speedup: float, cuts: bool) -> bool:
 def mean_speedups(first: Sequence[float], second: Sequence[float]) -> tuple[float, ...]:
     """Return the geometric means of two measurements of one shape, at each batch size.
 
-    >>> mean_speedups((2.0, 3.0), (2.0, 3.0))
-    (2.0, 3.0)
+    >>> mean_speedups((2.0, 3.0), (8.0, 3.0))
+    (4.0, 3.0)
     """
     return tuple(math.sqrt(one * other) for one, other in zip(first, second, strict=True))
 
