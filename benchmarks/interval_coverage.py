@@ -70,7 +70,7 @@ def simulate(num_classes: int, shares: np.ndarray, generator: np.random.Generato
     names = tuple(f"blocks.{index}.mlp" for index in range(NUM_FFNS))
     labels = torch.arange(num_classes).repeat_interleave(PER_CLASS)
     return vitprune.Discovery(
-        ffns=names,
+        layers=names,
         neurons=torch.from_numpy(neurons).reshape(-1, NUM_FFNS, 1),
         joint_scores=torch.zeros(len(labels)),
         labels=labels,

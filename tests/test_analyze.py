@@ -54,9 +54,10 @@ def analyze(capsys, *arguments):
 def test_every_experiment_and_its_figures(runs, other_folder, tmp_path, capsys):
     folder = tmp_path / "analysis"
     arguments = ("--data", other_folder, "--top-k", 1, "--mask-share", 1, "-o", folder)
-    code, answer = analyze(capsys, *runs, *arguments, "--experiments", *EXPERIMENTS)
+    experiments = [name for name in EXPERIMENTS if name != "heads"]  # these paths go through FFNs
+    code, answer = analyze(capsys, *runs, *arguments, "--experiments", *experiments)
     assert code == 0
-    assert answer["experiments"] == list(EXPERIMENTS)
+    assert answer["experiments"] == experiments
     assert [row["method"] for row in answer["scores"]] == list(METHODS)
     for experiment, num_paths in (("manipulation", 1), ("halves", 2), ("transfer", 1)):
         rows = answer[experiment]

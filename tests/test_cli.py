@@ -190,7 +190,7 @@ def test_only_the_neurons_of_the_class_paths_stay(run_folder, image_folder, tmp_
     answer = run("prune", run_folder, "--keep-paths", 3, "--json", "-o", tmp_path / "paths", capsys=capsys)
     plan = vitprune.read_plan(tmp_path / "paths")
     paths = vitprune.class_paths(found, 3).values()
-    for position, name in enumerate(found.ffns):
+    for position, name in enumerate(found.layers):
         assert set(plan.kept(name).tolist()) == {int(each) for path in paths for each in path[position]}
     assert answer["widths"] == plan.widths
     assert plan.facts.keep_paths == 3

@@ -56,7 +56,7 @@ def test_class_scores_are_means_over_the_images_of_a_class(tiny_vit, tiny_images
 
 def two_classes():
     return Discovery(
-        ffns=("a",),
+        layers=("a",),
         neurons=torch.tensor([[[0, 1]], [[1, 2]], [[4, 3]]]),
         joint_scores=torch.zeros(3),
         labels=torch.tensor([7, 7, 9]),
@@ -193,7 +193,7 @@ def test_a_run_folder_reads_back_as_it_was_written(tiny_vit, image_folder, tmp_p
     again = load_run(tmp_path / "run")
     for name in ("neurons", "joint_scores", "labels", "predictions", "completeness_errors"):
         assert torch.equal(getattr(again.found, name), getattr(found, name))
-    assert all(torch.equal(again.found.class_scores[name], found.class_scores[name]) for name in found.ffns)
+    assert all(torch.equal(again.found.class_scores[name], found.class_scores[name]) for name in found.layers)
     assert (again.images, again.model, again.checkpoint) == (images, "somewhere", "/weights.pth")
     assert (again.images_sha256, again.model_transform) == (run.images_sha256, {"mean": [0.5]})
     save_run(again, tmp_path / "again")

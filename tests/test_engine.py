@@ -23,8 +23,8 @@ from vitprune.discovery.objective import Objective
 from vitprune.discovery.quadrature import parse_quadrature
 from vitprune.discovery.search import Search
 from vitprune.discovery.tangents import LeanTangents
+from vitprune.models.path_layers import find_path_layers
 from vitprune.models.trunk import check_trunk
-from vitprune.models.units import find_feed_forwards
 
 GAUSS = parse_quadrature("gauss-legendre:3")
 ADAPTIVE = parse_quadrature("adaptive")
@@ -50,8 +50,8 @@ def build(trunk):
     return make_vit(name, **model_args)
 
 
-def ask(model, *, scope, top_k=2, quadrature=GAUSS, **more):
-    return Search(tuple(find_feed_forwards(model)), "jas", top_k, scope, quadrature, **more)
+def ask(model, *, scope, top_k=2, quadrature=GAUSS, kinds=("ffn",), **more):
+    return Search(tuple(find_path_layers(model, kinds)), "jas", top_k, scope, quadrature, **more)
 
 
 def search(model, images, labels, *, chunk_rows=32, complete=False, **asked):
@@ -61,27 +61,33 @@ def search(model, images, labels, *, chunk_rows=32, complete=False, **asked):
 LABELS = torch.tensor([0, 3, 1])
 
 
+BOTH = ("ffn", "attention")
+
+
 @pytest.mark.parametrize(("trunk", "scope"), CASES)
 @pytest.mark.parametrize(("top_k", "complete"), [(1, False), (5, False), (5, True)])
-def test_search_equals_the_slow_reference(trunk, scope, top_k, complete, tiny_images):
+@pytest.mark.parametrize("kinds", [("ffn",), BOTH, ("attention",)], ids=["ffn", "both", "attention"])
+def test_search_equals_the_slow_reference(trunk, scope, top_k, complete, kinds, tiny_images):
     model = build(trunk)
-    check_trunk(model, find_feed_forwards(model), tiny_images)
+    check_trunk(model, find_path_layers(model, kinds), tiny_images)
     tokens = reference.token_slice(model, scope)
-    paths = search(model, tiny_images, LABELS, scope=scope, top_k=top_k, complete=complete)
+    paths = search(model, tiny_images, LABELS, scope=scope, top_k=top_k, complete=complete, kinds=kinds)
     rule = (GAUSS.nodes, GAUSS.weights, tokens)
     for index, label in enumerate(LABELS.tolist()):
         image = tiny_images[index : index + 1]
-        neurons, scores = reference.search(model, image, label, top_k, *rule, complete=complete)
+        neurons, scores = reference.search(model, image, label, top_k, *rule, complete=complete, kinds=kinds)
         for layer, score_H in enumerate(scores):
             torch.testing.assert_close(paths.scores[layer][index], score_H, rtol=1e-9, atol=1e-9)
         # The last layer's patch neurons do not reach a class-token head: all scores tie there, order is noise.
         reached = [layer for layer, score_H in enumerate(scores) if score_H.unique().numel() > 2]
         got = paths.neurons_BLK[index].tolist()
-        assert [got[layer] for layer in reached if layer < 2] == [neurons[layer] for layer in reached if layer < 2]
+        first = len(scores) * 2 // 3
+        assert [got[at] for at in reached if at < first] == [neurons[at] for at in reached if at < first]
         expected = reference.complete_score if complete else reference.joint_attribution_score
-        assert paths.joint_scores_B[index].item() == pytest.approx(expected(model, image, label, got, *rule), abs=1e-9)
+        joint = expected(model, image, label, got, *rule, kinds=kinds)
+        assert paths.joint_scores_B[index].item() == pytest.approx(joint, abs=1e-9)
         if complete:
-            gap = reference.completeness_gap(model, image, label, got, *rule)
+            gap = reference.completeness_gap(model, image, label, got, *rule, kinds=kinds)
             assert paths.completeness_errors_B[index].item() == pytest.approx(gap, abs=1e-9)
 
 
@@ -95,25 +101,27 @@ def test_any_k_equals_the_slow_reference(scope, top_k, tiny_images):
     assert paths.neurons_BLK[0].tolist() == neurons
 
 
+@pytest.mark.parametrize("kinds", [("ffn",), BOTH], ids=["ffn", "both"])
 @pytest.mark.parametrize("scope", ["cls", "all"])
-def test_influence_pattern_equals_the_slow_reference(scope, tiny_vit, tiny_images):
-    paths = influence_pattern_paths(tiny_vit, ask(tiny_vit, scope=scope), tiny_images, LABELS)
+def test_influence_pattern_equals_the_slow_reference(scope, kinds, tiny_vit, tiny_images):
+    paths = influence_pattern_paths(tiny_vit, ask(tiny_vit, scope=scope, kinds=kinds), tiny_images, LABELS)
     tokens = reference.token_slice(tiny_vit, scope)
     for index, label in enumerate(LABELS.tolist()):
-        expected = reference.influence_pattern(tiny_vit, tiny_images[index : index + 1], label, 2, tokens)
+        expected = reference.influence_pattern(tiny_vit, tiny_images[index : index + 1], label, 2, tokens, kinds)
         assert paths.neurons_BLK[index].tolist() == expected
 
 
+@pytest.mark.parametrize("kinds", [("ffn",), BOTH], ids=["ffn", "both"])
 @pytest.mark.parametrize("scope", ["cls", "all"])
-def test_knowledge_neurons_equal_the_slow_reference(scope, tiny_vit, tiny_images):
-    paths = knowledge_neuron_paths(tiny_vit, ask(tiny_vit, scope=scope), tiny_images, LABELS)
+def test_knowledge_neurons_equal_the_slow_reference(scope, kinds, tiny_vit, tiny_images):
+    paths = knowledge_neuron_paths(tiny_vit, ask(tiny_vit, scope=scope, kinds=kinds), tiny_images, LABELS)
     rule = (GAUSS.nodes, GAUSS.weights, reference.token_slice(tiny_vit, scope))
     for index, label in enumerate(LABELS.tolist()):
         image = tiny_images[index : index + 1]
-        for layer, score_H in enumerate(reference.integrated_gradients(tiny_vit, image, label, *rule)):
+        for layer, score_H in enumerate(reference.integrated_gradients(tiny_vit, image, label, *rule, kinds=kinds)):
             torch.testing.assert_close(paths.scores[layer][index], score_H, rtol=1e-9, atol=1e-9)
         chosen = paths.neurons_BLK[index].tolist()
-        expected = reference.joint_attribution_score(tiny_vit, image, label, chosen, *rule)
+        expected = reference.joint_attribution_score(tiny_vit, image, label, chosen, *rule, kinds=kinds)
         assert paths.joint_scores_B[index].item() == pytest.approx(expected, abs=1e-9)
 
 

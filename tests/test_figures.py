@@ -77,7 +77,7 @@ def make_found(counts=(7, 3, 6), *, num_neurons=40, top_k=2):
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     scores = {name: torch.rand(len(counts), num_neurons, generator=generator) for name in FFNS}
     return vitprune.Discovery(
-        ffns=FFNS,
+        layers=FFNS,
         neurons=neurons,
         joint_scores=torch.rand(len(labels), generator=generator),
         labels=labels,

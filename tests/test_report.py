@@ -199,7 +199,7 @@ def test_path_neurons_that_were_removed_are_struck_through(page, folders):
     expected = sum(
         not plan.keep[ffn][int(path[layer, 0])]
         for path in vitprune.class_paths(run.found).values()
-        for layer, ffn in enumerate(run.found.ffns)
+        for layer, ffn in enumerate(run.found.layers)
     )
     assert sum("removed" in found.split() for found in page.values("class", "td")) == expected > 0
 

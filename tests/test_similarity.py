@@ -31,7 +31,7 @@ def run_of(neurons, labels, *, predictions=None, joint_scores=None, scores=None,
     names = tuple(f"blocks.{layer}.mlp" for layer in range(neurons.shape[1]))
     scores = torch.ones(len(names), len(classes), width) if scores is None else torch.tensor(scores)
     return vitprune.Discovery(
-        ffns=names,
+        layers=names,
         neurons=neurons,
         joint_scores=torch.zeros(len(labels)) if joint_scores is None else torch.tensor(joint_scores),
         labels=labels,

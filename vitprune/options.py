@@ -28,6 +28,11 @@ TOKENS: Mapping[str, str] = {
     "all": "every token",
 }
 
+NODES: Mapping[str, str] = {
+    "ffn": "neurons of the FFNs (the paper)",
+    "attention": "dimensions of what the heads hand to their output projection",
+}
+
 TARGET_CLASSES: Mapping[str, str] = {
     "label": "the image's own class (the paper)",
     "predicted": "the class that the model answers",
@@ -102,6 +107,7 @@ EXPERIMENTS: Mapping[str, str] = {
     "scores": "joint attribution score of each method's paths",
     "manipulation": "remove and double the neurons of each image's own path",
     "halves": "the same with class paths found on the other half of each class's images, and with another class's",
+    "heads": "remove and double whole heads, those that bring most to the class and those that bring least",
     "similarity": "how alike the paths of images and classes are, and how many neurons ever lie on one",
     "top-images": "images of the run that excite the neurons at the end of the class paths most",
     "transfer": "as manipulation, with the class paths of the run on other images",

@@ -16,6 +16,7 @@ from vitprune.analysis.manipulation import MANIPULATIONS, WHOSE
 from vitprune.analysis.topk_mask import TopKRow
 from vitprune.data import ImageSet, describe_class
 from vitprune.discovery.discover import class_paths
+from vitprune.discovery.heads import node_names
 from vitprune.discovery.run import Run
 from vitprune.figures.deviations_figure import FACTORS, draw_deviations
 from vitprune.figures.joint_scores_figure import draw_joint_scores
@@ -135,7 +136,7 @@ def _similarity_figures(analysis: Analysis) -> list[AnalysisFigure]:
     def draw_used(runs: Mapping[str, Run]) -> Figure:
         rows = similarity["utilisation"]
         return draw_utilisation(
-            _first(runs).found.ffns,
+            _first(runs).found.layers,
             num_neurons=[row["num_neurons"] for row in rows],
             num_used=[row["num_visited"] for row in rows],
             effective=[row["effective_neurons"] for row in rows],
@@ -150,7 +151,8 @@ def _similarity_figures(analysis: Analysis) -> list[AnalysisFigure]:
     def draw_class_paths(runs: Mapping[str, Run]) -> Figure:
         found = _first(runs).found
         paths = class_paths(found)
-        return draw_paths(found.ffns, paths={name: paths[index] for index, name in drawn_classes(runs).items()})
+        drawn = {name: paths[index] for index, name in drawn_classes(runs).items()}
+        return draw_paths(found.layers, drawn, name_node=node_names(found))
 
     figures = [
         AnalysisFigure(

@@ -105,7 +105,7 @@ def _similarity_tables(similarity: Mapping[str, Any], class_names: Mapping[int, 
     tables.append(
         Table(
             "neurons that ever lie on a path",
-            ("paths of", "neurons", "of all (%)", "entropy per FFN (bits)"),
+            ("paths of", "neurons", "of all (%)", "entropy per layer (bits)"),
             tuple(
                 (
                     method,

@@ -16,7 +16,7 @@ from vitprune.analysis.experiments import NEED_OTHERS, check_experiments, run_ex
 from vitprune.analysis.topk_mask import MASK_SHARES, TOP_KS
 from vitprune.analysis.wordnet import find_nouns, is_wnid
 from vitprune.data import ImageBatches, ImageSet, hash_images
-from vitprune.discovery.discover import Discovery
+from vitprune.discovery.discover import Discovery, has_class_scores
 from vitprune.discovery.run import Run, load_run
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
@@ -63,10 +63,11 @@ def analyze(
     Args:
         model: that the runs are of, in eval mode; images [B, channels, height, width] -> logits [B, C].
         runs: name in the results -> run, as ``load_runs`` returns them: all of this model and of the same images. The
-            first is compared with the others, and ``top-images`` and ``topk-mask`` are about it alone.
+            first is compared with the others, and ``heads``, ``top-images`` and ``topk-mask`` are about it alone.
         others: images that no run was found on, for ``transfer`` and ``topk-mask``.
         experiments: keys of ``options.EXPERIMENTS``. None makes all that can be made without another choice: not
-            ``topk-mask``, ``transfer`` only with ``others``, ``halves`` only where every class has two images.
+            ``topk-mask``, ``transfer`` only with ``others``, ``halves`` only where every class has two images,
+            ``heads`` only where paths go through attention.
         factors: what path neurons are multiplied by: 0 removes them, 2 doubles them.
         tokens: where to intervene, each ``cls``, ``patch`` or ``all``; None: where the first run's paths were found,
             and for ``topk-mask`` everywhere as well.
@@ -199,11 +200,13 @@ def _choose_experiments(
 ) -> list[str]:
     if experiments is None:
         left_out = {"topk-mask"} if with_others else set(NEED_OTHERS)
+        if not found.heads or not has_class_scores(found):
+            left_out.add("heads")
         if min(found.labels.unique(return_counts=True)[1]) < 2:
             note("left out halves: some classes have one image in the run, which has no halves")
             left_out.add("halves")
         return [name for name in options.EXPERIMENTS if name not in left_out]
-    check_experiments(experiments, with_others=with_others)
+    check_experiments(experiments, found, with_others=with_others)
     return [name for name in options.EXPERIMENTS if name in experiments]
 
 
@@ -253,7 +256,7 @@ def _describe_request(
 
 def _hash_paths(found: Discovery) -> str:
     """Return the first 16 hexadecimal digits of a hash of paths and scores."""
-    facts = (found.ffns, found.classes, found.method, found.tokens, found.quadrature, found.target, found.quantity)
+    facts = (found.layers, found.classes, found.method, found.tokens, found.quadrature, found.target, found.quantity)
     digest = hashlib.sha256(repr(facts).encode())
     tensors = {name: getattr(found, name) for name in ("neurons", "joint_scores", "labels", "predictions")}
     for name, tensor in {**tensors, **found.class_scores}.items():

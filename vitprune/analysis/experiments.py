@@ -14,7 +14,9 @@ from vitprune.analysis.hierarchy import cluster_classes, compare_with_wordnet
 from vitprune.analysis.image_similarity import measure_path_similarity
 from vitprune.analysis.interventions import Reactions
 from vitprune.analysis.manipulation import (
+    BEST_HEADS,
     CLASS,
+    LEAST_HEADS,
     OTHER_CLASS,
     OTHER_HALF,
     OWN,
@@ -30,7 +32,9 @@ from vitprune.analysis.utilisation import measure_utilisation
 from vitprune.analysis.wordnet import is_wnid
 from vitprune.data import Batches
 from vitprune.discovery.discover import Discovery, class_paths, count_correct, has_class_scores
+from vitprune.discovery.heads import class_heads, head_scores
 from vitprune.errors import VitpruneError
+from vitprune.models.path_layers import ATTENTION
 from vitprune.options import EXPERIMENTS, check_choice
 from vitprune.progress import Track, untracked
 
@@ -64,8 +68,8 @@ def run_experiments(
     Args:
         experiments: keys of ``options.EXPERIMENTS``.
         model: timm Vision Transformer in eval mode.
-        runs: method -> paths, all of the same images; the first is compared with the others, and ``top-images`` and
-            ``topk-mask`` are about it alone.
+        runs: method -> paths, all of the same images; the first is compared with the others, and ``heads``,
+            ``top-images`` and ``topk-mask`` are about it alone.
         batches: the images of the runs with their labels, in their order; any number of passes.
         other_batches: other images and labels, for ``transfer`` and ``topk-mask``.
         class_names: class index -> folder name; where all are WordNet ids and ``wordnet`` is given, the similarity of
@@ -84,7 +88,7 @@ def run_experiments(
 
     Returns:
         Name of the experiment, with ``_`` for ``-`` -> its results as JSON values: for ``scores`` a list of
-        ``MethodScore``, for ``manipulation``, ``halves`` and ``transfer`` lists of ``DeviationRow``, for
+        ``MethodScore``, for ``manipulation``, ``halves``, ``transfer`` and ``heads`` lists of ``DeviationRow``, for
         ``topk_mask`` a list of ``TopKRow``, for ``similarity`` and ``top_images`` objects.
 
     Raises:
@@ -93,7 +97,7 @@ def run_experiments(
     Source:
         arXiv:2503.09046; ``halves`` and ``transfer`` are ours: the paper finds and tests paths on the same images.
     """
-    check_experiments(experiments, with_others=other_batches is not None)
+    check_experiments(experiments, next(iter(runs.values())), with_others=other_batches is not None)
     first = next(iter(runs.values()))
     scopes = (first.tokens,) if tokens is None else tuple(tokens)
     scaling = {"factors": factors, "tokens": scopes, "folder": folder, "track": track}
@@ -103,23 +107,34 @@ def run_experiments(
     def clean() -> Reactions:
         return measure_undisturbed(model, batches, "undisturbed", **keeping)
 
+    through = {method: found.nodes for method, found in runs.items()}
+
     def manipulation() -> list[Any]:
         own = {method: found.neurons for method, found in runs.items()}
-        return manipulate(model, batches, clean(), own, whose=OWN, **scaling)
+        return manipulate(model, batches, clean(), own, whose=OWN, nodes=through, **scaling)
 
     def halves() -> list[Any]:
         halved = {method: halves_paths(found, seed=seed) for method, found in runs.items()}
-        rows = manipulate(model, batches, clean(), halved, whose=OTHER_HALF, **scaling)
+        rows = manipulate(model, batches, clean(), halved, whose=OTHER_HALF, nodes=through, **scaling)
         if len(first.classes) > 1:
             shifted = {method: _paths_of_another_class(found, seed) for method, found in runs.items()}
-            rows += manipulate(model, batches, clean(), shifted, whose=OTHER_CLASS, **scaling)
+            rows += manipulate(model, batches, clean(), shifted, whose=OTHER_CLASS, nodes=through, **scaling)
         return rows
 
     def transfer() -> list[Any]:
         undisturbed = measure_undisturbed(model, other_batches, "undisturbed, other images", **keeping)
         labels = undisturbed.label.tolist()
         assigned = {method: assign_paths(class_paths(found), labels) for method, found in runs.items()}
-        return manipulate(model, other_batches, undisturbed, assigned, whose=CLASS, **scaling)
+        return manipulate(model, other_batches, undisturbed, assigned, whose=CLASS, nodes=through, **scaling)
+
+    def heads() -> list[Any]:
+        name = next(iter(runs))
+        rows = []
+        for whose, highest in ((BEST_HEADS, True), (LEAST_HEADS, False)):
+            chosen = assign_paths(class_heads(first, highest=highest), first.labels.tolist())
+            of_heads = {"nodes": {name: (ATTENTION,)}, **scaling}
+            rows += manipulate(model, batches, clean(), {name: chosen}, whose=whose, **of_heads)
+        return rows
 
     def topk_mask() -> list[Any]:
         scopes_masked = tuple(dict.fromkeys((first.tokens, "all"))) if tokens is None else scopes
@@ -137,6 +152,7 @@ def run_experiments(
     make: Mapping[str, Callable[[], Any]] = {
         "scores": lambda: compare_joint_scores(runs),
         "manipulation": manipulation,
+        "heads": heads,
         "halves": halves,
         "similarity": lambda: {
             method: {
@@ -156,8 +172,8 @@ def run_experiments(
     return {name.replace("-", "_"): plain(make[name]()) for name in experiments}
 
 
-def check_experiments(experiments: Sequence[str], *, with_others: bool) -> None:
-    """Refuse an experiment that is unknown, or that needs other images where there are none.
+def check_experiments(experiments: Sequence[str], found: Discovery, *, with_others: bool) -> None:
+    """Refuse an experiment that is unknown, or that needs other images or heads where there are none.
 
     Raises:
         VitpruneError: naming it.
@@ -166,6 +182,8 @@ def check_experiments(experiments: Sequence[str], *, with_others: bool) -> None:
         check_choice("experiments", name, EXPERIMENTS)
         if name in NEED_OTHERS and not with_others:
             raise VitpruneError(f"{name} tests on images other than the run's; pass `others`")
+        if name == "heads":
+            head_scores(found)
 
 
 def _paths_of_another_class(found: Discovery, seed: int):
@@ -231,7 +249,7 @@ def describe_classes(
 
 def _top_images(model: nn.Module, batches: Batches, found: Discovery, track: Track) -> dict[str, Any]:
     """Find what excites the neurons at the end of the class paths."""
-    last = found.ffns[-1]
+    last = found.layers[-1]
     neurons = dict.fromkeys(int(path[-1, 0]) for path in class_paths(found).values())
     chosen = list(neurons)[:MOST_TOP_NEURONS]
     ranked = find_top_images(

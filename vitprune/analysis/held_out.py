@@ -59,7 +59,7 @@ def paths_of(found: Discovery, images: Tensor) -> dict[int, Tensor]:
     for index in found.labels[images].unique().tolist():
         members = images & (found.labels == index)
         layers = []
-        for position, name in enumerate(found.ffns):
+        for position, name in enumerate(found.layers):
             neurons_IK = found.neurons[members, position]
             num_neurons = found.class_scores[name].shape[1]
             visits = torch.bincount(neurons_IK.flatten(), minlength=num_neurons)

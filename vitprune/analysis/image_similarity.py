@@ -111,7 +111,7 @@ def share_with_class(found: Discovery, classes: Tensor) -> Tensor:
     others = torch.where(known[rows] == classes, count_correct(found)[1][rows], 0) - (classes == found.labels).long()
     visits = count_visits(found)
     common = -(classes == found.labels).long() * found.neurons[0].numel()
-    for position, name in enumerate(found.ffns):
+    for position, name in enumerate(found.layers):
         common = common + visits[name][rows.unsqueeze(1), found.neurons[:, position]].sum(1)
     shares = common.double() / (others * found.neurons[0].numel())
     return torch.where(others > 0, shares, torch.nan)

@@ -1,6 +1,6 @@
 """Scale the neurons of each image's path and see what the model answers.
 
-Letters: B images of a batch, I of all, N tokens, H hidden neurons, L FFNs, K neurons per FFN, C classes.
+Letters: B images of a batch, I of all, N tokens, H nodes of a layer, L layers, K nodes per layer, C classes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from vitprune.answers import ask, of_classes
 from vitprune.data import Batches, on_device
 from vitprune.errors import VitpruneError
 from vitprune.intervals import Interval, mean_interval
+from vitprune.models.path_layers import DEFAULT_NODES, find_path_layers
 from vitprune.models.trunk import resolve_scope, scope_slice
-from vitprune.models.units import FeedForward, find_feed_forwards, hook_hidden
+from vitprune.models.units import Group, hook_hidden
 from vitprune.sharing import gather_rows, own_rows
 
 
@@ -60,7 +61,7 @@ class Deviation:
 @torch.no_grad()
 def measure_intervention(
     model: nn.Module,
-    ffns: Sequence[FeedForward],
+    layers: Sequence[Group],
     images: Tensor,
     neurons_BLK: Tensor,
     *,
@@ -71,16 +72,16 @@ def measure_intervention(
 
     Args:
         model: timm Vision Transformer in eval mode.
-        ffns: the FFNs that the path goes through.
+        layers: that the path goes through.
         images: [B, 3, height, width], normalised by the model's own transform.
-        neurons_BLK: int64; per image the neurons to scale in each FFN.
+        neurons_BLK: int64; per image the nodes to scale in each layer.
         factor: 0 removes them, 2 doubles them.
         tokens: at which tokens.
 
     Source:
         The manipulation experiment of arXiv:2503.09046.
     """
-    position_of = {ffn.name: position for position, ffn in enumerate(ffns)}
+    position_of = {layer.name: position for position, layer in enumerate(layers)}
 
     def scale(name: str, h_BNH: Tensor) -> Tensor:
         factors_B1H = torch.ones_like(h_BNH[:, :1])
@@ -89,7 +90,7 @@ def measure_intervention(
         h_BNH[:, tokens] *= factors_B1H
         return h_BNH
 
-    with hook_hidden(model, ffns, scale):
+    with hook_hidden(model, layers, scale):
         return of_classes(ask(model, images)).softmax(-1)
 
 
@@ -114,6 +115,8 @@ def measure_interventions(
     batches: Batches,
     neurons_ILK: Tensor,
     interventions: Sequence[tuple[float, str]] = ((0.0, "cls"), (2.0, "cls")),
+    *,
+    nodes: Sequence[str] = DEFAULT_NODES,
 ) -> dict[tuple[float, str], Reactions]:
     """Return the answers with each image's own path scaled, in one pass over the images.
 
@@ -123,6 +126,7 @@ def measure_interventions(
         neurons_ILK: int64; a path for each image, in the order of the batches.
         interventions: what the path neurons are multiplied by (0 removes them, 2 doubles them), and where: ``cls``,
             ``patch`` or ``all``.
+        nodes: what the paths go through, as ``find_path_layers`` takes it.
 
     Returns:
         The answers under each.
@@ -133,7 +137,7 @@ def measure_interventions(
     Source:
         The manipulation experiment of arXiv:2503.09046, which intervenes at the class token (patch tokens for MAE).
     """
-    ffns = find_feed_forwards(model)
+    layers = find_path_layers(model, nodes)
     slices = {scope: scope_slice(model, resolve_scope(model, scope)) for _factor, scope in interventions}
     parts: dict[tuple[float, str], list[Reactions]] = {key: [] for key in interventions}
     start, own_ILK = 0, own_rows(neurons_ILK)
@@ -144,7 +148,7 @@ def measure_interventions(
             break
         for factor, scope in parts:
             probabilities_BC = measure_intervention(
-                model, ffns, images, neurons_BLK, factor=factor, tokens=slices[scope]
+                model, layers, images, neurons_BLK, factor=factor, tokens=slices[scope]
             )
             parts[factor, scope].append(_reactions(probabilities_BC, labels))
     if start != len(own_ILK):

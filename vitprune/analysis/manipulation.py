@@ -1,6 +1,6 @@
 """The paper's comparison of methods: the scores of their paths, and what happens when these are removed or doubled.
 
-Letters: I images, L FFNs, K neurons per FFN.
+Letters: I images, L layers, K nodes per layer.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from vitprune.discovery.discover import Discovery
 from vitprune.errors import VitpruneError
 from vitprune.files import read_tensors, write_tensors
 from vitprune.intervals import Interval, mean_interval
+from vitprune.models.path_layers import DEFAULT_NODES
 from vitprune.progress import Track, untracked
 
 # Whose path an image is tested with.
@@ -31,14 +32,17 @@ OWN = "own"
 OTHER_HALF = "other half"
 OTHER_CLASS = "other class"
 CLASS = "class"
+BEST_HEADS, LEAST_HEADS = "best heads", "least heads"
 WHOSE: Mapping[str, str] = {
     OWN: "each image's own path",
     OTHER_HALF: "the class path on the other half of the class's images",
     OTHER_CLASS: "the same of another class: the control",
     CLASS: "the class path of the run, on other images",
+    BEST_HEADS: "of every attention the head with the highest score of the class, whole",
+    LEAST_HEADS: "of every attention the head with the lowest score of the class: the control",
 }
 # Experiments that scale path neurons; their results are lists of ``DeviationRow``.
-MANIPULATIONS = ("manipulation", "halves", "transfer")
+MANIPULATIONS = ("manipulation", "halves", "transfer", "heads")
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ class DeviationRow:
     Attributes:
         method: that found the paths.
         paths: whose path each image is tested with: ``own``, ``other half`` (the class path on the other half of its
-            class's images), ``other class`` (the same of another class: the control), ``class`` (that of the run).
+            class's images), ``other class`` (the same of another class: the control), ``class`` (that of the run),
+            ``best heads`` and ``least heads`` (whole heads, by the scores of the class).
         factor: what path neurons are multiplied by.
         tokens: where: ``cls``, ``patch`` or ``all``.
         probability_deviation: of the true class; mean over classes of (mean / clean mean - 1).
@@ -164,6 +169,7 @@ def manipulate(
     whose: str,
     factors: Sequence[float] = (0.0, 2.0),
     tokens: Sequence[str] = ("cls",),
+    nodes: Mapping[str, Sequence[str]] | None = None,
     folder: str | Path | None = None,
     track: Track = untracked,
 ) -> list[DeviationRow]:
@@ -177,6 +183,7 @@ def manipulate(
         whose: whose paths these are, as in ``DeviationRow.paths``.
         factors: 0 removes the neurons, 2 doubles them.
         tokens: where, each ``cls``, ``patch`` or ``all``.
+        nodes: method -> what its paths go through, as ``find_path_layers`` takes it; None: FFNs.
         folder: keeps the answers of finished passes, which another call then takes over; the caller makes sure that
             it is of the same model, images and paths.
         track: wraps (items, description), for progress.
@@ -194,7 +201,9 @@ def manipulate(
         missing = [key for key in wanted if _read(folder, names[key]) is None]
         measured = {}
         if missing:
-            measured = measure_interventions(model, track(batches, f"{whose} paths of {method}"), neurons_ILK, missing)
+            through = DEFAULT_NODES if nodes is None else nodes[method]
+            watched = track(batches, f"{whose} paths of {method}")
+            measured = measure_interventions(model, watched, neurons_ILK, missing, nodes=through)
         for key, reactions in measured.items():
             _write(folder, names[key], reactions)
         changed[method] = {key: measured[key] if key in measured else _read(folder, names[key]) for key in wanted}

@@ -79,7 +79,7 @@ def compare_scores(found: Discovery) -> ClassSimilarity:
     _check_classes(found)
     check_class_scores(found)
     products_CC = torch.zeros(len(found.classes), len(found.classes), dtype=torch.float64)
-    for name in found.ffns:
+    for name in found.layers:
         score_CH = found.class_scores[name].double()
         score_CH = score_CH - score_CH.mean(1, keepdim=True)
         products_CC += score_CH @ score_CH.T

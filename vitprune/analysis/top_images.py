@@ -15,8 +15,9 @@ from vitprune.answers import run
 from vitprune.data import Batches, on_device
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
+from vitprune.models.path_layers import ATTENTION, DEFAULT_NODES, find_path_layers, kind_of_layer
 from vitprune.models.trunk import resolve_scope, scope_slice
-from vitprune.models.units import FeedForward, find_feed_forwards, hook_hidden
+from vitprune.models.units import Group, hook_hidden
 from vitprune.sharing import join_rows, places, sharing
 
 
@@ -49,12 +50,12 @@ def find_top_images(
         model: timm Vision Transformer in eval mode.
         batches: pairs of images [B, 3, height, width] (normalised by the model's own transform) and labels. Read once;
             ``ImageBatches.files_read`` then names the files by position.
-        neurons: FFN name -> neuron indices.
+        neurons: name of an FFN or attention -> indices of its neurons or dimensions.
         tokens: ``cls``, ``patch`` or ``all``; None takes the class token where the head reads it, else the patches.
         num_images: n, kept per neuron; all, where there are fewer.
 
     Returns:
-        (FFN name, neuron) -> images; equal activations in the order read.
+        (name, neuron) -> images; equal activations in the order read.
 
     Raises:
         VitpruneError: if a neuron or FFN is not the model's, ``num_images`` is less than 1, or there are no images.
@@ -110,13 +111,15 @@ def _best_of_all(values_PB: Tensor, positions_PB: Tensor, num_images: int) -> tu
     return values_PB[:, :num_images], positions_PB.gather(1, order_PB)[:, :num_images]
 
 
-def _check_neurons(model: nn.Module, neurons: Mapping[str, Sequence[int]]) -> list[FeedForward]:
-    ffns = {ffn.name: ffn for ffn in find_feed_forwards(model)}
+def _check_neurons(model: nn.Module, neurons: Mapping[str, Sequence[int]]) -> list[Group]:
+    kinds = {kind_of_layer(name) for name in neurons} or DEFAULT_NODES
+    ffns = {layer.name: layer for layer in find_path_layers(model, tuple(kinds))}
     if not any(map(len, neurons.values())):
         raise VitpruneError("no neurons to find images of")
     for name, own in neurons.items():
         if name not in ffns:
-            raise VitpruneError(f"{name} is no FFN of this model; it has {', '.join(ffns)}")
+            kind = "attention" if kind_of_layer(name) == ATTENTION else "FFN"
+            raise VitpruneError(f"{name} is no {kind} of this model; it has {', '.join(ffns)}")
         beyond = [neuron for neuron in own if not 0 <= neuron < ffns[name].num_neurons]
         if beyond:
             raise VitpruneError(f"{name} has neurons 0 to {ffns[name].num_neurons - 1}, not {beyond[0]}")

@@ -16,8 +16,9 @@ from vitprune.answers import ask, of_classes
 from vitprune.data import Batches, on_device
 from vitprune.discovery.discover import Discovery, check_class_scores
 from vitprune.errors import VitpruneError
+from vitprune.models.path_layers import find_path_layers
 from vitprune.models.trunk import resolve_scope, scope_slice
-from vitprune.models.units import find_feed_forwards, hook_hidden
+from vitprune.models.units import hook_hidden
 from vitprune.options import CLEAN, ONE_PLAN, ORACLE
 from vitprune.progress import Track, untracked
 from vitprune.sharing import sum_of_all
@@ -70,10 +71,10 @@ def measure_topk_mask(
         model: timm Vision Transformer in eval mode.
         batches: images other than the run's, and their labels, all of classes that the run has scores of.
         found: class scores.
-        top_ks: neurons per FFN to spare.
+        top_ks: nodes per layer of the paths to spare.
         mask_shares: shares of the others to mask, each in [0, 1].
         tokens: scopes, each ``cls``, ``patch`` or ``all``.
-        depth: mask in the first so many FFNs only; None: in all.
+        depth: mask in the first so many layers only; None: in all.
         track: wraps (items, description), for progress.
 
     Returns:
@@ -90,12 +91,12 @@ def measure_topk_mask(
     for share in mask_shares:
         if not 0 <= share <= 1:
             raise VitpruneError(f"mask share must be in [0, 1], got {share}")
-    ffns = find_feed_forwards(model)
-    if min(top_ks, default=0) < 1 or max(top_ks) > min(ffn.num_neurons for ffn in ffns):
+    layers = find_path_layers(model, found.nodes)
+    if min(top_ks, default=0) < 1 or max(top_ks) > min(layer.num_units for layer in layers):
         raise VitpruneError(f"top_k must be between 1 and the number of neurons, got {list(top_ks)}")
-    if depth is not None and not 1 <= depth <= len(ffns):
-        raise VitpruneError(f"depth must be between 1 and {len(ffns)}, got {depth}")
-    masked_in = {ffn.name for ffn in ffns[:depth]}
+    if depth is not None and not 1 <= depth <= len(layers):
+        raise VitpruneError(f"depth must be between 1 and {len(layers)}, got {depth}")
+    masked_in = {layer.name for layer in layers[:depth]}
     rows = [TopKRow(CLEAN, "", 0, 0.0, 0, *_measure(model, batches, found, None, slice(None)))]
     combinations = list(product((ORACLE, ONE_PLAN), tokens, top_ks, mask_shares))
     for kind, scope, top_k, share in track(combinations, "mask"):
@@ -118,7 +119,7 @@ def _factors(scores_CH: Tensor, kind: str, top_k: int, share: float) -> Tensor:
 
 def _measure(model, batches, found: Discovery, factors, scope: slice) -> tuple[float, float, int]:
     row_of = {index: row for row, index in enumerate(found.classes)}
-    ffns = [] if factors is None else [ffn for ffn in find_feed_forwards(model) if ffn.name in factors]
+    layers = [] if factors is None else [each for each in find_path_layers(model, found.nodes) if each.name in factors]
     probability, right, count = 0.0, 0, 0
     for images, labels in on_device(model, batches):
         absent = [int(label) for label in labels if int(label) not in row_of]
@@ -131,7 +132,7 @@ def _measure(model, batches, found: Discovery, factors, scope: slice) -> tuple[f
             h_BNH[:, scope] *= factors[name][rows_B].unsqueeze(1).to(h_BNH.device, h_BNH.dtype)
             return h_BNH
 
-        with hook_hidden(model, ffns, mask):
+        with hook_hidden(model, layers, mask):
             probabilities_BC = of_classes(ask(model, images)).float().softmax(-1)
         probability += float(probabilities_BC.gather(1, labels.unsqueeze(1)).sum())
         right += int((probabilities_BC.argmax(1) == labels).sum())

@@ -15,7 +15,7 @@ class Utilisation:
     """Visits of the neurons of one FFN.
 
     Attributes:
-        ffn: its name.
+        ffn: its name; an attention's where paths go through attention.
         num_neurons: H.
         num_visits: images times K.
         num_visited: neurons on at least one path.
@@ -45,7 +45,7 @@ def measure_utilisation(found: Discovery) -> tuple[Utilisation, ...]:
         The utilisation of arXiv:2503.09046; entropy and effective number (Hill, Ecology 1973) are ours.
     """
     rows = []
-    for position, name in enumerate(found.ffns):
+    for position, name in enumerate(found.layers):
         visits_H = torch.bincount(found.neurons[:, position].flatten(), minlength=found.class_scores[name].shape[1])
         bits = float(entropy(visits_H.numpy(), base=2))
         num_visited = int((visits_H > 0).sum())

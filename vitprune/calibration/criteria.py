@@ -23,7 +23,7 @@ from vitprune.calibration.statistics import (
     measure_statistics,
 )
 from vitprune.data import Batches, on_device
-from vitprune.discovery.discover import Discovery, check_class_scores
+from vitprune.discovery.discover import Discovery, check_class_scores, only_ffns
 from vitprune.discovery.quadrature import parse_fixed_quadrature
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
@@ -260,11 +260,12 @@ def jas(found: Discovery) -> Scores:
         FFN name -> scores [H]; float32, non-negative; higher is more important.
 
     Raises:
-        VitpruneError: if ``found`` has paths only.
+        VitpruneError: if ``found`` has paths only, or paths through attention alone.
 
     Source:
         arXiv:2503.09046 keeps the K neurons most often on a class's paths; this ranks all neurons, for all classes.
     """
+    found = only_ffns(found)
     check_class_scores(found)
     means = {name: scores.mean(0) for name, scores in found.class_scores.items()}
     return {name: mean_H - mean_H.min() for name, mean_H in means.items()}
@@ -321,7 +322,7 @@ def check_needs(
     if "found" in row.needs and found is None:
         raise VitpruneError(f"criterion {criterion} needs the scores of a run; pass `found`")
     if "found" in row.needs:
-        check_class_scores(found)
+        check_class_scores(only_ffns(found))
     if {"batches", "statistics"} & set(row.needs) and batches is None:
         raise VitpruneError(f"criterion {criterion} needs calibration images; pass `batches`")
     if row.needs_labels:

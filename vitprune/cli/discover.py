@@ -19,7 +19,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_checkpoint(parser)
     add_images(parser, required=True, batch_size=8, what="images to find paths on")
     parser.add_argument("--method", choices=tuple(options.METHODS), default="jas", help=listed(options.METHODS))
-    parser.add_argument("--top-k", type=int, default=1, help="neurons per FFN on a path")
+    parser.add_argument("--top-k", type=int, default=1, help="neurons per FFN (dimensions per attention) on a path")
+    parser.add_argument(
+        "--nodes",
+        nargs="+",
+        choices=tuple(options.NODES),
+        default=["ffn"],
+        help=f"what paths go through: {listed(options.NODES)}; with both, two stations in every block",
+    )
     parser.add_argument(
         "--tokens",
         choices=tuple(options.TOKENS),
@@ -58,11 +65,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(
     model, checkpoint, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, method, top_k,
-    tokens, quadrature, target, quantity, precision, shard_size, memory, device, output, overwrite, **opening,
+    nodes, tokens, quadrature, target, quantity, precision, shard_size, memory, device, output, overwrite, **opening,
 ):  # fmt: skip
     from vitprune.data import describe_class
-    from vitprune.discovery.discover import class_paths, count_correct
+    from vitprune.discovery.discover import class_paths, count_correct, has_class_scores
     from vitprune.discovery.discover_run import discover_run
+    from vitprune.discovery.heads import head_scores, node_names
     from vitprune.discovery.run import PATHS_FILE, RUN_FILES
     from vitprune.files import refuse_existing
     from vitprune.processes import join_processes
@@ -93,6 +101,7 @@ def run(
             note=note,
             method=method,
             top_k=top_k,
+            nodes=nodes,
             tokens=tokens,
             quadrature=quadrature,
             target=target,
@@ -104,7 +113,7 @@ def run(
         return None
     run, progress = discovered
     found, seconds, num_searched = run.found, progress.seconds, progress.num_searched
-    paths = class_paths(found)
+    paths, named = class_paths(found), node_names(found)
     num_correct, num_images = (each.tolist() for each in count_correct(found))
     answer = {
         "num_images": len(found.labels),
@@ -117,6 +126,11 @@ def run(
         "class_num_correct": {images.class_names[index]: num_correct[row] for row, index in enumerate(paths)},
         "skipped": list(progress.skipped),
     }
+    if found.heads and has_class_scores(found):
+        answer["class_heads"] = {
+            images.class_names[index]: {name: scores[row].tolist() for name, scores in head_scores(found).items()}
+            for row, index in enumerate(found.classes)
+        }
     if found.completeness_errors is not None:
         answer["max_completeness_error"] = found.completeness_errors.max().item()
 
@@ -130,11 +144,12 @@ def run(
                     str(num_images[row]),
                     str(num_correct[row]),
                     f"{found.joint_scores[members].mean():.3f}",
-                    " ".join(str(int(neuron)) for neuron in path[:, 0]),
+                    " ".join(named(layer, int(node)) for layer, node in zip(found.layers, path[:, 0], strict=True)),
                 )
             )
-        suffix = "" if top_k == 1 else f" (first of {top_k} neurons per FFN)"
-        print_table(f"class paths{suffix}", ("class", "images", "correct", "mean JAS", "neuron by FFN"), rows)
+        what = "node by layer (attention: head.dimension)" if found.heads else "neuron by FFN"
+        suffix = "" if top_k == 1 else f" (first of {top_k} {'nodes per layer' if found.heads else 'neurons per FFN'})"
+        print_table(f"class paths{suffix}", ("class", "images", "correct", "mean JAS", what), rows)
         if len(paths) > 20:
             print(f"... and {len(paths) - 20} more classes")
         if "max_completeness_error" in answer:

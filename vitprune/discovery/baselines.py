@@ -1,6 +1,6 @@
 """Paths by simpler rules than the joint attribution score, with the same result.
 
-Letters: B images, T scoped tokens, H hidden neurons, L FFNs, K neurons per FFN.
+Letters: B images, T scoped tokens, H nodes of a layer, L layers of the path, K selected nodes per layer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def activation_paths(
     Source:
         The "Activation" baseline of arXiv:2503.09046.
     """
-    clean = record_clean(model, search.ffns, images, tokens=scope_slice(model, search.tokens))
+    clean = record_clean(model, search.layers, images, tokens=scope_slice(model, search.tokens))
     scores = tuple(hidden_BTH.mean(1) for hidden_BTH in clean.hidden_BTH)
     return _as_paths(model, search, images, labels, scores, clean.logits_BC, chunk_rows=chunk_rows)
 
@@ -47,11 +47,11 @@ def influence_pattern_paths(
         baseline of arXiv:2503.09046 computes it.
     """
     tokens = scope_slice(model, search.tokens)
-    logits = record_clean(model, search.ffns, images, tokens=tokens).logits_BC
+    logits = record_clean(model, search.layers, images, tokens=tokens).logits_BC
     classes_B = search.objective.classes(labels, logits)
     sums: list[Tensor] = []
     for step in range(INFLUENCE_STEPS):
-        with capture(model, search.ffns) as hidden:
+        with capture(model, search.layers) as hidden:
             value = search.objective.value(model(images * (step / INFLUENCE_STEPS)), classes_B)
             gradients = torch.autograd.grad(value.sum(), list(hidden.values()))
         means = [gradient[:, tokens].mean(1) / INFLUENCE_STEPS for gradient in gradients]
@@ -62,11 +62,11 @@ def influence_pattern_paths(
 def knowledge_neuron_paths(
     model: nn.Module, search: Search, images: Tensor, labels: Tensor, *, chunk_rows: int = CHUNK_ROWS
 ) -> PathBatch:
-    r"""Select the neurons with the highest integrated gradients, each FFN by itself.
+    r"""Select the neurons with the highest integrated gradients, each layer by itself.
 
     .. math:: s_i = \sum_t \bar w_{ti} \int_0^1 \frac{\partial F(\alpha \bar w_l)}{\partial w_{ti}} d\alpha
 
-    Scores of an FFN sum to the change of F as its scoped hidden vector grows from 0. Arguments and result as in
+    Scores of a layer sum to the change of F as its scoped hidden vector grows from 0. Arguments and result as in
     ``search_paths``.
 
     Source:
@@ -85,13 +85,13 @@ def random_paths(
     What is drawn depends on the search's seed and the image's content alone, not on the images beside it. Arguments and
     result otherwise as in ``search_paths``; ``scores`` are uniform in [0, 1).
     """
-    clean = record_clean(model, search.ffns, images, tokens=scope_slice(model, search.tokens))
+    clean = record_clean(model, search.layers, images, tokens=scope_slice(model, search.tokens))
     drawn = []
     for image in images:
         content = hashlib.sha256(image.cpu().numpy().tobytes() + search.seed.to_bytes(8, "little")).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(content[:8], "little") >> 1)
-        drawn.append([torch.rand(ffn.num_neurons, generator=generator) for ffn in search.ffns])
-    scores = tuple(torch.stack(of_ffn).to(images.device) for of_ffn in zip(*drawn, strict=True))
+        drawn.append([torch.rand(layer.num_units, generator=generator) for layer in search.layers])
+    scores = tuple(torch.stack(of_layer).to(images.device) for of_layer in zip(*drawn, strict=True))
     return _as_paths(model, search, images, labels, scores, clean.logits_BC, chunk_rows=chunk_rows)
 
 

@@ -18,8 +18,10 @@ from vitprune.discovery.methods import REGISTRY, plan_search
 from vitprune.discovery.search import Search
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
+from vitprune.models.path_layers import DEFAULT_NODES, count_layers, kind_of_layer
 from vitprune.models.trunk import check_trunk, scope_slice
-from vitprune.models.units import frozen
+from vitprune.models.units import FFN, frozen
+from vitprune.options import NODES
 from vitprune.seen_images import SeenImages, check_labels, watch
 from vitprune.table import align
 
@@ -32,14 +34,14 @@ class Discovery:
     """Paths of I images and scores per class.
 
     Attributes:
-        ffns: FFN names, in block order.
-        neurons: int64 [I, L, K]; per image the selected neurons of each FFN, best first.
+        layers: names of the layers that the paths go through, in the order in which they run.
+        neurons: int64 [I, L, K]; per image the selected nodes of each layer, best first.
         joint_scores: float32 [I]; score of the path.
         labels: int64 [I]; class index of each image.
         predictions: int64 [I]; the class that the model answers.
         completeness_errors: float32 [I] for ``jas-complete``, else None.
         classes: the class indices present, ascending; rows of ``class_scores``.
-        class_scores: FFN name -> float32 [C, H]; mean score of every neuron over the images of a class. [0, H] where
+        class_scores: layer name -> float32 [C, H]; mean score of every node over the images of a class. [0, H] where
             they are not known: paths of another program (``vitprune.interop.authors``) come without them.
         method: key of ``METHODS``.
         tokens: ``cls``, ``patch`` or ``all``.
@@ -48,9 +50,10 @@ class Discovery:
         quantity: ``probability`` or ``logit``.
         precision: key of ``PRECISIONS``.
         seen: which images these are, by what is in them; empty where nobody looked.
+        heads: attention among the layers -> how many heads its nodes are of, as many each, side by side.
     """
 
-    ffns: tuple[str, ...]
+    layers: tuple[str, ...]
     neurons: Tensor
     joint_scores: Tensor
     labels: Tensor
@@ -65,6 +68,13 @@ class Discovery:
     quantity: str = "probability"
     precision: str = "float32"
     seen: SeenImages = field(default_factory=SeenImages)
+    heads: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """What the paths go through, keys of ``NODES``."""
+        kinds = {kind_of_layer(name) for name in self.layers}
+        return tuple(kind for kind in NODES if kind in kinds)
 
     def __str__(self) -> str:
         rows = []
@@ -74,9 +84,10 @@ class Discovery:
             rows.append(
                 (str(index), str(int(of_class.sum())), str(int(right)), f"{self.joint_scores[of_class].mean():.3f}")
             )
-        images, ffns, top_k = self.neurons.shape
+        images, _layers, top_k = self.neurons.shape
         return (
-            f"{self.method}: paths of {images} images through {ffns} FFNs, {top_k} neurons each (tokens {self.tokens})"
+            f"{self.method}: paths of {images} images through {count_layers(self.layers)}, {top_k} "
+            f"{'neurons' if self.nodes == DEFAULT_NODES else 'nodes'} each (tokens {self.tokens})"
             "\n" + align(("class", "images", "correct", "mean joint score"), rows)
         )
 
@@ -95,7 +106,7 @@ class Part:
         predictions: int64 [I].
         completeness_errors: float32 [I] for ``jas-complete``, else None.
         classes: the class indices present, ascending.
-        score_sums: FFN name -> float64 [C, H]; sums over the images of a class.
+        score_sums: layer name -> float64 [C, H]; sums over the images of a class.
     """
 
     neurons: Tensor
@@ -120,6 +131,7 @@ def discover(
     quantity: str = "probability",
     precision: str = "float32",
     seed: int = 0,
+    nodes: Sequence[str] = DEFAULT_NODES,
     memory_gib: float | None = None,
 ) -> Discovery:
     """Find the influential neuron path of each image, and the mean score of every neuron per class.
@@ -129,7 +141,7 @@ def discover(
         batches: pairs of images [B, 3, height, width] (normalised by the model's own transform) and class labels [B]
             (int64). Read once; a batch may mix classes.
         method: key of ``METHODS``.
-        top_k: K, neurons per FFN; 1 .. the narrowest FFN.
+        top_k: K, nodes per layer; 1 .. the narrowest layer.
         tokens: whose hidden vectors count: ``cls`` (class token), ``patch`` or ``all``; None takes the class token
             where the head reads it, else the patches.
         quadrature: ``adaptive``, ``gauss-legendre:NODES`` or ``riemann:STEPS``; see ``parse_quadrature``. None takes
@@ -142,6 +154,8 @@ def discover(
             ``bf16``. Choices that the noise of a lower one could change are made again in the weights' own; scores that
             decide nothing keep the noise.
         seed: of method ``random``; the others draw nothing.
+        nodes: keys of ``NODES``: ``ffn`` (the paper), ``attention`` or both. An attention's nodes are the dimensions of
+            what its heads hand to the output projection; with both, a path has two stations in every block.
         memory_gib: to use beside the weights; None takes 2 on a CPU and four fifths of what is free on a GPU. Decides
             how many images and nodes go at once, as far as one image allows; where a GPU has less after all, half of
             them, and so on.
@@ -175,6 +189,7 @@ def discover(
         quantity=quantity,
         precision=precision,
         seed=seed,
+        nodes=nodes,
     )
     watched = watch(batches)
     part = find_part(model, search, watched, memory_gib=memory_gib)
@@ -206,7 +221,7 @@ def find_part(
         VitpruneError: if the model has no isotropic trunk.
     """
     parts: dict[str, list[Tensor]] = {name: [] for name in ("neurons", "scores", "errors", "labels", "predictions")}
-    sums: dict[str, dict[int, Tensor]] = {ffn.name: {} for ffn in search.ffns}
+    sums: dict[str, dict[int, Tensor]] = {layer.name: {} for layer in search.layers}
     for batch_images, batch_labels in on_device(model, batches):
         check_one_class(batch_labels, "a path")
         check_label_range(batch_labels, model.num_classes, "the path search")
@@ -224,8 +239,8 @@ def find_part(
                 torch.cuda.empty_cache()
                 continue
             start += len(images)
-            for ffn, score_BH in zip(search.ffns, paths.scores, strict=True):
-                _add_by_class(sums[ffn.name], score_BH, labels)
+            for layer, score_BH in zip(search.layers, paths.scores, strict=True):
+                _add_by_class(sums[layer.name], score_BH, labels)
             parts["neurons"].append(paths.neurons_BLK.cpu())
             parts["scores"].append(paths.joint_scores_B.float().cpu())
             parts["labels"].append(labels.cpu())
@@ -266,7 +281,7 @@ def set_pace(model: nn.Module, search: Search, images: Tensor, *, memory_gib: fl
     Raises:
         VitpruneError: if the model has no isotropic trunk, or the budget is not positive.
     """
-    check_trunk(model, search.ffns, images)
+    check_trunk(model, search.layers, images)
     with frozen(model):
         graph_rows, block_rows = count_rows(model, images, memory_gib)
     one_token = scope_slice(model, search.tokens) == slice(0, 1)
@@ -291,7 +306,7 @@ def combine(search: Search, parts: Iterable[Part]) -> Discovery:
         VitpruneError: if there is no part.
     """
     kept: dict[str, list[Tensor]] = {}
-    sums: dict[str, dict[int, Tensor]] = {ffn.name: {} for ffn in search.ffns}
+    sums: dict[str, dict[int, Tensor]] = {layer.name: {} for layer in search.layers}
     for part in parts:
         for name in ("neurons", "joint_scores", "labels", "predictions", "completeness_errors"):
             kept.setdefault(name, []).append(getattr(part, name))
@@ -306,7 +321,7 @@ def combine(search: Search, parts: Iterable[Part]) -> Discovery:
     counts = Counter(whole["labels"].tolist())
     classes = tuple(sorted(counts))
     return Discovery(
-        ffns=tuple(ffn.name for ffn in search.ffns),
+        layers=tuple(layer.name for layer in search.layers),
         **whole,
         completeness_errors=None if errors[0] is None else torch.cat(errors),
         classes=classes,
@@ -320,6 +335,7 @@ def combine(search: Search, parts: Iterable[Part]) -> Discovery:
         target=search.objective.target,
         quantity=search.objective.quantity,
         precision=search.precision,
+        heads=search.heads,
     )
 
 
@@ -349,9 +365,9 @@ def check_class_scores(found: Discovery) -> None:
 
 
 def class_paths(found: Discovery, top_k: int | None = None) -> dict[int, Tensor]:
-    """Return each class's path: per FFN the K neurons most often on the paths of its images.
+    """Return each class's path: per layer the K nodes most often on the paths of its images.
 
-    Ties go to the higher mean score, where there are scores, then to the lower index. So do neurons on no path.
+    Ties go to the higher mean score, where there are scores, then to the lower index. So do nodes on no path.
 
     Args:
         found: by any method.
@@ -371,7 +387,7 @@ def class_paths(found: Discovery, top_k: int | None = None) -> dict[int, Tensor]
     paths = {}
     for row, index in enumerate(found.classes):
         layers = []
-        for name in found.ffns:
+        for name in found.layers:
             score_CH = found.class_scores[name]
             known_H = score_CH[row] if has_class_scores(found) else torch.zeros(score_CH.shape[1])
             by_score = known_H.sort(descending=True, stable=True).indices
@@ -382,12 +398,12 @@ def class_paths(found: Discovery, top_k: int | None = None) -> dict[int, Tensor]
 
 
 def count_visits(found: Discovery) -> dict[str, Tensor]:
-    """Count how many images of each class have a neuron on their path.
+    """Count how many images of each class have a node on their path.
 
     Divided by ``count_correct(found)[1]`` they are the visit frequencies.
 
     Returns:
-        FFN name -> int64 [C, H]; rows as ``found.classes``.
+        Layer name -> int64 [C, H]; rows as ``found.classes``.
 
     >>> import timm
     >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=5).eval()
@@ -397,7 +413,7 @@ def count_visits(found: Discovery) -> dict[str, Tensor]:
     """
     rows = torch.searchsorted(torch.tensor(found.classes), found.labels)
     visits = {}
-    for position, name in enumerate(found.ffns):
+    for position, name in enumerate(found.layers):
         num_classes, num_neurons = len(found.classes), found.class_scores[name].shape[1]
         places = rows.unsqueeze(1) * num_neurons + found.neurons[:, position]
         counted = torch.bincount(places.flatten(), minlength=num_classes * num_neurons)
@@ -422,6 +438,20 @@ def count_correct(found: Discovery) -> tuple[Tensor, Tensor]:
     rows = torch.searchsorted(torch.tensor(found.classes), found.labels)
     correct = rows[found.predictions == found.labels]
     return tuple(torch.bincount(each, minlength=len(found.classes)) for each in (correct, rows))
+
+
+def only_ffns(found: Discovery) -> Discovery:
+    """Return the part of a discovery that is of FFNs; joint scores stay those of the whole paths.
+
+    Raises:
+        VitpruneError: if the paths go through attention alone.
+    """
+    places = [place for place, name in enumerate(found.layers) if kind_of_layer(name) == FFN]
+    if not places:
+        raise VitpruneError("the paths of the run go through attention alone, so it says nothing about FFN neurons")
+    layers = tuple(found.layers[place] for place in places)
+    scores = {name: found.class_scores[name] for name in layers}
+    return replace(found, layers=layers, neurons=found.neurons[:, places], class_scores=scores, heads={})
 
 
 def only_classes(found: Discovery, classes: Sequence[int]) -> Discovery:

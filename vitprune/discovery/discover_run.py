@@ -29,6 +29,7 @@ from vitprune.errors import VitpruneError, VitpruneNote
 from vitprune.files import held, open_resumable, refuse_existing
 from vitprune.images.number_classes import check_numbering
 from vitprune.models.identity import architecture, hash_weights, said_beside
+from vitprune.models.path_layers import DEFAULT_NODES
 from vitprune.options import TARGET_CLASSES
 from vitprune.processes import Processes
 from vitprune.progress import Track, untracked
@@ -97,7 +98,7 @@ def discover_run(
         track: wraps (batches, description), for progress.
         note: receives lines about what is there already, left out or kept.
         asked: further arguments of ``discover``: method, top_k, tokens, quadrature, target (a class by name, too),
-            quantity, precision, seed.
+            quantity, precision, seed, nodes.
 
     Returns:
         The run and how it went; None in every process but the first.
@@ -225,6 +226,7 @@ def _describe_search(
     """Say what the shards of a search depend on; the files of each are looked at beside that."""
     from vitprune import __version__
 
+    nodes = tuple(dict.fromkeys(layer.kind for layer in search.layers))
     listed = json.dumps([images.files, images.labels])
     return {
         "vitprune": __version__,
@@ -239,6 +241,7 @@ def _describe_search(
         "target": search.objective.target,
         "quantity": search.objective.quantity,
         "precision": search.precision,
+        **({} if nodes == DEFAULT_NODES else {"nodes": list(nodes)}),
         **({"seed": search.seed} if REGISTRY[search.method].draws else {}),
         "batch size": batch_size,
         "shard size": shard_size,

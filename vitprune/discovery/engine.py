@@ -12,12 +12,17 @@ of the class probability over α. Three facts make it cheap without changing a n
 * Only the suffix behind the layer under test needs a forward and a backward pass, and in the last block only the
   tokens that the head reads.
 
+A path goes through FFNs, and where it is asked for through attention as well: the vector that an attention's output
+projection reads is clamped and scaled like a hidden vector, at the scoped tokens. A block is two branches, each added
+to the residual stream; the branches have positions 0, 1, 2, ..: attention of block 0, its FFN, attention of block 1, ..
+What lies between two layers of the path runs free.
+
 An adaptive rule takes further nodes where the first ones leave in doubt which neurons are the best (``find_doubtful``):
 for those images and that layer alone, by going through the blocks before it again.
 
-Letters: B images, F some of them, N tokens, T scoped tokens, D embedding width, H hidden neurons, L FFNs, K neurons per
-FFN, Q quadrature nodes, R = Q*B rows (node-major). Tensors without an H at the end that start with R may have B rows
-only while all nodes still share one state.
+Letters: B images, F some of them, N tokens, T scoped tokens, D embedding width, H nodes of a layer, L layers of the
+path, K selected nodes per layer, Q quadrature nodes, R = Q*B rows (node-major). Tensors without an H at the end that
+start with R may have B rows only while all nodes still share one state.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ from vitprune.discovery.precision import products_in
 from vitprune.discovery.quadrature import Quadrature
 from vitprune.discovery.search import Search
 from vitprune.discovery.tangents import LeanTangents
+from vitprune.models.path_layers import ATTENTION
 from vitprune.models.trunk import (
     CleanPass,
     attend,
@@ -45,6 +51,7 @@ from vitprune.models.trunk import (
     scale_branch,
     scope_slice,
 )
+from vitprune.models.units import Group
 from vitprune.views import num_tokens_read
 
 # Rows that run through the suffix at once: enough to fill a CPU's matrix units, few enough to stay near its caches.
@@ -63,10 +70,10 @@ class PathBatch:
     """Paths of a batch of images.
 
     Attributes:
-        neurons_BLK: int64; the selected neurons of each FFN, best first.
+        neurons_BLK: int64; the selected nodes of each layer, best first.
         joint_scores_B: joint attribution score of the whole path (float, the model's dtype).
         completeness_errors_B: abs(integral - (F(1) - F(0))) for the complete variant, else None.
-        scores: per FFN, score_l[i] of every neuron [B, H].
+        scores: per layer, score_l[i] of every node [B, H].
         logits_BC: the model's undisturbed answer.
     """
 
@@ -112,22 +119,22 @@ def search_paths(
     rules, first = search.rule.rules(), first_rule(search.rule, one_token=one_token)
     course = _Course.begin(model, search, images, labels, nodes=first.nodes, complete=complete, chunk_rows=chunk_rows)
     course = replace(course, precision=search.precision)
-    ffns = search.ffns
+    layers = search.layers
     neurons: list[Tensor] = []
     scores: list[Tensor] = []
     with course.grad_mode():
         prefix = course.start()
-        for index in range(len(ffns)):
+        for index in range(len(layers)):
             layer = _enter(model, course, index, prefix)
-            score_BH = _score(model, ffns, course, rules, neurons, layer, search.top_k)
+            score_BH = _score(model, layers, course, rules, neurons, layer, search.top_k)
             best_BK = best_neurons(score_BH, search.top_k)
-            prefix = _advance(model, ffns, course, index, layer, best_BK)
+            prefix = _advance(model, layers, course, index, layer, best_BK)
             scores.append(score_BH)
             neurons.append(best_BK)
         neurons_BLK = torch.stack(neurons, 1)
         if complete:
             joint_B, errors_B = _complete_joint_score(
-                model, ffns, course, neurons_BLK, first_rule(search.rule, one_token=False)
+                model, layers, course, neurons_BLK, first_rule(search.rule, one_token=False)
             )
         else:
             joint_B, errors_B = _joint_score(model, course, prefix, first.weights), None
@@ -163,26 +170,26 @@ def score_paths(
     """
     course = _Course.begin(model, search, images, labels, complete=False, chunk_rows=chunk_rows)
     with course.grad_mode():
-        prefix = _walk(model, search.ffns, course, neurons_BLK.unbind(1))
+        prefix = _walk(model, search.layers, course, neurons_BLK.unbind(1))
         return _joint_score(model, course, prefix, search.rule.weights)
 
 
 def score_alone(
     model: nn.Module, search: Search, images: Tensor, labels: Tensor, *, chunk_rows: int = CHUNK_ROWS
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Return each FFN's scores [B, H] joined with no other FFN, by the variant that obeys completeness; and logits.
+    """Return each layer's scores [B, H] joined with no other one, by the variant that obeys completeness; and logits.
 
     Arguments as in ``search_paths``.
     """
     course = _Course.begin(model, search, images, labels, complete=True, chunk_rows=chunk_rows)
-    clean, ffns = course.clean, search.ffns
+    clean, layers = course.clean, search.layers
     scores = []
     with torch.no_grad():
         prefix = course.start()
-        for index, (block, ffn) in enumerate(zip(model.blocks, ffns, strict=True)):
+        for index, each in enumerate(layers):
             layer = _enter(model, course, index, prefix)
-            scores.append(_integrate(_score_nodes(model, ffns, course, index, layer), search.rule.weights))
-            prefix = _leave(block, layer, model.get_submodule(ffn.down_proj)(clean.hidden_BTH[index]), None)
+            scores.append(_integrate(_score_nodes(model, layers, course, index, layer), search.rule.weights))
+            prefix = _leave(layer, model.get_submodule(each.read_by)(clean.hidden_BTH[index]), None)
     return tuple(scores), clean.logits_BC
 
 
@@ -195,6 +202,7 @@ class _Course:
         classes_B: int64; the class that each image's F is of.
         nodes: values of α.
         objective: what F is.
+        positions: of the layers of the path among the branches.
         scope: ``cls``, ``patch`` or ``all``.
         complete: whether layers are scored by the variant that obeys completeness.
         chunk_rows: rows in one graph of the suffix.
@@ -205,6 +213,7 @@ class _Course:
     classes_B: Tensor
     nodes: tuple[float, ...]
     objective: Objective
+    positions: tuple[int, ...]
     scope: str
     complete: bool
     chunk_rows: int
@@ -223,10 +232,11 @@ class _Course:
         nodes: tuple[float, ...] | None = None,
     ) -> _Course:
         """Run the model once undisturbed; None takes the nodes of the search's own rule."""
-        clean = record_clean(model, search.ffns, images, tokens=scope_slice(model, search.tokens))
+        clean = record_clean(model, search.layers, images, tokens=scope_slice(model, search.tokens))
         classes_B = search.objective.classes(labels, clean.logits_BC)
         nodes = search.rule.nodes if nodes is None else nodes
-        return cls(clean, classes_B, nodes, search.objective, search.tokens, complete, chunk_rows)
+        positions = tuple(map(_position, search.layers))
+        return cls(clean, classes_B, nodes, search.objective, positions, search.tokens, complete, chunk_rows)
 
     @property
     def one_token(self) -> bool:
@@ -260,7 +270,7 @@ class _Prefix:
     """States that enter a layer, with the derivative along the selected neurons.
 
     One scoped token: ``tangent_RND`` is the derivative of x when every selected neuron moves (None: no neuron yet).
-    Several: ``x_RND`` is an autograd graph over ``probes`` (zeros [R, T, D] added to each clamped FFN output), each
+    Several: ``x_RND`` is an autograd graph over ``probes`` (zeros [R, T, D] added to each clamped layer's output), each
     with the direction [R, T, D] in which the selected neurons move that output. ``selected_BT1`` is the sum of the
     selected neurons' clean activations.
     """
@@ -273,8 +283,10 @@ class _Prefix:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A block up to its FFN: the residual stream, the free tokens' FFN output, and their tangents."""
+    """A branch where it joins: the residual stream, what the branch adds to free tokens, and their tangents."""
 
+    block: nn.Module
+    branch: int
     prefix: _Prefix
     mid_RND: Tensor
     free_RND: Tensor
@@ -283,12 +295,17 @@ class _Layer:
     tokens: slice
 
 
-def _score(model, ffns, course: _Course, rules: Sequence[Quadrature], neurons, layer: _Layer, top_k: int) -> Tensor:
+def _position(layer: Group) -> int:
+    """Return the position of a layer among the branches; its name is that of timm, ``blocks.3.mlp``."""
+    return 2 * int(layer.name.split(".")[1]) + (layer.kind != ATTENTION)
+
+
+def _score(model, layers, course: _Course, rules: Sequence[Quadrature], neurons, layer: _Layer, top_k: int) -> Tensor:
     """Return the scores of a layer [B, H], by as many of the rules as settle which K neurons are the best.
 
     The layer is the one after ``neurons``, at the nodes of one of the rules: the coarsest to be taken.
     """
-    score_QFH = _score_nodes(model, ffns, course, len(neurons), layer)
+    score_QFH = _score_nodes(model, layers, course, len(neurons), layer)
     rows_F = torch.arange(score_QFH.shape[1], device=score_QFH.device)
     (start,) = (level for level, rule in enumerate(rules) if rule.nodes == course.nodes)
     score_BH = _integrate(score_QFH, rules[start].weights)
@@ -296,11 +313,11 @@ def _score(model, ffns, course: _Course, rules: Sequence[Quadrature], neurons, l
         rows_F = _find_unsettled(rules, start, score_BH, score_QFH, top_k, noise=NOISE[course.precision])
         if len(rows_F) == 0:
             return score_BH
-        score_QFH = _score_more_nodes(model, ffns, course, rows_F, course.nodes, neurons)
+        score_QFH = _score_more_nodes(model, layers, course, rows_F, course.nodes, neurons)
     for level, rule in enumerate(rules[start:], start):
         if len(rule.nodes) > len(score_QFH):
             more_nodes = rule.nodes[len(score_QFH) :]
-            more_QFH = _score_more_nodes(model, ffns, course, rows_F, more_nodes, neurons)
+            more_QFH = _score_more_nodes(model, layers, course, rows_F, more_nodes, neurons)
             score_QFH = torch.cat([score_QFH, more_QFH])
         score_FH = _integrate(score_QFH, rule.weights)
         score_BH[rows_F] = score_FH
@@ -324,7 +341,7 @@ def _find_unsettled(
     return find_doubtful(score_BH, torch.stack([coarser_BH, score_BH]), top_k, share=RULE_DOUBT, noise=noise)
 
 
-def _score_more_nodes(model, ffns, course: _Course, rows_F: Tensor, nodes: tuple[float, ...], neurons) -> Tensor:
+def _score_more_nodes(model, layers, course: _Course, rows_F: Tensor, nodes: tuple[float, ...], neurons) -> Tensor:
     """Return scores [nodes, F, H] of some images in the layer after ``neurons``, at nodes that the course lacks."""
     room = len(course.classes_B) * len(course.nodes)  # rows at once, as many as the course itself has
     at_once = min(room, len(nodes))
@@ -333,27 +350,27 @@ def _score_more_nodes(model, ffns, course: _Course, rows_F: Tensor, nodes: tuple
         parts = []
         for part_F in rows_F.split(room // at_once):
             few = course.only(part_F, nodes[start : start + at_once])
-            prefix = _walk(model, ffns, few, [best_BK[part_F] for best_BK in neurons])
+            prefix = _walk(model, layers, few, [best_BK[part_F] for best_BK in neurons])
             layer = _enter(model, few, len(neurons), prefix)
-            parts.append(_score_nodes(model, ffns, few, len(neurons), layer))
+            parts.append(_score_nodes(model, layers, few, len(neurons), layer))
         scores.append(torch.cat(parts, 1))
     return torch.cat(scores)
 
 
-def _walk(model, ffns, course: _Course, neurons_LBK: Sequence[Tensor]) -> _Prefix:
-    """Go through the first blocks with given neurons."""
+def _walk(model, layers, course: _Course, neurons_LBK: Sequence[Tensor]) -> _Prefix:
+    """Go through the first layers with given nodes."""
     prefix = course.start()
     for index, best_BK in enumerate(neurons_LBK):
-        prefix = _advance(model, ffns, course, index, _enter(model, course, index, prefix), best_BK)
+        prefix = _advance(model, layers, course, index, _enter(model, course, index, prefix), best_BK)
     return prefix
 
 
-def _score_nodes(model, ffns, course: _Course, index: int, layer: _Layer) -> Tensor:
-    """Return the scores that each node alone would give [Q, B, H]; they are linear in the gradient."""
-    block, down, w_BTH = model.blocks[index], model.get_submodule(ffns[index].down_proj), course.clean.hidden_BTH[index]
-    cut = _leave(block, layer, down(course.alphas() * w_BTH).flatten(0, 1), None)
-    grad_RND, _ = _suffix_gradient(model, course, index, cut.x_RND)
-    slope_RTD = scale_branch(block, 2, grad_RND[:, layer.tokens])
+def _score_nodes(model, layers, course: _Course, index: int, layer: _Layer) -> Tensor:
+    """Return the scores that each value of α alone would give [Q, B, H]; they are linear in the gradient."""
+    down, w_BTH = model.get_submodule(layers[index].read_by), course.clean.hidden_BTH[index]
+    cut = _leave(layer, down(course.alphas() * w_BTH).flatten(0, 1), None)
+    grad_RND, _ = _suffix_gradient(model, course, course.positions[index], cut.x_RND)
+    slope_RTD = scale_branch(layer.block, layer.branch, grad_RND[:, layer.tokens])
     before_RT1 = _prefix_gradient(cut, grad_RND)
     scores = []
     for slope_BTD, before_BT1 in zip(*(each.chunk(len(course.nodes)) for each in (slope_RTD, before_RT1)), strict=True):
@@ -365,15 +382,15 @@ def _score_nodes(model, ffns, course: _Course, index: int, layer: _Layer) -> Ten
     return torch.stack(scores).detach()
 
 
-def _advance(model, ffns, course: _Course, index: int, layer: _Layer, best_BK: Tensor) -> _Prefix:
-    """Clamp the FFN with its selected neurons scaled by α."""
-    block, down, w_BTH = model.blocks[index], model.get_submodule(ffns[index].down_proj), course.clean.hidden_BTH[index]
+def _advance(model, layers, course: _Course, index: int, layer: _Layer, best_BK: Tensor) -> _Prefix:
+    """Clamp a layer with its selected nodes scaled by α."""
+    down, w_BTH = model.get_submodule(layers[index].read_by), course.clean.hidden_BTH[index]
     chosen_BTK = w_BTH.gather(-1, best_BK.unsqueeze(1).expand(-1, w_BTH.shape[1], -1))
     columns_BKD = down.weight.T[best_BK]
     scaled_BTD = chosen_BTK @ columns_BKD
     out_QBTD = down(w_BTH) + (course.alphas() - 1) * scaled_BTD
     direction_BTD = scaled_BTD if course.complete else columns_BKD.sum(1, keepdim=True).expand_as(scaled_BTD)
-    left = _leave(block, layer, out_QBTD.flatten(0, 1), direction_BTD.repeat(len(course.nodes), 1, 1))
+    left = _leave(layer, out_QBTD.flatten(0, 1), direction_BTD.repeat(len(course.nodes), 1, 1))
     return replace(left, selected_BT1=layer.prefix.selected_BT1 + chosen_BTK.sum(-1, keepdim=True))
 
 
@@ -383,10 +400,12 @@ def _joint_score(model, course: _Course, prefix: _Prefix, weights: tuple[float, 
     return (prefix.selected_BT1 * total_BT1).mean((1, 2)).detach()
 
 
-def _complete_joint_score(model, ffns, course: _Course, neurons_BLK: Tensor, rule: Quadrature) -> tuple[Tensor, Tensor]:
+def _complete_joint_score(
+    model, layers, course: _Course, neurons_BLK: Tensor, rule: Quadrature
+) -> tuple[Tensor, Tensor]:
     """Return the sum of products [B], and how far it is from F(1) - F(0) [B]."""
     course = replace(course, nodes=(*rule.nodes, 0.0, 1.0))
-    prefix = _walk(model, ffns, course, neurons_BLK.unbind(1))
+    prefix = _walk(model, layers, course, neurons_BLK.unbind(1))
     total_BT1, value_QB = _integrate_end(model, course, prefix, (*rule.weights, 0.0, 0.0))
     joint_B = total_BT1.sum((1, 2)).detach()
     return joint_B, (joint_B - (value_QB[-1] - value_QB[-2])).abs()
@@ -395,53 +414,80 @@ def _complete_joint_score(model, ffns, course: _Course, neurons_BLK: Tensor, rul
 def _integrate_end(model, course: _Course, prefix: _Prefix, weights: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """Return the integral of dF along all selected neurons, per scoped token [B, T or 1, 1], and F at nodes [Q, B]."""
     course = replace(course, precision="float32")
-    grad_RND, value_R = _suffix_gradient(model, course, len(model.blocks) - 1, prefix.x_RND)
+    grad_RND, value_R = _suffix_gradient(model, course, course.positions[-1], prefix.x_RND)
     along_RT1 = _prefix_gradient(prefix, grad_RND)
     return _integrate(along_RT1.unflatten(0, (len(weights), -1)), weights), value_R.view(len(weights), -1)
 
 
 def _enter(model, course: _Course, index: int, prefix: _Prefix) -> _Layer:
-    block, args, tokens = model.blocks[index], course.clean.block_args[index], scope_slice(model, course.scope)
-    num_read = num_tokens_read(model) if index == len(model.blocks) - 1 and course.scope == "cls" else None
+    position, start = course.positions[index], course.positions[index - 1] + 1 if index else 0
+    block, branch = model.blocks[position // 2], position % 2 + 1
+    tokens = scope_slice(model, course.scope)
 
     def run(x_RND: Tensor) -> tuple[Tensor, Tensor]:
-        if num_read and can_attend_first(block):
-            mid_RND = attend_first(block, x_RND, num_read)
-        else:
-            mid_RND = attend(block, x_RND, args)
-        before, after = _free_parts(mid_RND, tokens)
-        free_RND = before if after.shape[1] == 0 else after
-        return mid_RND, scale_branch(block, 2, block.mlp(block.norm2(free_RND)))
+        for between in range(start, position):
+            x_RND = _run_branch(model, course, between, x_RND)
+        return _run_free(model, course, position, x_RND)
 
     if prefix.tangent_RND is None:
         mid_RND, free_RND = run(prefix.x_RND)
-        return _Layer(prefix, mid_RND, free_RND, None, None, tokens)
+        return _Layer(block, branch, prefix, mid_RND, free_RND, None, None, tokens)
     with forward_ad.dual_level(), LeanTangents():
         mid, free = run(forward_ad.make_dual(prefix.x_RND, prefix.tangent_RND))
         (mid_RND, mid_tangent), (free_RND, free_tangent) = forward_ad.unpack_dual(mid), forward_ad.unpack_dual(free)
-    return _Layer(prefix, mid_RND, free_RND, mid_tangent, free_tangent, tokens)
+    return _Layer(block, branch, prefix, mid_RND, free_RND, mid_tangent, free_tangent, tokens)
 
 
-def _free_parts(x_RND: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
-    """Split off the tokens before and after the scoped ones; at most one of the two is not empty."""
+def _run_branch(model, course: _Course, position: int, x_RND: Tensor) -> Tensor:
+    """Run a branch that is no layer of the path."""
+    block, args = model.blocks[position // 2], course.clean.block_args[position // 2]
+    if position % 2:
+        return x_RND + scale_branch(block, 2, block.mlp(block.norm2(x_RND)))
+    num_read = _num_read(model, course, position)
+    return attend_first(block, x_RND, num_read) if num_read and can_attend_first(block) else attend(block, x_RND, args)
+
+
+def _run_free(model, course: _Course, position: int, x_RND: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the residual stream that a layer of the path is added to, and what it adds to the free tokens."""
+    block, args = model.blocks[position // 2], course.clean.block_args[position // 2]
+    tokens = scope_slice(model, course.scope)
+    if position % 2:
+        return x_RND, scale_branch(block, 2, block.mlp(block.norm2(_free_part(x_RND, tokens))))
+    read_RND = x_RND[:, : _num_read(model, course, position)]
+    if _free_part(read_RND, tokens).shape[1] == 0:
+        return read_RND, read_RND[:, :0]
+    added_RND = scale_branch(block, 1, block.attn(block.norm1(x_RND), *args[0], **args[1]))
+    return read_RND, _free_part(added_RND[:, : read_RND.shape[1]], tokens)
+
+
+def _num_read(model, course: _Course, position: int) -> int | None:
+    """Return how many of the first tokens matter from a branch on; None: all of them."""
+    in_last = position // 2 == len(model.blocks) - 1
+    return num_tokens_read(model) if in_last and course.scope == "cls" else None
+
+
+def _free_part(x_RND: Tensor, tokens: slice) -> Tensor:
+    """Return the tokens that are not scoped, which are all before the scoped ones or all after them."""
     start, stop, _ = tokens.indices(x_RND.shape[1])
-    return x_RND[:, :start], x_RND[:, stop:]
+    before, after = x_RND[:, :start], x_RND[:, stop:]
+    return before if after.shape[1] == 0 else after
 
 
-def _leave(block, layer: _Layer, out_RTD: Tensor, direction_RTD: Tensor | None) -> _Prefix:
-    """Put a clamped FFN output in the scoped tokens' place.
+def _leave(layer: _Layer, out_RTD: Tensor, direction_RTD: Tensor | None) -> _Prefix:
+    """Put the output of a clamped layer in the scoped tokens' place.
 
-    ``direction_RTD`` is how the selected neurons of this layer move that output; None if the output is fixed.
+    ``direction_RTD`` is how the selected nodes of this layer move that output; None if the output is fixed.
     """
+    block, branch = layer.block, layer.branch
     several = layer.mid_tangent_RND is None and out_RTD.shape[1] > 1
     probes = layer.prefix.probes
     if several and direction_RTD is not None:
         probe_RTD = torch.zeros_like(out_RTD, requires_grad=True)
         probes, out_RTD = (*probes, (probe_RTD, direction_RTD)), out_RTD + probe_RTD
-    x_RND = _assemble(layer.mid_RND, scale_branch(block, 2, out_RTD), layer.free_RND, layer.tokens)
+    x_RND = _assemble(layer.mid_RND, scale_branch(block, branch, out_RTD), layer.free_RND, layer.tokens)
     if several or (layer.mid_tangent_RND is None and direction_RTD is None):
         return _Prefix(x_RND, None, probes, layer.prefix.selected_BT1)
-    moved_RTD = torch.zeros_like(out_RTD) if direction_RTD is None else scale_branch(block, 2, direction_RTD)
+    moved_RTD = torch.zeros_like(out_RTD) if direction_RTD is None else scale_branch(block, branch, direction_RTD)
     if layer.mid_tangent_RND is None:
         tangent_RND = _assemble(torch.zeros_like(x_RND), moved_RTD, torch.zeros_like(layer.free_RND), layer.tokens)
     else:
@@ -450,7 +496,7 @@ def _leave(block, layer: _Layer, out_RTD: Tensor, direction_RTD: Tensor | None) 
 
 
 def _assemble(mid_RND: Tensor, scoped_RTD: Tensor, free_RND: Tensor, tokens: slice) -> Tensor:
-    """Add FFN outputs to the residual stream; shared states (B rows) are repeated to R rows here."""
+    """Add a layer's outputs to the residual stream; shared states (B rows) are repeated to R rows here."""
     repeats = len(scoped_RTD) // len(mid_RND)
     free_RND = free_RND.repeat(len(scoped_RTD) // len(free_RND), 1, 1)
     scoped_first = tokens.indices(mid_RND.shape[1])[0] == 0
@@ -458,18 +504,22 @@ def _assemble(mid_RND: Tensor, scoped_RTD: Tensor, free_RND: Tensor, tokens: sli
     return mid_RND.repeat(repeats, 1, 1) + torch.cat(parts, dim=1)
 
 
-def _suffix_gradient(model, course: _Course, index: int, x_RND: Tensor) -> tuple[Tensor, Tensor]:
-    """Return dF/dx behind block ``index`` [R, N, D] and F [R]; a few rows at a time."""
+def _suffix_gradient(model, course: _Course, position: int, x_RND: Tensor) -> tuple[Tensor, Tensor]:
+    """Return dF/dx behind the branch at ``position`` [R, N, D] and F [R]; a few rows at a time."""
     gradients, values = [], []
     num_read = num_tokens_read(model)
-    rest = list(zip(model.blocks, course.clean.block_args, strict=True))[index + 1 :]
+    begun = None if position % 2 else model.blocks[position // 2]
+    rest = list(zip(model.blocks, course.clean.block_args, strict=True))[position // 2 + 1 :]
     classes_R = course.classes_B.repeat(len(course.nodes))
     split = (x_RND.detach().split(course.chunk_rows), classes_R.split(course.chunk_rows))
     for rows, classes in zip(*split, strict=True):
         with torch.enable_grad(), products_in(course.precision, rows.device):
             leaf = x = rows.clone().requires_grad_()
-            for position, (block, args) in enumerate(rest):
-                if position == len(rest) - 1 and num_read and can_attend_first(block):
+            if begun is not None:
+                x = x if rest else x[:, :num_read]
+                x = x + scale_branch(begun, 2, begun.mlp(begun.norm2(x)))
+            for place, (block, args) in enumerate(rest):
+                if place == len(rest) - 1 and num_read and can_attend_first(block):
                     mid = attend_first(block, x, num_read)
                     x = mid + scale_branch(block, 2, block.mlp(block.norm2(mid)))
                 else:
@@ -481,7 +531,7 @@ def _suffix_gradient(model, course: _Course, index: int, x_RND: Tensor) -> tuple
 
 
 def _prefix_gradient(prefix: _Prefix, grad_RND: Tensor) -> Tensor:
-    """Return dF along the selected neurons of all earlier layers, per scoped token [R, T or 1, 1]."""
+    """Return dF along the selected nodes of all earlier layers, per scoped token [R, T or 1, 1]."""
     if prefix.tangent_RND is not None:
         return (grad_RND * prefix.tangent_RND).sum((1, 2)).view(-1, 1, 1)
     if not prefix.probes:

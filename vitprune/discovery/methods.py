@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -21,8 +21,9 @@ from vitprune.discovery.objective import make_objective
 from vitprune.discovery.quadrature import parse_fixed_quadrature, parse_quadrature
 from vitprune.discovery.search import Search
 from vitprune.errors import VitpruneError
+from vitprune.models.path_layers import DEFAULT_NODES, count_heads, find_path_layers
 from vitprune.models.trunk import resolve_scope
-from vitprune.models.units import find_feed_forwards
+from vitprune.models.units import FFN
 from vitprune.options import DEFAULT_FIXED_QUADRATURE, DEFAULT_QUADRATURE, METHODS, PRECISIONS, check_choice
 from vitprune.views import has_classifier
 
@@ -90,6 +91,7 @@ def plan_search(
     quantity: str = "probability",
     precision: str = "float32",
     seed: int = 0,
+    nodes: Sequence[str] = DEFAULT_NODES,
 ) -> Search:
     """Check the arguments of ``discover`` against a model, before any image is read.
 
@@ -97,7 +99,7 @@ def plan_search(
         VitpruneError: if an argument is out of range, the weights are of 16 bits, or a lower precision is asked for
             where nothing would be decided again.
     """
-    ffns = find_feed_forwards(model)
+    layers = find_path_layers(model, nodes)
     check_choice("method", method, METHODS)
     layerwise = REGISTRY[method].by_layer
     read = parse_quadrature if layerwise else parse_fixed_quadrature
@@ -110,10 +112,11 @@ def plan_search(
             "attributes the similarity of its embedding to the mean of a class"
         )
     objective = make_objective(target, quantity, num_classes=model.num_classes)
-    narrowest = min(ffns, key=lambda ffn: ffn.num_neurons)
-    if not 1 <= top_k <= narrowest.num_neurons:
+    narrowest = min(layers, key=lambda layer: layer.num_units)
+    if not 1 <= top_k <= narrowest.num_units:
+        called = "neurons" if narrowest.kind == FFN else "dimensions"
         raise VitpruneError(
-            f"top_k must be in [1, {narrowest.num_neurons}] ({narrowest.name} has that many neurons), got {top_k}"
+            f"top_k must be in [1, {narrowest.num_units}] ({narrowest.name} has that many {called}), got {top_k}"
         )
     dtype = next(model.parameters()).dtype
     if dtype not in (torch.float32, torch.float64):
@@ -130,4 +133,4 @@ def plan_search(
         raise VitpruneError(f"precision {precision} is for float32 weights, the model has {dtype}; use model.float()")
     if precision == "tf32" and next(model.parameters()).device.type != "cuda":
         raise VitpruneError("precision tf32 needs an NVIDIA GPU; use `device` cuda")
-    return Search(tuple(ffns), method, top_k, scope, rule, objective, precision, seed)
+    return Search(tuple(layers), method, top_k, scope, rule, objective, precision, seed, count_heads(model, layers))

@@ -93,13 +93,13 @@ def save_run(run: Run, folder: str | Path) -> None:
             temporary / PATHS_FILE,
             tensors,
             kind="paths",
-            facts={**facts, "ffns": found.ffns, "images": images.files},
+            facts={**facts, "layers": found.layers, "images": images.files},
         )
         write_tensors(
             temporary / SCORES_FILE,
             found.class_scores,
             kind="class_scores",
-            facts={**facts, "ffns": found.ffns, "classes": found.classes},
+            facts={**facts, "layers": found.layers, "classes": found.classes},
         )
         write_json(
             temporary / RUN_FILE,
@@ -113,6 +113,7 @@ def save_run(run: Run, folder: str | Path) -> None:
                 "data": str(images.root),
                 "num_images": len(images),
                 "top_k": found.neurons.shape[-1],
+                **({"heads": dict(found.heads)} if found.heads else {}),
                 "class_names": {str(index): name for index, name in images.class_names.items()},
                 **({"label_names": list(images.label_names)} if images.label_names else {}),
                 **({} if run.transform is None else {"transform": dict(run.transform)}),
@@ -149,7 +150,7 @@ def _read_run(folder: Path, facts: Mapping[str, Any], paths: tuple[Any, Any], sc
     (tensors, path_facts), (class_scores, score_facts) = paths, scores
     _check_agreement(folder, tensors, path_facts, class_scores)
     found = Discovery(
-        ffns=tuple(path_facts["ffns"]),
+        layers=_layers(path_facts),
         neurons=tensors["neurons"],
         joint_scores=tensors["joint_scores"],
         labels=tensors["labels"],
@@ -169,6 +170,7 @@ def _read_run(folder: Path, facts: Mapping[str, Any], paths: tuple[Any, Any], sc
             tuple(path_facts["images"]),
             tuple(tensors["labels"].tolist()),
         ),
+        heads={name: operator.index(count) for name, count in facts.get("heads", {}).items()},
     )
     images = ImageSet(
         Path(facts["data"]),
@@ -188,6 +190,11 @@ def _read_run(folder: Path, facts: Mapping[str, Any], paths: tuple[Any, Any], sc
         model_transform=facts.get("model_transform"),
         opened=facts.get("opened", {}),
     )
+
+
+def _layers(path_facts: Mapping[str, Any]) -> tuple[str, ...]:
+    # What earlier versions called them, which knew FFNs alone.
+    return tuple(path_facts["layers" if "layers" in path_facts else "ffns"])
 
 
 def open_run(folder: str | Path, *, device: str = "cpu") -> tuple[Run, nn.Module]:
@@ -217,5 +224,5 @@ def _check_agreement(
     folder: Path, tensors: Mapping[str, Any], path_facts: Mapping[str, Any], class_scores: Mapping[str, Any]
 ) -> None:
     num_images = len(tensors["neurons"])
-    if num_images != len(path_facts["images"]) or sorted(class_scores) != sorted(path_facts["ffns"]):
+    if num_images != len(path_facts["images"]) or sorted(class_scores) != sorted(_layers(path_facts)):
         raise VitpruneError(f"{folder}: {PATHS_FILE} and {SCORES_FILE} are not of the same run")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from vitprune.discovery.objective import DEFAULT_OBJECTIVE, Objective
 from vitprune.discovery.quadrature import Quadrature
@@ -14,18 +15,19 @@ class Search:
     """A request for paths.
 
     Attributes:
-        ffns: the model's FFNs.
+        layers: that the path goes through, from ``find_path_layers``.
         method: key of ``METHODS``.
-        top_k: K, neurons per FFN; 1 .. the narrowest FFN.
+        top_k: K, nodes per layer; 1 .. the narrowest layer.
         tokens: ``cls``, ``patch`` or ``all``.
         rule: for the integral over α; the joint score of a path (not of ``jas-complete``) takes its first nodes.
         objective: what F is.
         precision: of the matrix products behind the layer under test at the first nodes, key of ``PRECISIONS``; what it
             leaves in doubt is scored again in the model's own. Other than ``float32`` only with an adaptive rule.
         seed: of the random paths; the other methods draw nothing.
+        heads: attention among the layers -> its heads.
     """
 
-    ffns: tuple[Group, ...]
+    layers: tuple[Group, ...]
     method: str
     top_k: int
     tokens: str
@@ -33,3 +35,4 @@ class Search:
     objective: Objective = DEFAULT_OBJECTIVE
     precision: str = "float32"
     seed: int = 0
+    heads: Mapping[str, int] = field(default_factory=dict)

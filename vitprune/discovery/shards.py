@@ -237,7 +237,7 @@ def read_shards(search: Search, shards: Shards) -> tuple[Discovery, ImageSet, li
                     # Tensors as they were read keep the whole file in memory.
                     **{name: tensors[name].clone() if name in tensors else None for name in _TENSORS},
                     classes=tuple(facts["classes"]),
-                    score_sums={ffn.name: tensors[f"score_sums.{ffn.name}"] for ffn in search.ffns},
+                    score_sums={layer.name: tensors[f"score_sums.{layer.name}"] for layer in search.layers},
                 )
 
     try:

@@ -1,11 +1,11 @@
 """Picture: the paths of several classes side by side, and the neurons that they share.
 
-Letters: L FFNs, K neurons per FFN, C classes, H hidden neurons.
+Letters: L layers, K nodes per layer, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,36 +52,48 @@ class Node:
 
 
 @styled
-def draw_paths(ffns: Sequence[str], paths: Mapping[str, ClassPath], *, title: str = "") -> Figure:
-    """Draw one line per class from FFN to FFN; where classes share a neuron, their lines meet in its number.
+def draw_paths(
+    layers: Sequence[str],
+    paths: Mapping[str, ClassPath],
+    *,
+    name_node: Callable[[str, int], str] = lambda _layer, node: str(node),
+    title: str = "",
+) -> Figure:
+    """Draw one line per class from layer to layer; where classes share a neuron, their lines meet in its number.
 
     A line goes through the best neuron of each FFN; thin ones branch off to the others. Each class has rows of its
     own. A shared neuron stands in a row of one of its classes, the one nearest to the middle of them, so that no two
     neurons of an FFN stand in one place. Classes that share many neurons are neighbours.
 
     Args:
-        ffns: L FFN names.
-        paths: class name -> per FFN its neurons, best first: int64 [L, K]; 2 to 10 classes.
+        layers: L names.
+        paths: class name -> per layer its nodes, best first: int64 [L, K]; 2 to 10 classes.
+        name_node: layer name and node -> what is written in a node that classes share.
         title: above the picture.
 
     Raises:
-        VitpruneError: if there are fewer or more classes, a path does not cover ``ffns``, has no neuron in
+        VitpruneError: if there are fewer or more classes, a path does not cover ``layers``, has no neuron in
             one, or names one twice.
     """
     if not 2 <= len(paths) <= MAX_CLASSES:
         raise VitpruneError(f"path picture: needs 2 to {MAX_CLASSES} classes, to tell them apart, got {len(paths)}")
     neurons = {name: [[int(neuron) for neuron in layer] for layer in path] for name, path in paths.items()}
     for name, path in neurons.items():
-        if len(path) != len(ffns):
-            raise VitpruneError(f"path picture: the path of '{name}' covers {len(path)} FFNs, not {len(ffns)}")
+        if len(path) != len(layers):
+            raise VitpruneError(f"path picture: the path of '{name}' covers {len(path)} layers, not {len(layers)}")
         if not all(path):
             raise VitpruneError(f"path picture: the path of '{name}' has no neuron in an FFN")
         if any(len(set(layer)) < len(layer) for layer in path):
             raise VitpruneError(f"path picture: the path of '{name}' names a neuron twice in an FFN")
     names = order_classes(neurons)
-    digits = max(len(str(neuron)) for path in neurons.values() for layer in path for neuron in layer)
+    digits = max(
+        len(name_node(layer, neuron))
+        for path in neurons.values()
+        for layer, of_layer in zip(layers, path, strict=True)
+        for neuron in of_layer
+    )
     # Numbers side by side where there is room for them at 7 points, else turned.
-    turned = 72 * AXES_WIDTH / (len(ffns) + 0.5) < 5 * digits + 8
+    turned = 72 * AXES_WIDTH / (len(layers) + 0.5) < 5 * digits + 8
     slot = SLOT if not turned else max(SLOT, (5 * digits + 8) / 72)
     branches = any(len(layer) > 1 for path in neurons.values() for layer in path)
     nodes, rows = place_neurons([neurons[name] for name in names], slot=slot)
@@ -98,7 +110,7 @@ def draw_paths(ffns: Sequence[str], paths: Mapping[str, ClassPath], *, title: st
             axes.text(
                 node.layer,
                 node.height,
-                str(node.neuron),
+                name_node(layers[node.layer], node.neuron),
                 ha="center",
                 va="center",
                 rotation=90 if turned else 0,
@@ -109,10 +121,10 @@ def draw_paths(ffns: Sequence[str], paths: Mapping[str, ClassPath], *, title: st
             )
     axes.set_yticks([row[0] for row in rows], [shorten(name) for name in names])
     axes.set_ylim(height - slot / 2, -slot / 2)
-    axes.set_xlim(-STUB, len(ffns) - 1 + STUB)
+    axes.set_xlim(-STUB, len(layers) - 1 + STUB)
     axes.tick_params(left=False)
     axes.spines["left"].set_visible(False)
-    label_blocks(axes, ffns, width=AXES_WIDTH)
+    label_blocks(axes, layers, width=AXES_WIDTH)
     _explain(figure, branches=branches)
     return figure
 

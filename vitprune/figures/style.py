@@ -144,12 +144,18 @@ def write_number(value: float) -> str:
 
 
 def name_blocks(ffns: Sequence[str]) -> list[str]:
-    """Return what an axis calls FFNs: the numbers in their names where those tell them apart, else the names.
+    """Return what an axis calls layers: the numbers in their names where those tell them apart, else the names.
+
+    Attention beside the FFN of its block has an ``a`` behind its number.
 
     >>> name_blocks(["blocks.0.mlp", "blocks.1.mlp"]), name_blocks(["layers.0.blocks.1.mlp", "layers.1.blocks.1.mlp"])
     (['0', '1'], ['0.1', '1.1'])
+    >>> name_blocks(["blocks.0.attn", "blocks.0.mlp"])
+    ['0a', '0']
     """
     numbers = [".".join(re.findall(r"\d+", name)) for name in ffns]
+    if len(set(numbers)) < len(ffns):
+        numbers = [number + ("a" if name.endswith(".attn") else "") for number, name in zip(numbers, ffns, strict=True)]
     return numbers if all(numbers) and len(set(numbers)) == len(ffns) else list(ffns)
 
 
@@ -159,7 +165,7 @@ def label_blocks(axes: Axes, ffns: Sequence[str], *, width: float) -> None:
     points_per_name = 5 * max(map(len, names)) + 3
     step = math.ceil(points_per_name * len(names) / (72 * width))
     axes.set_xticks(range(0, len(names), step), names[::step])
-    axes.set_xlabel("block")
+    axes.set_xlabel("block (a: its attention)" if any(name.endswith("a") for name in names) else "block")
 
 
 def plain_numbers(axes: Axes) -> None:

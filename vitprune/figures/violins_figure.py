@@ -44,7 +44,7 @@ def draw_violins(found: Discovery, classes: Mapping[int, str], *, title: str = "
     if absent:
         raise VitpruneError(f"violins: class {absent[0]} ({classes[absent[0]]}) has no image in the run")
     paths = class_paths(found)
-    narrow = len(found.ffns) <= 16
+    narrow = len(found.layers) <= 16
     num_columns = 2 if len(classes) > 3 and narrow else 1
     num_rows = math.ceil(len(classes) / num_columns)
     width = COLUMN if narrow and num_columns == 1 else PAGE
@@ -60,7 +60,7 @@ def draw_violins(found: Discovery, classes: Mapping[int, str], *, title: str = "
     for column in range(num_columns):
         lowest = panels[(len(classes) - 1 - column) // num_columns, column]
         lowest.tick_params(labelbottom=True)
-        label_blocks(lowest, found.ffns, width=(width - 0.8) / num_columns)
+        label_blocks(lowest, found.layers, width=(width - 0.8) / num_columns)
     largest = max(scores.shape[1] for scores in found.class_scores.values())
     panels[0, 0].set_ylim(-0.03 * largest, 1.03 * largest)
     figure.supylabel("neuron index", fontsize=8)

@@ -94,10 +94,10 @@ def describe_search(paths: AuthorsPaths, model: nn.Module) -> Search:
     search = plan_search(
         model, method=paths.method, top_k=top_k, tokens=facts["tokens"], quadrature=facts["quadrature"][paths.method]
     )
-    if len(search.ffns) != num_ffns:
-        raise VitpruneError(f"{paths.prefix}: its paths go through {num_ffns} FFNs, the model has {len(search.ffns)}")
+    if len(search.layers) != num_ffns:
+        raise VitpruneError(f"{paths.prefix}: its paths go through {num_ffns} FFNs, the model has {len(search.layers)}")
     largest_L = torch.stack([neurons.amax((0, 2)) for neurons in paths.neurons.values()]).amax(0)
-    for ffn, largest in zip(search.ffns, largest_L.tolist(), strict=True):
+    for ffn, largest in zip(search.layers, largest_L.tolist(), strict=True):
         if largest >= ffn.num_neurons:
             raise VitpruneError(
                 f"{paths.prefix}: names neuron {largest} of {ffn.name}, which has {ffn.num_neurons} in the model"
@@ -226,14 +226,14 @@ def adopt(
     _refuse_disagreement(agreement, least_agreement)
     labels = torch.tensor(paths.images.labels)
     found = Discovery(
-        ffns=tuple(ffn.name for ffn in search.ffns),
+        layers=tuple(ffn.name for ffn in search.layers),
         neurons=paths.neurons,
         joint_scores=measured.own_scores if paths.joint_scores is None else paths.joint_scores,
         labels=labels,
         predictions=measured.predictions,
         completeness_errors=None,
         classes=tuple(sorted(set(labels.tolist()))),
-        class_scores={ffn.name: torch.zeros(0, ffn.num_neurons) for ffn in search.ffns},
+        class_scores={ffn.name: torch.zeros(0, ffn.num_neurons) for ffn in search.layers},
         method=search.method,
         tokens=search.tokens,
         quadrature=search.rule.name,
@@ -269,7 +269,7 @@ class _Measured:
         if rows.stop > len(self.predictions):
             raise VitpruneError(f"more images than the {len(self.predictions)} paths")
         scope = scope_slice(model, search.tokens)
-        clean = record_clean(model, search.ffns, images_B, tokens=scope)
+        clean = record_clean(model, search.layers, images_B, tokens=scope)
         self.predictions[rows] = clean.logits_BC.argmax(-1).cpu()
         if self.paths.activation_neurons is not None:
             theirs_BLK = self.paths.activation_neurons[rows]

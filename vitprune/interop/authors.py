@@ -347,6 +347,8 @@ def _check_together(runs: Sequence[Run]) -> dict[str, Run]:
                 "the authors' files are of the probability of each image's own class, at the class token or the "
                 f"patches; the {method} run has target {found.target}, quantity {found.quantity}, tokens {found.tokens}"
             )
+        if found.heads:
+            raise VitpruneError("the authors' files have no place for attention; discover with `nodes` ffn alone")
         if found.neurons.shape[-1] > 1 and method == "influence-pattern":
             raise VitpruneError(
                 "the authors' files have no place for more than one neuron per FFN of influence-pattern"

@@ -34,7 +34,7 @@ class CleanPass:
     Attributes:
         stem_BND: tokens that enter the first block.
         block_args: per block, the other arguments that the model hands it (rotary embeddings, position bias).
-        hidden_BTH: per block, the hidden activations at the scoped tokens, w̄_l.
+        hidden_BTH: per layer, what its output projection reads at the scoped tokens, w̄_l.
         logits_BC: the model's answer.
     """
 
@@ -66,7 +66,7 @@ def scope_slice(model: nn.Module, scope: str) -> slice:
 
 
 @torch.no_grad()
-def record_clean(model: nn.Module, ffns: Sequence[Group], images: Tensor, *, tokens: slice) -> CleanPass:
+def record_clean(model: nn.Module, layers: Sequence[Group], images: Tensor, *, tokens: slice) -> CleanPass:
     """Run the model once on images [B, 3, height, width] and keep what the search starts from."""
     block_args, stem, hidden = [], [], []
 
@@ -77,7 +77,7 @@ def record_clean(model: nn.Module, ffns: Sequence[Group], images: Tensor, *, tok
 
     handles = [block.register_forward_pre_hook(keep_args, with_kwargs=True) for block in model.blocks]
     try:
-        with hook_hidden(model, ffns, lambda _name, h_BNH: hidden.append(h_BNH[:, tokens])):
+        with hook_hidden(model, layers, lambda _name, h_BNH: hidden.append(h_BNH[:, tokens])):
             logits = ask(model, images)
     finally:
         for handle in handles:
@@ -85,13 +85,13 @@ def record_clean(model: nn.Module, ffns: Sequence[Group], images: Tensor, *, tok
     return CleanPass(stem[0], tuple(block_args), tuple(hidden), logits)
 
 
-def check_trunk(model: nn.Module, ffns: Sequence[Group], images: Tensor) -> None:
+def check_trunk(model: nn.Module, layers: Sequence[Group], images: Tensor) -> None:
     """Refuse a model whose parts, put together by this file, do not give its own logits on ``images``.
 
     Raises:
         VitpruneError: if the model has no isotropic trunk of pre-norm blocks with one FFN each.
     """
-    reason = _trunk_mismatch(model, ffns, images)
+    reason = _trunk_mismatch(model, layers, images)
     if reason:
         raise VitpruneError(
             f"{type(model).__name__} has no isotropic trunk (stem -> blocks -> head): {reason}; the path search cannot "
@@ -100,21 +100,26 @@ def check_trunk(model: nn.Module, ffns: Sequence[Group], images: Tensor) -> None
 
 
 @torch.no_grad()
-def _trunk_mismatch(model: nn.Module, ffns: Sequence[Group], images: Tensor) -> str | None:
-    names = [f"blocks.{index}.mlp" for index in range(len(getattr(model, "blocks", [])))]
-    if [ffn.name for ffn in ffns] != names:
-        return f"its FFNs are not blocks.0.mlp .. blocks.N.mlp but {ffns[0].name} .. {ffns[-1].name}"
+def _trunk_mismatch(model: nn.Module, layers: Sequence[Group], images: Tensor) -> str | None:
+    num_blocks, found = len(getattr(model, "blocks", [])), [layer.name for layer in layers]
+    for kind, called in (("mlp", "FFNs"), ("attn", "attentions")):
+        of_kind = [
+            name for name in found if name.endswith(f".{kind}") or (kind == "mlp" and not name.endswith(".attn"))
+        ]
+        if of_kind not in ([], [f"blocks.{index}.{kind}" for index in range(num_blocks)]):
+            return f"its {called} are not blocks.0.{kind} .. blocks.N.{kind} but {of_kind[0]} .. {of_kind[-1]}"
     if any(getattr(block, "merge", None) is not None for block in model.blocks):
         return "its tokens merge, and a path goes through all of them"
     if not all(hasattr(model, part) for part in ("norm", "forward_head")):
         return "it has no 'norm' and 'forward_head' after its blocks"
     images = images[:1]
-    clean = record_clean(model, ffns, images, tokens=slice(None))
-    if clean.stem_BND.ndim != 3 or len(clean.block_args) != len(names):
+    clean = record_clean(model, layers, images, tokens=slice(None))
+    if clean.stem_BND.ndim != 3 or len(clean.block_args) != num_blocks:
         return f"its blocks work on tensors of shape {list(clean.stem_BND.shape)}, not [images, tokens, width]"
     x_BND = clean.stem_BND
     num_read = num_tokens_read(model)
-    for block, args in zip(model.blocks, clean.block_args, strict=True):
+    heads = {layer.name: w_BNH for layer, w_BNH in zip(layers, clean.hidden_BTH, strict=True)}
+    for index, (block, args) in enumerate(zip(model.blocks, clean.block_args, strict=True)):
         if not all(hasattr(block, part) for part in ("norm1", "attn", "norm2", "mlp")):
             return f"its {type(block).__name__} lacks one of norm1, attn, norm2, mlp"
         try:
@@ -124,6 +129,11 @@ def _trunk_mismatch(model: nn.Module, ffns: Sequence[Group], images: Tensor) -> 
             return f"its {type(block).__name__} is not attention followed by an FFN ({error})"
         if not torch.allclose(whole_BND, block(x_BND, *args[0], **args[1]), rtol=1e-4, atol=1e-4):
             return f"its {type(block).__name__} is not x + attention(norm(x)) followed by x + FFN(norm(x))"
+        o_BND = heads.get(f"blocks.{index}.attn")
+        if o_BND is not None:
+            whole_mid = x_BND + scale_branch(block, 1, block.attn.proj(o_BND))
+            if not torch.allclose(whole_mid, mid_BND, rtol=1e-4, atol=1e-4):
+                return f"its {type(block.attn).__name__} does not end with its output projection"
         if num_read and can_attend_first(block):
             first = attend_first(block, x_BND, num_read)
             if not torch.allclose(first, mid_BND[:, :num_read], rtol=1e-4, atol=1e-4):

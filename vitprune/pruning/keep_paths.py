@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vitprune.discovery.discover import Discovery, class_paths
+from vitprune.discovery.discover import Discovery, class_paths, only_ffns
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.models.facts import Facts
@@ -26,7 +26,8 @@ def plan_paths(model: nn.Module, found: Discovery, num_neurons: int) -> Plan:
         num_neurons: K of each class in each FFN, at least 1.
 
     Raises:
-        VitpruneError: if ``num_neurons`` is out of range, or the discovery is of another model.
+        VitpruneError: if ``num_neurons`` is out of range, the discovery is of another model, or its paths go through
+            attention alone.
 
     Source:
         arXiv:2503.09046, which masks what is on no path; ``prune_as_planned`` takes it out and makes good for it.
@@ -39,6 +40,7 @@ def plan_paths(model: nn.Module, found: Discovery, num_neurons: int) -> Plan:
     >>> all(10 <= width <= 30 for width in plan.widths.values())
     True
     """
+    found = only_ffns(found)
     sizes = {name: scores.shape[1] for name, scores in found.class_scores.items()}
     narrowest = min(sizes, key=sizes.__getitem__)
     if not 1 <= num_neurons <= sizes[narrowest]:
@@ -47,7 +49,7 @@ def plan_paths(model: nn.Module, found: Discovery, num_neurons: int) -> Plan:
         )
     paths = class_paths(found, num_neurons)
     keep = {}
-    for position, name in enumerate(found.ffns):
+    for position, name in enumerate(found.layers):
         on_path = torch.zeros(sizes[name], dtype=torch.bool)
         for neurons_LK in paths.values():
             on_path[neurons_LK[position]] = True

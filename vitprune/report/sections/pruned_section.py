@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from vitprune import options
 from vitprune.data import describe_class
-from vitprune.discovery.discover import class_paths
+from vitprune.discovery.discover import class_paths, only_ffns
 from vitprune.figures.candidates_figure import draw_candidates
 from vitprune.figures.recovery_figure import draw_recovery
 from vitprune.figures.widths_figure import draw_widths
+from vitprune.models.units import FFN
 from vitprune.report.page_blocks import Cell, Column, Grid, Row, Section
 from vitprune.report.pictures import embed_figure
 from vitprune.report.pruned_folder import (
@@ -40,7 +41,8 @@ def pruned_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Section
         kept = ", ".join(map(describe_class, content.label_names[:8]))
         more = f" and {len(content.label_names) - 8} more" if len(content.label_names) > 8 else ""
         lead.append(f"It answers {len(content.label_names)} classes: {kept}{more}.")
-    lead += [_kept_on_paths(content, run) for run in of_kind(artefacts, "run") if same_weights(content, run.content)]
+    runs = [run for run in of_kind(artefacts, "run") if same_weights(content, run.content)]
+    lead += [_kept_on_paths(content, run) for run in runs if FFN in run.content.found.nodes]
     rows = tuple(
         Row(
             (
@@ -136,10 +138,11 @@ def describe_decision(pruned: PrunedModel) -> str:
 
 
 def _kept_on_paths(pruned: PrunedModel, run: Artefact) -> str:
+    found = only_ffns(run.content.found)
     on_paths = {
         (name, int(neuron))
-        for path in class_paths(run.content.found).values()
-        for name, of_ffn in zip(run.content.found.ffns, path, strict=True)
+        for path in class_paths(found).values()
+        for name, of_ffn in zip(found.layers, path, strict=True)
         for neuron in of_ffn
     }
     kept = sum(bool(pruned.plan.keep[name][neuron]) for name, neuron in on_paths)

@@ -8,13 +8,16 @@ from collections.abc import Mapping, Sequence
 from vitprune import options
 from vitprune.analysis.utilisation import measure_utilisation
 from vitprune.data import describe_class
-from vitprune.discovery.discover import class_paths, count_correct
+from vitprune.discovery.discover import Discovery, class_paths, count_correct
+from vitprune.discovery.heads import node_names
 from vitprune.discovery.run import Run
 from vitprune.evaluation.accuracy import count_right
 from vitprune.evaluation.evaluation_folder import Evaluation
 from vitprune.figures.path_figure import MAX_CLASSES, draw_paths
+from vitprune.figures.style import name_blocks
 from vitprune.figures.utilisation_figure import draw_utilisation
 from vitprune.figures.violins_figure import draw_violins
+from vitprune.models.path_layers import count_layers
 from vitprune.report.page_blocks import Cell, Column, Grid, Picture, Row, Section
 from vitprune.report.pictures import embed_figure
 from vitprune.report.pruned_folder import PrunedModel, same_weights
@@ -36,9 +39,9 @@ def run_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Section:
     num_right = int((found.labels == found.predictions).sum())
     lead = [
         f"The neuron paths of {plural(len(found.labels), 'image')} of "
-        f"{plural(len(found.classes), 'class', 'classes')}: {plural(found.neurons.shape[2], 'neuron')} in each of "
-        f"{len(found.ffns)} FFNs, found by {found.method} ({_method(found.method)}) at {_tokens(found.tokens)}; mean "
-        f"joint attribution score {found.joint_scores.mean():.2f}. "
+        f"{plural(len(found.classes), 'class', 'classes')}: {plural(found.neurons.shape[2], _noun(found))} in each of "
+        f"{count_layers(found.layers)}, found by {found.method} ({_method(found.method)}) at {_tokens(found.tokens)}; "
+        f"mean joint attribution score {found.joint_scores.mean():.2f}. "
         f"The model answers {num_right:,} of these images rightly."
     ]
     blocks: list[Grid | Picture] = [_path_grid(artefact, artefacts), *_draw(artefact, artefacts)]
@@ -60,7 +63,7 @@ def _draw(artefact: Artefact, artefacts: Sequence[Artefact]) -> list[Picture]:
         named = {_unique_name(run, index): paths[index].tolist() for index in chosen}
         pictures.append(
             embed_figure(
-                draw_paths(found.ffns, named),
+                draw_paths(found.layers, named, name_node=node_names(found)),
                 id=f"{artefact.key}-paths",
                 caption=f"Paths of {which} from block to block; lines meet in neurons that classes share.",
             )
@@ -114,7 +117,7 @@ def _tokens(scope: str) -> str:
 
 
 def _visitors(run: Run) -> dict[tuple[int, int], list[int]]:
-    """Return which classes have a neuron (FFN, index) on their paths."""
+    """Return which classes have a node (place of its layer, index) on their paths."""
     visitors: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, path_LK in class_paths(run.found).items():
         for layer, neurons in enumerate(path_LK.tolist()):
@@ -137,17 +140,20 @@ def _path_grid(artefact: Artefact, artefacts: Sequence[Artefact]) -> Grid:
         link, change = changed.get(names[index], ("", None))
         cells = [Cell(name, name, thumbnail=examples.get(index))]
         for layer, neurons in enumerate(path_LK.tolist()):
-            cells.append(_path_cell(found.ffns[layer], neurons, [visitors[layer, n] for n in neurons], removed_by))
+            cells.append(_path_cell(found, layer, neurons, [visitors[layer, n] for n in neurons], removed_by))
         cells.append(Cell(f"{score:.2f}", score))
         if changed:
             cells.append(Cell("" if change is None else points(change), change, link))
         cells += [Cell(str(number), number) for number in (total[row], right[row])]
         rows.append(Row(tuple(cells), class_id(artefact, index)))
-    columns = [Column("class", numeric=False), *(Column(_block_name(name), sortable=False) for name in found.ffns)]
+    columns = [Column("class", numeric=False), *(Column(name, sortable=False) for name in name_blocks(found.layers))]
     columns += [Column("mean score")] + [Column("change, points")] * bool(changed)
     columns += [Column("images"), Column("right")]
     rows.sort(key=lambda row: row.cells[0].order)
     note = "Under each block the neuron of its FFN that lies most often on the paths of the class"
+    if found.heads:
+        note = "Under each block the node that lies most often on the paths of the class: the neuron of its FFN, and "
+        note += "where an a stands, the head of its attention and the dimension in it"
     note += f" (first of {found.neurons.shape[2]})." if found.neurons.shape[2] > 1 else "."
     note += " Tinted: on the paths of several classes, the stronger the more."
     if removed_by:
@@ -162,24 +168,34 @@ def _path_grid(artefact: Artefact, artefacts: Sequence[Artefact]) -> Grid:
     return Grid(f"{artefact.key}-classes", title, tuple(columns), tuple(rows), note, sorted_by=(0, False))
 
 
-def _block_name(ffn: str) -> str:
-    numbers = [part for part in ffn.split(".") if part.isdecimal()]
-    return ".".join(numbers) or ffn
+def _noun(found: Discovery) -> str:
+    return "node" if found.heads else "neuron"
+
+
+def _removes(pruned: PrunedModel, layer: str, node: int) -> bool:
+    """Tell whether a pruned model has lost a neuron; dimensions of attention are other units there than here."""
+    return layer in pruned.plan.keep and not pruned.plan.keep[layer][node]
 
 
 def _path_cell(
-    ffn: str, neurons: Sequence[int], visitors: Sequence[Sequence[int]], removed_by: Mapping[str, PrunedModel]
+    found: Discovery,
+    place: int,
+    neurons: Sequence[int],
+    visitors: Sequence[Sequence[int]],
+    removed_by: Mapping[str, PrunedModel],
 ) -> Cell:
+    layer = found.layers[place]
+    names = [node_names(found)(layer, neuron) for neuron in neurons]
     shared = len(visitors[0])
     look = "neuron" + (f" shared{min(3, shared - 1)}" if shared > 1 else "")
-    hint = f"{ffn}: neuron {', '.join(map(str, neurons))}"
+    hint = f"{layer}: {_noun(found)} {', '.join(names)}"
     hint += f"; on the paths of {shared} classes" if shared > 1 else ""
-    removers = [name for name, pruned in removed_by.items() if not pruned.plan.keep[ffn][neurons[0]]]
+    removers = [name for name, pruned in removed_by.items() if _removes(pruned, layer, neurons[0])]
     if removers:
         # Of several pruned models, the first: what the page is about.
         look += " removed" if removers[0] == next(iter(removed_by)) else ""
         hint += f"; removed in {', '.join(removers)}"
-    return Cell(str(neurons[0]), look=look, hint=hint)
+    return Cell(names[0], look=look, hint=hint)
 
 
 def _removers(run: Run, artefacts: Sequence[Artefact]) -> dict[str, PrunedModel]:
@@ -220,15 +236,21 @@ def _shared_grid(artefact: Artefact, artefacts: Sequence[Artefact]) -> Grid:
     several.sort(key=lambda pair: (-len(pair[1]), pair[0]))
     rows = []
     for (layer, neuron), classes in several[:MOST_SHARED]:
-        ffn = run.found.ffns[layer]
+        name = run.found.layers[layer]
         names = [describe_class(run.images.class_names[index]) for index in classes]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        cells = [Cell(ffn, layer), Cell(str(neuron), neuron), Cell(str(len(classes)), len(classes)), Cell(shown, shown)]
+        cells = [Cell(name, layer), Cell(node_names(run.found)(name, neuron), neuron)]
+        cells += [Cell(str(len(classes)), len(classes)), Cell(shown, shown)]
         if removed_by:
-            removers = [name for name, pruned in removed_by.items() if not pruned.plan.keep[ffn][neuron]]
+            removers = [each for each, pruned in removed_by.items() if _removes(pruned, name, neuron)]
             cells.append(Cell(", ".join(removers) or "none", ", ".join(removers)))
         rows.append(Row(tuple(cells)))
-    columns = [Column("FFN"), Column("neuron"), Column("classes"), Column("which", numeric=False)]
+    columns = [
+        Column("layer" if run.found.heads else "FFN"),
+        Column(_noun(run.found)),
+        Column("classes"),
+        Column("which", numeric=False),
+    ]
     columns += [Column("removed in", numeric=False)] if removed_by else []
     total = len(several)
     title = "Neurons that classes share" + (f": {MOST_SHARED} of {total:,}" if total > MOST_SHARED else "")
