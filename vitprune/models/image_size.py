@@ -14,7 +14,7 @@ from vitprune.models.merging import check_schedule, describe_merging
 from vitprune.views import data_config
 
 # Of the height and width: which smaller images are looked at.
-SMALLER = (6 / 7, 5 / 7, 4 / 7)
+SMALLER = (13 / 14, 6 / 7, 11 / 14, 5 / 7, 4 / 7)
 
 
 @entry
@@ -81,7 +81,7 @@ def smaller_sizes(model: nn.Module) -> list[tuple[int, int]]:
 
     >>> import timm
     >>> smaller_sizes(timm.create_model("vit_tiny_patch16_224", depth=1))
-    [(192, 192), (160, 160), (128, 128)]
+    [(208, 208), (192, 192), (176, 176), (160, 160), (128, 128)]
     """
     patch_size = check_image_size(model)
     own = tuple(data_config(model)["input_size"][1:])

@@ -28,13 +28,14 @@ from vitprune.pruning.plan import Plan
 from vitprune.pruning.prune import prune
 from vitprune.seen_images import watch
 from vitprune.speed.fit_latency import Fitted, Format, Writer, fit_latency
-from vitprune.speed.settle_widths import MAX_ROUNDS, TOLERANCE, Shaper, cuts, is_near, mean_speedups
+from vitprune.speed.settle_widths import MAX_ROUNDS, TOLERANCE, Shaper, cuts, is_near
 from vitprune.speed.speed_candidates import (
     Candidate,
     Measure,
     Timer,
     look_around,
     look_at,
+    mean_speedups,
     propose_candidates,
     seen_as_json,
     seen_from_json,
@@ -208,7 +209,8 @@ def prune_for_speed(
                 timed = shaped if decided is None else decided.in_shape
                 as_settled = bool(seen.settled) and math.isclose(took, seen.latency.predict(timed))
                 facts = {"predicted": fitted.dense_ms / took, "cut": cuts(target), "as_settled": as_settled}
-                return pruned, plan, {**facts, "speedups": timer.speedups(pruned, wanted)}
+                near = partial(is_near, speedup=speedup, cuts=cuts(target))
+                return pruned, plan, {**facts, "speedups": timer.sure_speedups(pruned, wanted, near)}
 
             pruned, plan, facts = kept.model(f"round-{number}", make)
             predicted, speedups = facts["predicted"], tuple(facts["speedups"])

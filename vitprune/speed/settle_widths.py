@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -36,15 +36,6 @@ def cuts(target: Target) -> bool:
 def is_near(speedups: Sequence[float], speedup: float, cuts: bool) -> bool:
     """Tell whether a result is fast enough and not milder than need be; without units to keep it cannot be milder."""
     return TOLERANCE * speedup <= min(speedups) <= (GENEROUS * speedup if cuts else float("inf"))
-
-
-def mean_speedups(first: Sequence[float], second: Sequence[float]) -> tuple[float, ...]:
-    """Return the geometric means of two measurements of one shape, at each batch size.
-
-    >>> mean_speedups((2.0, 3.0), (8.0, 3.0))
-    (4.0, 3.0)
-    """
-    return tuple(math.sqrt(one * other) for one, other in zip(first, second, strict=True))
 
 
 class Shaper:
@@ -94,8 +85,9 @@ class Shaper:
             if decided is None and cuts(target):
                 break  # neurons alone go, and their own ranking says how many of which FFN
             candidate = shaped if decided is None else decided.in_shape
-            speedups = self.timer.speedups(candidate, Format(chosen.backend, chosen.precision))
-            if is_near(speedups, speedup, cuts(target)):
+            near = partial(is_near, speedup=speedup, cuts=cuts(target))
+            speedups = self.timer.sure_speedups(candidate, Format(chosen.backend, chosen.precision), near)
+            if near(speedups):
                 return replace(seen, settled=speedups)
             ratio = self.timer.dense_ms / seen.latency.predict(candidate) / min(speedups)
             seen = replace(seen, latency=seen.latency.scaled(ratio))
