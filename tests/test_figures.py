@@ -746,7 +746,7 @@ def test_classes_that_share_neurons_are_neighbours():
     [
         ({"a": [[1]] * 4}, "needs 2 to 10 classes"),
         (dict.fromkeys("abcdefghijk", [[1]] * 4), "needs 2 to 10 classes, to tell them apart, got 11"),
-        ({"a": [[1]] * 4, "b": [[1]] * 3}, "the path of 'b' covers 3 FFNs, not 4"),
+        ({"a": [[1]] * 4, "b": [[1]] * 3}, "the path of 'b' covers 3 layers, not 4"),
         ({"a": [[1]] * 4, "b": [[1], [], [1], [1]]}, "the path of 'b' has no neuron in an FFN"),
         ({"a": [[1]] * 4, "b": [[1, 1]] * 4}, "names a neuron twice"),
     ],

@@ -34,6 +34,8 @@ _HOME_OF = {
     "ImageBatches": "vitprune.data",
     "find_images": "vitprune.data",
     "Discovery": "vitprune.discovery.discover",
+    "class_heads": "vitprune.discovery.heads",
+    "head_scores": "vitprune.discovery.heads",
     "discover": "vitprune.discovery.discover",
     "discover_run": "vitprune.discovery.discover_run",
     "class_paths": "vitprune.discovery.discover",
