@@ -155,6 +155,22 @@ def write_images(root: Path) -> None:
             Image.fromarray(pixels).save(root / f"class{index}" / f"{number}.{'png' if number % 2 else 'jpg'}")
 
 
+@pytest.fixture(scope="module")
+def other_folder(tmp_path_factory, image_folder):
+    """Two other images of each class of ``image_folder``."""
+    import numpy as np
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("others")
+    generator = np.random.default_rng(1)
+    for index in range(5):
+        (root / f"class{index}").mkdir()
+        for number in range(2):
+            pixels = generator.integers(0, 256, (36, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / f"class{index}" / f"other{number}.png")
+    return root
+
+
 @pytest.fixture(scope="session")
 def saved_vit(tmp_path_factory):
     """A folder with a small random float32 model."""

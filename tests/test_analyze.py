@@ -6,10 +6,8 @@ import json
 import shutil
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import vitprune
 from vitprune.analysis.analysis_figures import analysis_figures, save_analysis_figures
@@ -21,19 +19,6 @@ from vitprune.discovery.run import load_run
 from vitprune.options import EXPERIMENTS
 
 METHODS = ("jas", "activation", "random")
-
-
-@pytest.fixture(scope="module")
-def other_folder(tmp_path_factory, image_folder):
-    """Two other images of each class of ``image_folder``."""
-    root = tmp_path_factory.mktemp("others")
-    generator = np.random.default_rng(1)
-    for index in range(5):
-        (root / f"class{index}").mkdir()
-        for number in range(2):
-            pixels = generator.integers(0, 256, (36, 40, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / f"class{index}" / f"other{number}.png")
-    return root
 
 
 @pytest.fixture(scope="module")

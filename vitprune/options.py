@@ -111,8 +111,19 @@ EXPERIMENTS: Mapping[str, str] = {
     "similarity": "how alike the paths of images and classes are, and how many neurons ever lie on one",
     "top-images": "images of the run that excite the neurons at the end of the class paths most",
     "transfer": "as manipulation, with the class paths of the run on other images",
+    "faithfulness": "keep only the best neurons, or all others, from one to all of them, on other images",
     "topk-mask": "mask all but the top neurons of each class, on other images (slow)",
 }
+
+ABLATIONS: Mapping[str, str] = {
+    "zero": "nothing, as pruning does (the paper)",
+    "mean": "their mean over the images of the run",
+    "class-mean": "their mean over the images of the class in the run",
+    "resample": "what they are on another image of the run, drawn by the seed",
+    "double": "twice what they are",
+}
+
+DEFAULT_ABLATIONS = ("zero", "mean")
 
 # Ways to be faster, as a front of accuracy against speed shows them.
 LEVERS: Mapping[str, str] = {

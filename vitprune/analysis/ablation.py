@@ -79,7 +79,7 @@ def measure_means(
         with hook_hidden(model, layers, add):
             ask(model, images)
         counts.index_add_(0, places.cpu(), torch.ones(len(places), dtype=torch.float64))
-    if sharing_has_none(counts):
+    if not sums:
         raise VitpruneError("no images to average activations of")
     counts, *totals = sum_of_all(counts, *sums.values())
     missing = [index for index, row in rows.items() if not counts[row]]
@@ -93,12 +93,6 @@ def measure_means(
             each_C11 = counts[: len(rows)].to(total.device).view(-1, 1, 1)
             of_class[name] = (total[: len(rows)] / each_C11).to(dtype)
     return Means(of_all, of_class, rows)
-
-
-def sharing_has_none(counts: Tensor) -> bool:
-    """Tell whether no process has an image."""
-    (total,) = sum_of_all(float(counts.sum()))
-    return total == 0
 
 
 @torch.no_grad()

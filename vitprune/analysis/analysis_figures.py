@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vitprune.analysis.analysis_folder import FIGURES_FOLDER, Analysis
+from vitprune.analysis.faithfulness import FaithfulnessRow
 from vitprune.analysis.manipulation import MANIPULATIONS, WHOSE
 from vitprune.analysis.topk_mask import TopKRow
 from vitprune.data import ImageSet, describe_class
@@ -19,6 +20,7 @@ from vitprune.discovery.discover import class_paths
 from vitprune.discovery.heads import node_names
 from vitprune.discovery.run import Run
 from vitprune.figures.deviations_figure import FACTORS, draw_deviations
+from vitprune.figures.faithfulness_figure import draw_faithfulness
 from vitprune.figures.joint_scores_figure import draw_joint_scores
 from vitprune.figures.path_figure import draw_paths
 from vitprune.figures.similarity_figure import draw_similarity
@@ -201,6 +203,14 @@ def _top_image_figures(analysis: Analysis) -> list[AnalysisFigure]:
     ]
 
 
+def _faithfulness_figures(analysis: Analysis) -> list[AnalysisFigure]:
+    def draw(_runs: Mapping[str, Run]) -> Figure:
+        return draw_faithfulness([FaithfulnessRow(**row) for row in analysis.results["faithfulness"]])
+
+    caption = "Mean probability of the true class, on images that no ranking was made of."
+    return [AnalysisFigure("faithfulness", "Only the best neurons kept, and only they ablated", caption, draw)]
+
+
 def _topk_figures(analysis: Analysis) -> list[AnalysisFigure]:
     def draw(_runs: Mapping[str, Run]) -> Figure:
         return draw_topk_mask([TopKRow(**row) for row in analysis.results["topk_mask"]])
@@ -215,6 +225,7 @@ _FIGURES_OF: Mapping[str, Callable[[Analysis], list[AnalysisFigure]]] = {
     **{experiment: partial(_deviation_figures, experiment=experiment) for experiment in MANIPULATIONS},
     "similarity": _similarity_figures,
     "top_images": _top_image_figures,
+    "faithfulness": _faithfulness_figures,
     "topk_mask": _topk_figures,
 }
 

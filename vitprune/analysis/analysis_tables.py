@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Any
 from vitprune.analysis.manipulation import MANIPULATIONS, WHOSE
 from vitprune.data import describe_class
 from vitprune.figures.deviations_figure import FACTORS
-from vitprune.options import ORACLE
+from vitprune.options import ABLATIONS, ORACLE
 from vitprune.table import Table
+
+# Of the shares that are measured, those in the table.
+SHARES_SHOWN = (0.01, 0.1, 0.5)
+SCORES_OF: Mapping[str, str] = {"class": "its class", "image": "itself", "all": "all"}
 
 if TYPE_CHECKING:
     from vitprune.analysis.analysis_folder import Analysis
@@ -26,6 +30,8 @@ def analysis_tables(analysis: Analysis) -> tuple[Table, ...]:
             tables.append(_deviations_table(experiment, results[experiment]))
     if "similarity" in results:
         tables += _similarity_tables(results["similarity"], analysis.class_names)
+    if "faithfulness" in results:
+        tables += _faithfulness_tables(results["faithfulness"])
     if "topk_mask" in results:
         tables.append(_topk_table(results["topk_mask"]))
     return tuple(tables)
@@ -169,6 +175,50 @@ def _pairs_table(similarity: Mapping[str, Any], what: str, names: Mapping[int, s
             f"(p {wordnet['tree']['p_value']:.3g}); Mantel permutation test"
         )
     return Table(f"most and least similar classes by {what}", ("", "class", "and", "cosine"), tuple(cells), note)
+
+
+def _faithfulness_tables(rows) -> list[Table]:
+    tables = []
+    for tokens, ablation in dict.fromkeys((row["tokens"], row["ablation"]) for row in rows):
+        own = [row for row in rows if (row["tokens"], row["ablation"]) == (tokens, ablation)]
+        shares = own[0]["shares"]
+        shown = [shares.index(share) for share in SHARES_SHOWN if share in shares]
+        tables.append(
+            Table(
+                f"faithfulness, ablated at {tokens}, {ablation} ({own[0]['num_images']} images)",
+                (
+                    "ranked by",
+                    "scores of",
+                    *(f"best {100 * shares[at]:g} % kept" for at in shown),
+                    "area",
+                    "95 % interval",
+                    "first minus it",
+                    "95 % interval ",
+                    "area without",
+                    " 95 % interval",
+                    "first minus it ",
+                    " 95 % interval ",
+                ),
+                tuple(
+                    (
+                        row["method"],
+                        SCORES_OF[row["ranked"]],
+                        *(row["kept"][at] for at in shown),
+                        *_interval(row["faithfulness"]),
+                        *_interval(row["faithfulness_advantage"]),
+                        *_interval(row["completeness"]),
+                        *_interval(row["completeness_advantage"]),
+                    )
+                    for row in own
+                ),
+                f"all others set to: {ABLATIONS[ablation]}. Kept: mean probability of the true class "
+                f"({own[0]['kept'][-1]:.3f} undisturbed, {own[0]['kept'][0]:.3f} with all ablated). Area: under that "
+                "curve over all shares, as a share of the undisturbed probability; without: over the curve with the "
+                "best ablated. The first by class is compared with those by class and for all, the first by image with "
+                "those by image; intervals by Student's t over classes",
+            )
+        )
+    return tables
 
 
 def _topk_table(rows) -> Table:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from vitprune import options
+from vitprune.analysis.ablation import RESAMPLE
 from vitprune.analysis.analysis_folder import ANALYSIS_FILES, PASSES_FOLDER, AnalysedRun, Analysis
-from vitprune.analysis.experiments import NEED_OTHERS, check_experiments, run_experiments
+from vitprune.analysis.experiments import NEED_OTHERS, SLOW, check_experiments, run_experiments
+from vitprune.analysis.faithfulness import BY_CLASS, BY_IMAGE
 from vitprune.analysis.topk_mask import MASK_SHARES, TOP_KS
 from vitprune.analysis.wordnet import find_nouns, is_wnid
 from vitprune.data import ImageBatches, ImageSet, hash_images
@@ -42,6 +44,9 @@ def analyze(
     top_k: Sequence[int] | None = None,
     mask_share: Sequence[float] | None = None,
     depth: int | None = None,
+    ablations: Sequence[str] | None = None,
+    rank_by: Sequence[str] | None = None,
+    criteria: Sequence[str] | None = None,
     num_pairs: int = 50,
     wordnet: str | Path | None = None,
     seed: int = 0,
@@ -64,16 +69,20 @@ def analyze(
         model: that the runs are of, in eval mode; images [B, channels, height, width] -> logits [B, C].
         runs: name in the results -> run, as ``load_runs`` returns them: all of this model and of the same images. The
             first is compared with the others, and ``heads``, ``top-images`` and ``topk-mask`` are about it alone.
-        others: images that no run was found on, for ``transfer`` and ``topk-mask``.
+        others: images that no run was found on, for ``transfer``, ``faithfulness`` and ``topk-mask``.
         experiments: keys of ``options.EXPERIMENTS``. None makes all that can be made without another choice: not
-            ``topk-mask``, ``transfer`` only with ``others``, ``halves`` only where every class has two images,
-            ``heads`` only where paths go through attention.
+            ``topk-mask`` and ``faithfulness``, ``transfer`` only with ``others``, ``halves`` only where every class has
+            two images, ``heads`` only where paths go through attention.
         factors: what path neurons are multiplied by: 0 removes them, 2 doubles them.
         tokens: where to intervene, each ``cls``, ``patch`` or ``all``; None: where the first run's paths were found,
-            and for ``topk-mask`` everywhere as well.
+            and for ``faithfulness`` and ``topk-mask`` everywhere as well.
         top_k: for ``topk-mask``: neurons per FFN that are never masked; None: 1, 5, 10, 20 and 50.
         mask_share: for ``topk-mask``: shares of the other neurons to mask, in [0, 1]; None: 0.1, 0.3, 0.5 and 1.
         depth: for ``topk-mask``: mask in the first so many FFNs only; None: in all.
+        ablations: for ``faithfulness``: keys of ``options.ABLATIONS``; None: zero and mean.
+        rank_by: for ``faithfulness``: by the scores of the ``class`` in the run, by those of each ``image``, which are
+            searched for, or both; None: class.
+        criteria: for ``faithfulness``: keys of ``options.CRITERIA`` to compare with; None: none.
         num_pairs: for ``similarity``: most and least similar classes to name.
         wordnet: for ``similarity`` of classes that are named by WordNet id: folder of WordNet 3.0's ``data.noun``;
             None: where it is installed.
@@ -116,7 +125,15 @@ def analyze(
     _check_runs(runs, sources, weights)
     first = next(iter(runs.values()))
     chosen = _choose_experiments(experiments, first.found, with_others=others is not None, note=note)
-    _refuse_unused(chosen, top_k=top_k, mask_share=mask_share, depth=depth)
+    _refuse_unused(chosen, "topk-mask", top_k=top_k, mask_share=mask_share, depth=depth)
+    _refuse_unused(chosen, "faithfulness", ablations=ablations, rank_by=rank_by, criteria=criteria)
+    for name, given, choices in (
+        ("ablation", ablations, options.ABLATIONS),
+        ("rank_by", rank_by, (BY_CLASS, BY_IMAGE)),
+        ("criterion", criteria, options.CRITERIA),
+    ):
+        for each in given or ():
+            options.check_choice(name, each, choices)
     _check_images(model, runs, sources, others)
     reading = {"batch_size": batch_size, "num_workers": num_workers, "transform": first.transform}
     batches = ImageBatches(first.images, model, strict=True, **reading)
@@ -139,6 +156,10 @@ def analyze(
         top_ks=TOP_KS if top_k is None else top_k,
         mask_shares=MASK_SHARES if mask_share is None else mask_share,
         depth=depth,
+        ablations=options.DEFAULT_ABLATIONS if ablations is None else ablations,
+        rank_by=(BY_CLASS,) if rank_by is None else rank_by,
+        criteria=criteria or (),
+        donors=_draw_donors(first.images, others, model, seed, reading) if RESAMPLE in (ablations or ()) else None,
         num_pairs=num_pairs,
         wordnet=_choose_wordnet(wordnet, first.images.class_names.values(), note) if "similarity" in chosen else None,
         seed=seed,
@@ -199,7 +220,7 @@ def _choose_experiments(
     experiments: Sequence[str] | None, found: Discovery, *, with_others: bool, note: Note
 ) -> list[str]:
     if experiments is None:
-        left_out = {"topk-mask"} if with_others else set(NEED_OTHERS)
+        left_out = {*SLOW, *(() if with_others else NEED_OTHERS)}
         if not found.heads or not has_class_scores(found):
             left_out.add("heads")
         if min(found.labels.unique(return_counts=True)[1]) < 2:
@@ -210,10 +231,18 @@ def _choose_experiments(
     return [name for name in options.EXPERIMENTS if name in experiments]
 
 
-def _refuse_unused(experiments: Sequence[str], **options_of_topk: Any) -> None:
-    unused = [f"`{name}`" for name, value in options_of_topk.items() if value is not None]
-    if unused and "topk-mask" not in experiments:
-        raise VitpruneError(f"{', '.join(unused)}: for the experiment topk-mask; add topk-mask to `experiments`")
+def _refuse_unused(experiments: Sequence[str], experiment: str, **of_experiment: Any) -> None:
+    unused = [f"`{name}`" for name, value in of_experiment.items() if value is not None]
+    if unused and experiment not in experiments:
+        raise VitpruneError(f"{', '.join(unused)}: for the experiment {experiment}; add {experiment} to `experiments`")
+
+
+def _draw_donors(
+    images: ImageSet, others: ImageSet, model: nn.Module, seed: int, reading: Mapping[str, Any]
+) -> ImageBatches:
+    """Draw an image of the run for each of the others, in as large batches."""
+    places = torch.randint(len(images), (len(others),), generator=torch.Generator().manual_seed(seed))
+    return ImageBatches(images.at(places.tolist()), model, strict=True, **reading)
 
 
 def _check_images(

@@ -9,6 +9,16 @@ from typing import Any
 
 from torch import nn
 
+from vitprune.analysis.faithfulness import (
+    BY_CLASS,
+    BY_IMAGE,
+    FOR_ALL,
+    Ranking,
+    measure_faithfulness,
+    rank_alike,
+    rank_by_class,
+    rank_by_image,
+)
 from vitprune.analysis.held_out import assign_paths, halves_paths, paths_of, split_halves
 from vitprune.analysis.hierarchy import cluster_classes, compare_with_wordnet
 from vitprune.analysis.image_similarity import measure_path_similarity
@@ -30,16 +40,19 @@ from vitprune.analysis.top_images import find_top_images
 from vitprune.analysis.topk_mask import MASK_SHARES, TOP_KS, measure_topk_mask
 from vitprune.analysis.utilisation import measure_utilisation
 from vitprune.analysis.wordnet import is_wnid
+from vitprune.calibration.criteria import score_neurons
 from vitprune.data import Batches
 from vitprune.discovery.discover import Discovery, class_paths, count_correct, has_class_scores
 from vitprune.discovery.heads import class_heads, head_scores
 from vitprune.errors import VitpruneError
-from vitprune.models.path_layers import ATTENTION
-from vitprune.options import EXPERIMENTS, check_choice
+from vitprune.models.path_layers import ATTENTION, DEFAULT_NODES
+from vitprune.options import DEFAULT_ABLATIONS, EXPERIMENTS, check_choice
 from vitprune.progress import Track, untracked
 
 # Experiments on images other than those that the paths were found on.
-NEED_OTHERS = ("transfer", "topk-mask")
+NEED_OTHERS = ("transfer", "faithfulness", "topk-mask")
+# That are made only where they are asked for.
+SLOW = ("faithfulness", "topk-mask")
 # One row of a picture; a picture per neuron.
 NUM_TOP_IMAGES, MOST_TOP_NEURONS = 6, 10
 
@@ -57,6 +70,10 @@ def run_experiments(
     top_ks: Sequence[int] = TOP_KS,
     mask_shares: Sequence[float] = MASK_SHARES,
     depth: int | None = None,
+    ablations: Sequence[str] = DEFAULT_ABLATIONS,
+    rank_by: Sequence[str] = (BY_CLASS,),
+    criteria: Sequence[str] = (),
+    donors: Batches | None = None,
     num_pairs: int = 50,
     wordnet: str | Path | None = None,
     seed: int = 0,
@@ -71,15 +88,19 @@ def run_experiments(
         runs: method -> paths, all of the same images; the first is compared with the others, and ``heads``,
             ``top-images`` and ``topk-mask`` are about it alone.
         batches: the images of the runs with their labels, in their order; any number of passes.
-        other_batches: other images and labels, for ``transfer`` and ``topk-mask``.
+        other_batches: other images and labels, for ``transfer``, ``faithfulness`` and ``topk-mask``.
         class_names: class index -> folder name; where all are WordNet ids and ``wordnet`` is given, the similarity of
             classes is compared with their distance there.
         factors: 0 removes path neurons, 2 doubles them.
         tokens: where to intervene, each ``cls``, ``patch`` or ``all``; None: where the first run's paths were found,
-            and for ``topk-mask`` everywhere as well.
+            and for ``faithfulness`` and ``topk-mask`` everywhere as well.
         top_ks: for ``topk-mask``, as in ``measure_topk_mask``.
         mask_shares: likewise.
         depth: likewise.
+        ablations: for ``faithfulness``: keys of ``options.ABLATIONS``.
+        rank_by: for ``faithfulness``: ``class``, ``image`` or both.
+        criteria: for ``faithfulness``: keys of ``options.CRITERIA`` to compare with, measured on ``batches``.
+        donors: for the ablation ``resample``, as in ``measure_faithfulness``.
         num_pairs: for ``similarity``: most and least similar classes to name.
         wordnet: folder with WordNet 3.0's ``data.noun``.
         seed: of the halves and of the permutation test.
@@ -89,7 +110,8 @@ def run_experiments(
     Returns:
         Name of the experiment, with ``_`` for ``-`` -> its results as JSON values: for ``scores`` a list of
         ``MethodScore``, for ``manipulation``, ``halves``, ``transfer`` and ``heads`` lists of ``DeviationRow``, for
-        ``topk_mask`` a list of ``TopKRow``, for ``similarity`` and ``top_images`` objects.
+        ``faithfulness`` a list of ``FaithfulnessRow``, for ``topk_mask`` of ``TopKRow``, for ``similarity`` and
+        ``top_images`` objects.
 
     Raises:
         VitpruneError: if an experiment is unknown or needs what is not given.
@@ -149,6 +171,35 @@ def run_experiments(
             track=track,
         )
 
+    def faithfulness() -> list[Any]:
+        different = [method for method, found in runs.items() if found.layers != first.layers]
+        if different:
+            raise VitpruneError(
+                f"faithfulness compares paths through the same layers; {different[0]} goes through others"
+            )
+        if criteria and first.nodes != DEFAULT_NODES:
+            raise VitpruneError("criteria rank FFN neurons alone; compare them with paths through `nodes` ffn")
+        rankings: dict[tuple[str, str], Ranking] = {}
+        for ranked in rank_by:
+            for method, found in runs.items():
+                by_image = ranked == BY_IMAGE
+                rankings[method, ranked] = rank_by_image(model, found, seed=seed) if by_image else rank_by_class(found)
+        for criterion in criteria:
+            scores = score_neurons(model, criterion, batches=batches, found=first, seed=seed, track=track)
+            rankings[criterion, FOR_ALL] = rank_alike(scores)
+        return measure_faithfulness(
+            model,
+            other_batches,
+            rankings,
+            nodes=first.nodes,
+            tokens=tuple(dict.fromkeys((first.tokens, "all"))) if tokens is None else scopes,
+            ablations=ablations,
+            classes=first.classes,
+            reference=batches,
+            donors=donors,
+            **keeping,
+        )
+
     make: Mapping[str, Callable[[], Any]] = {
         "scores": lambda: compare_joint_scores(runs),
         "manipulation": manipulation,
@@ -167,6 +218,7 @@ def run_experiments(
         },
         "top-images": lambda: _top_images(model, batches, first, track),
         "transfer": transfer,
+        "faithfulness": faithfulness,
         "topk-mask": topk_mask,
     }
     return {name.replace("-", "_"): plain(make[name]()) for name in experiments}

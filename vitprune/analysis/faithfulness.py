@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.integrate import trapezoid
 from torch import Tensor, nn
 
 from vitprune.analysis.ablation import (
@@ -145,6 +146,7 @@ def measure_faithfulness(
     tokens: Sequence[str] = ("cls",),
     ablations: Sequence[str] = ("zero",),
     shares: Sequence[float] = SHARES,
+    classes: Sequence[int] = (),
     reference: Batches | None = None,
     donors: Batches | None = None,
     folder: str | Path | None = None,
@@ -155,12 +157,13 @@ def measure_faithfulness(
     Args:
         model: timm Vision Transformer in eval mode.
         batches: pairs of images and labels that no ranking was made of; read once per ranking, kind and scope.
-        rankings: (method, ``class``, ``image`` or ``all``) -> ranking; the first of each kind is compared with the
-            others of that kind, and where it is alone with those ``all`` have in common.
+        rankings: (method, ``class``, ``image`` or ``all``) -> ranking. Those by class are compared with the first by
+            class, those by image with the first by image, and those for all with the first of them all.
         nodes: what is ranked, as ``find_path_layers`` takes it.
         tokens: where to ablate, each ``cls``, ``patch`` or ``all``.
         ablations: keys of ``ABLATIONS``.
         shares: to keep and to ablate, in (0, 1), ascending.
+        classes: of ``reference``, for ``class-mean``.
         reference: images of the rankings, whose means ``mean`` and ``class-mean`` take.
         donors: for ``resample``: another image for each of ``batches``, in as large batches.
         folder: keeps finished passes, which another call then takes over; the caller makes sure that it is of the same
@@ -204,8 +207,8 @@ def measure_faithfulness(
                 return known
             if kind in OF_MEANS and not means:
                 watched = track(reference, f"means at {scope}")
-                classes = _classes_of(batches) if kind == CLASS_MEAN else ()
-                means.append(measure_means(model, layers, watched, tokens=slice_, classes=classes))
+                wanted = classes if kind == CLASS_MEAN else ()
+                means.append(measure_means(model, layers, watched, tokens=slice_, classes=wanted))
             curves = _measure(
                 model,
                 layers,
@@ -307,10 +310,6 @@ def _best(order_BH: Tensor, share: float) -> Tensor:
     return torch.zeros_like(order_BH, dtype=torch.bool).scatter_(1, order_BH[:, :count], True)
 
 
-def _classes_of(batches: Batches) -> list[int]:
-    return sorted({int(label) for _images, labels in batches for label in labels})
-
-
 def _rows(
     measured: Sequence[tuple[str, str, Curves]], scope: str, kind: str, shares: tuple[float, ...]
 ) -> list[FaithfulnessRow]:
@@ -356,7 +355,7 @@ def _areas(curves: Curves, shares: Sequence[float]) -> tuple[list[float], list[f
     """Return the area under ``kept`` and over ``removed`` of each class, as shares of the mean clean probability."""
     kept, removed = (_by_class(values, curves.label) for values in (curves.kept, curves.removed))
     clean = kept[:, -1].mean()
-    under, lost = (np.trapezoid(values, shares, axis=1) for values in (kept, kept[:, -1:] - removed))
+    under, lost = (trapezoid(values, shares, axis=1) for values in (kept, kept[:, -1:] - removed))
     return (under / clean).tolist(), (lost / clean).tolist()
 
 

@@ -29,9 +29,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--experiments",
         type=str,
         nargs="+",
-        help=f"{listed(options.EXPERIMENTS)}; default: all but topk-mask, and transfer only with --data",
+        help=f"{listed(options.EXPERIMENTS)}; default: all but faithfulness and topk-mask, transfer only with --data",
     )
-    add_images(parser, required=False, batch_size=50, what="images other than the run's, for transfer and topk-mask")
+    add_images(
+        parser,
+        required=False,
+        batch_size=50,
+        what="images other than the run's, for transfer, faithfulness and topk-mask",
+    )
     parser.add_argument(
         "--factors", type=float, nargs="+", default=[0.0, 2.0], help="path neurons are multiplied by: 0 removes them"
     )
@@ -39,7 +44,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--tokens",
         type=str,
         nargs="+",
-        help=f"where: {listed(options.TOKENS)}; default: the run's, and for topk-mask all as well",
+        help=f"where: {listed(options.TOKENS)}; default: the run's, and for faithfulness and topk-mask all as well",
     )
     parser.add_argument(
         "--top-k", type=int, nargs="+", help=f"topk-mask: neurons per FFN never masked ({_listed_numbers(TOP_KS)})"
@@ -51,6 +56,25 @@ def add_arguments(parser: ArgumentParser) -> None:
         help=f"topk-mask: shares of the others to mask ({_listed_numbers(MASK_SHARES)})",
     )
     parser.add_argument("--depth", type=int, help="topk-mask: in the first so many FFNs only")
+    parser.add_argument(
+        "--ablations",
+        nargs="+",
+        choices=tuple(options.ABLATIONS),
+        help=f"faithfulness: what neurons are set to: {listed(options.ABLATIONS)}; default: zero mean",
+    )
+    parser.add_argument(
+        "--rank-by",
+        nargs="+",
+        choices=("class", "image"),
+        help="faithfulness: by the scores of the class in the run, or by each image's own, which are searched for; "
+        "default: class",
+    )
+    parser.add_argument(
+        "--criteria",
+        nargs="+",
+        choices=tuple(options.CRITERIA),
+        help="faithfulness: criteria of pruning to compare with, by the images of the run",
+    )
     parser.add_argument("--pairs", type=int, default=50, help="similarity: most and least similar classes to name")
     parser.add_argument(
         "--wordnet",
@@ -68,7 +92,7 @@ def _listed_numbers(numbers: Iterable[float]) -> str:
 
 def run(
     runs, experiments, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, factors, tokens,
-    top_k, mask_share, depth, pairs, wordnet, device, output, overwrite,
+    top_k, mask_share, depth, ablations, rank_by, criteria, pairs, wordnet, device, output, overwrite,
 ):  # fmt: skip
     from vitprune.analysis.analysis_figures import save_analysis_figures
     from vitprune.analysis.analysis_folder import describe_analysis, save_analysis
@@ -103,6 +127,9 @@ def run(
         top_k=top_k,
         mask_share=mask_share,
         depth=depth,
+        ablations=ablations,
+        rank_by=rank_by,
+        criteria=criteria,
         num_pairs=pairs,
         wordnet=wordnet,
         seed=seed,

@@ -299,6 +299,30 @@ def _search(model: nn.Module, search: Search, images: Tensor, labels: Tensor, pa
         return REGISTRY[search.method].find(model, search, images, labels, chunk_rows=pace.chunk_rows)
 
 
+def score_images(
+    model: nn.Module, search: Search, images: Tensor, labels: Tensor, *, memory_gib: float | None = None
+) -> dict[str, Tensor]:
+    """Return the scores that a search gives every node for each image: layer name -> [B, H], on the model's device.
+
+    Args:
+        model: in eval mode.
+        search: as planned for this model.
+        images: [B, 3, height, width], normalised by the model's own transform.
+        labels: int64 [B].
+        memory_gib: as in ``discover``.
+
+    Raises:
+        VitpruneError: if the model has no isotropic trunk.
+    """
+    pace = set_pace(model, search, images, memory_gib=memory_gib)
+    parts = [
+        _search(model, search, images[start : start + pace.images], labels[start : start + pace.images], pace).scores
+        for start in range(0, len(images), pace.images)
+    ]
+    names = [layer.name for layer in search.layers]
+    return {name: torch.cat(scores).detach() for name, scores in zip(names, zip(*parts, strict=True), strict=True)}
+
+
 def combine(search: Search, parts: Iterable[Part]) -> Discovery:
     """Put parts together in the order given; holds the paths of all images, and the score sums of one part at a time.
 

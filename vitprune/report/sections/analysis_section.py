@@ -7,7 +7,7 @@ from typing import Any
 
 from vitprune.analysis.analysis_figures import analysis_figures
 from vitprune.analysis.analysis_folder import FIGURES_FOLDER, Analysis
-from vitprune.analysis.analysis_tables import analysis_tables
+from vitprune.analysis.analysis_tables import SCORES_OF, analysis_tables
 from vitprune.analysis.manipulation import MANIPULATIONS, OTHER_CLASS, WHOSE
 from vitprune.figures.deviations_figure import FACTORS
 from vitprune.report.page_blocks import Section, grid_of
@@ -57,6 +57,7 @@ def tell(analysis: Analysis) -> tuple[str, ...]:
                 f"Neurons of {PATHS_OF[whose]} ({method}, tokens {tokens}): the probability of the true class changes "
                 f"by {', by '.join(changes)}."
             )
+    told += _tell_faithfulness(results.get("faithfulness", ()))
     if "similarity" in results and "images" in results["similarity"][method]:
         images = results["similarity"][method]["images"]
         told.append(
@@ -64,6 +65,38 @@ def tell(analysis: Analysis) -> tuple[str, ...]:
             f"{percent(images['inter'])} ({method})."
         )
     return tuple(told)
+
+
+def _tell_faithfulness(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say which ranking keeps more of the answer, and whether that depends on how the others are ablated."""
+    told = []
+    for other, ranked, tokens in dict.fromkeys((row["method"], row["ranked"], row["tokens"]) for row in rows):
+        found = {}
+        for row in rows:
+            of_row = (row["method"], row["ranked"], row["tokens"])
+            if of_row == (other, ranked, tokens) and row["faithfulness_advantage"] is not None:
+                found[row["ablation"]] = row["faithfulness_advantage"]
+        sure = {name: each["mean"] > 0 for name, each in found.items() if each["low"] is not None and _is_sure(each)}
+        if not found:
+            continue
+        first = next(row["method"] for row in rows if row["ranked"] in (ranked, "class"))
+        more = [name for name, is_more in sure.items() if is_more]
+        less = [name for name, is_more in sure.items() if not is_more]
+        rest = [name for name in found if name not in sure]
+        said = [
+            f"{what} ({', '.join(names)})"
+            for names, what in ((more, "more"), (less, "less"), (rest, "no surely different share"))
+            if names
+        ]
+        told.append(
+            f"Kept alone, neurons ranked by {first} carry {' and '.join(said)} of the answer than those by {other} "
+            f"({SCORES_OF[ranked]}, tokens {tokens}), with the others set to what stands in brackets."
+        )
+    return told
+
+
+def _is_sure(interval: Mapping[str, float]) -> bool:
+    return interval["low"] > 0 or interval["high"] < 0
 
 
 def _change(row: Mapping[str, Any]) -> str:
