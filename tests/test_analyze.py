@@ -98,7 +98,7 @@ def test_the_default_leaves_out_what_cannot_be_done(saved_vit, image_folder, tmp
     assert main(["analyze", str(run), "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["experiments"] == ["scores", "manipulation", "similarity", "top-images"]
-    assert "left out halves" in err
+    assert "left out halves and stability" in err
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_the_default_says_what_it_leaves_out(runs, saved_vit, image_folder):
     found = vitprune.discover(network, vitprune.ImageBatches(one, network), method="random")
     few = {name: replace(run, found=found, images=one)}
     assert "halves" not in vitprune.analyze(network, few, note=notes.append).experiments
-    assert notes == ["left out halves: some classes have one image in the run, which has no halves"]
+    assert notes == ["left out halves and stability: some classes have one image in the run, which has no halves"]
 
 
 def test_python_refuses_in_its_own_words(runs, saved_vit, image_folder, tmp_path):

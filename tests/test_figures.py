@@ -722,6 +722,31 @@ def test_names_of_neurons_do_not_overlap(num_ffns):
     assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
+def test_names_of_nodes_of_both_kinds_do_not_overlap():
+    paths = random_paths(10, num_ffns=24, num_neurons=192)
+    layers = [f"blocks.{block}.{kind}" for block in range(12) for kind in ("attn", "mlp")]
+    figure = path_picture.draw_paths(
+        layers, paths, name_node=lambda layer, node: f"h{node // 64}.{node % 64}" if "attn" in layer else str(node)
+    )
+    lay_out(figure)
+    axes = figure.axes[0]
+    boxes = [text.get_bbox_patch().get_window_extent() for text in axes.texts]
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    assert any(text.get_text().startswith("h") for text in axes.texts)
+    assert axes.get_xlabel() == "block (a: its attention)"
+
+
+def test_neurons_that_are_not_sure_are_hollow():
+    paths = {"a": [[1], [2], [3]], "b": [[1], [4], [3]]}
+    sure = {"a": [[True], [False], [False]], "b": [[False], [True], [False]]}
+    axes = path_picture.draw_paths([f"blocks.{n}.mlp" for n in range(3)], paths, sure=sure).axes[0]
+    drawn = [line for line in axes.get_lines() if len(line.get_xdata())]
+    assert [(line.get_xdata()[0], line.get_markerfacecolor() == "white") for line in drawn] == [(1, True), (1, False)]
+    frames = {text.get_text(): text.get_bbox_patch().get_linestyle() for text in axes.texts}
+    assert frames["1"] in ("-", "solid")  # sure for one of its classes
+    assert frames["3"] not in ("-", "solid")
+
+
 def test_the_line_of_a_class_passes_its_neurons():
     figure = path_picture.draw_paths(FFNS, PATHS)
     axes = figure.axes[0]

@@ -109,6 +109,7 @@ EXPERIMENTS: Mapping[str, str] = {
     "halves": "the same with class paths found on the other half of each class's images, and with another class's",
     "heads": "remove and double whole heads, those that bring most to the class and those that bring least",
     "similarity": "how alike the paths of images and classes are, and how many neurons ever lie on one",
+    "stability": "which neurons of the class paths are sure, by drawing the images of each class anew",
     "top-images": "images of the run that excite the neurons at the end of the class paths most",
     "transfer": "as manipulation, with the class paths of the run on other images",
     "faithfulness": "keep only the best neurons, or all others, from one to all of them, on other images",

@@ -14,6 +14,7 @@ from PIL import Image
 from vitprune.analysis.analysis_folder import FIGURES_FOLDER, Analysis
 from vitprune.analysis.faithfulness import FaithfulnessRow
 from vitprune.analysis.manipulation import MANIPULATIONS, WHOSE
+from vitprune.analysis.stability import measure_stability
 from vitprune.analysis.topk_mask import TopKRow
 from vitprune.data import ImageSet, describe_class
 from vitprune.discovery.discover import class_paths
@@ -154,7 +155,10 @@ def _similarity_figures(analysis: Analysis) -> list[AnalysisFigure]:
         found = _first(runs).found
         paths = class_paths(found)
         drawn = {name: paths[index] for index, name in drawn_classes(runs).items()}
-        return draw_paths(found.layers, drawn, name_node=node_names(found))
+        shown = drawn_classes(runs)
+        stability = measure_stability(found, classes=list(shown))
+        sure = {name: stability.sure(index).tolist() for index, name in shown.items()}
+        return draw_paths(found.layers, drawn, name_node=node_names(found), sure=sure)
 
     figures = [
         AnalysisFigure(

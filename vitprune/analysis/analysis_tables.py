@@ -30,6 +30,8 @@ def analysis_tables(analysis: Analysis) -> tuple[Table, ...]:
             tables.append(_deviations_table(experiment, results[experiment]))
     if "similarity" in results:
         tables += _similarity_tables(results["similarity"], analysis.class_names)
+    if "stability" in results:
+        tables.append(_stability_table(results["stability"]))
     if "faithfulness" in results:
         tables += _faithfulness_tables(results["faithfulness"])
     if "topk_mask" in results:
@@ -175,6 +177,17 @@ def _pairs_table(similarity: Mapping[str, Any], what: str, names: Mapping[int, s
             f"(p {wordnet['tree']['p_value']:.3g}); Mantel permutation test"
         )
     return Table(f"most and least similar classes by {what}", ("", "class", "and", "cosine"), tuple(cells), note)
+
+
+def _stability_table(stability: Mapping[str, Any]) -> Table:
+    first = next(iter(stability.values()))
+    return Table(
+        "neurons of class paths that are sure",
+        ("paths of", "sure (%)", "95 % interval"),
+        tuple((method, *_interval(each["sure"], scale=100)) for method, each in stability.items()),
+        f"on the class's path in at least 95 % of {first['num_draws']} draws of its images, with replacement; mean "
+        "over classes",
+    )
 
 
 def _faithfulness_tables(rows) -> list[Table]:

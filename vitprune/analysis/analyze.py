@@ -71,8 +71,8 @@ def analyze(
             first is compared with the others, and ``heads``, ``top-images`` and ``topk-mask`` are about it alone.
         others: images that no run was found on, for ``transfer``, ``faithfulness`` and ``topk-mask``.
         experiments: keys of ``options.EXPERIMENTS``. None makes all that can be made without another choice: not
-            ``topk-mask`` and ``faithfulness``, ``transfer`` only with ``others``, ``halves`` only where every class has
-            two images, ``heads`` only where paths go through attention.
+            ``topk-mask`` and ``faithfulness``, ``transfer`` only with ``others``, ``halves`` and ``stability`` only
+            where every class has two images, ``heads`` only where paths go through attention.
         factors: what path neurons are multiplied by: 0 removes them, 2 doubles them.
         tokens: where to intervene, each ``cls``, ``patch`` or ``all``; None: where the first run's paths were found,
             and for ``faithfulness`` and ``topk-mask`` everywhere as well.
@@ -224,8 +224,8 @@ def _choose_experiments(
         if not found.heads or not has_class_scores(found):
             left_out.add("heads")
         if min(found.labels.unique(return_counts=True)[1]) < 2:
-            note("left out halves: some classes have one image in the run, which has no halves")
-            left_out.add("halves")
+            note("left out halves and stability: some classes have one image in the run, which has no halves")
+            left_out |= {"halves", "stability"}
         return [name for name in options.EXPERIMENTS if name not in left_out]
     check_experiments(experiments, found, with_others=with_others)
     return [name for name in options.EXPERIMENTS if name in experiments]

@@ -36,6 +36,7 @@ from vitprune.analysis.manipulation import (
 )
 from vitprune.analysis.mistakes import compare_mistakes
 from vitprune.analysis.similarity import compare_scores, compare_visits, plain, rank_pairs
+from vitprune.analysis.stability import measure_stability
 from vitprune.analysis.top_images import find_top_images
 from vitprune.analysis.topk_mask import MASK_SHARES, TOP_KS, measure_topk_mask
 from vitprune.analysis.utilisation import measure_utilisation
@@ -45,6 +46,7 @@ from vitprune.data import Batches
 from vitprune.discovery.discover import Discovery, class_paths, count_correct, has_class_scores
 from vitprune.discovery.heads import class_heads, head_scores
 from vitprune.errors import VitpruneError
+from vitprune.intervals import mean_interval
 from vitprune.models.path_layers import ATTENTION, DEFAULT_NODES
 from vitprune.options import DEFAULT_ABLATIONS, EXPERIMENTS, check_choice
 from vitprune.progress import Track, untracked
@@ -110,8 +112,8 @@ def run_experiments(
     Returns:
         Name of the experiment, with ``_`` for ``-`` -> its results as JSON values: for ``scores`` a list of
         ``MethodScore``, for ``manipulation``, ``halves``, ``transfer`` and ``heads`` lists of ``DeviationRow``, for
-        ``faithfulness`` a list of ``FaithfulnessRow``, for ``topk_mask`` of ``TopKRow``, for ``similarity`` and
-        ``top_images`` objects.
+        ``faithfulness`` a list of ``FaithfulnessRow``, for ``topk_mask`` of ``TopKRow``, for ``similarity``,
+        ``stability`` and ``top_images`` objects.
 
     Raises:
         VitpruneError: if an experiment is unknown or needs what is not given.
@@ -216,6 +218,7 @@ def run_experiments(
             }
             for method, found in runs.items()
         },
+        "stability": lambda: {method: describe_stability(found, seed=seed) for method, found in runs.items()},
         "top-images": lambda: _top_images(model, batches, first, track),
         "transfer": transfer,
         "faithfulness": faithfulness,
@@ -246,6 +249,23 @@ def _paths_of_another_class(found: Discovery, seed: int):
         donors, members = second != half, second == half
         tested[members] = assign_paths(paths_of(found, donors), found.labels[members].tolist(), shift=1)
     return tested
+
+
+def describe_stability(found: Discovery, *, seed: int = 0) -> dict[str, Any]:
+    """Measure which nodes of the class paths are sure.
+
+    Returns:
+        ``sure``: mean over classes of the share of a path's nodes that are, with its interval; ``by_class``: class
+        index -> that share; ``membership``: class index -> [L][K], as in ``Stability``; ``num_draws``.
+    """
+    stability = measure_stability(found, seed=seed)
+    by_class = {index: stability.sure(index).double().mean().item() for index in found.classes}
+    return {
+        "sure": mean_interval(list(by_class.values())),
+        "by_class": by_class,
+        "membership": stability.membership,
+        "num_draws": stability.num_draws,
+    }
 
 
 def describe_paths(found: Discovery) -> dict[str, Any]:

@@ -57,6 +57,7 @@ def draw_paths(
     paths: Mapping[str, ClassPath],
     *,
     name_node: Callable[[str, int], str] = lambda _layer, node: str(node),
+    sure: Mapping[str, Sequence[Sequence[bool]]] | None = None,
     title: str = "",
 ) -> Figure:
     """Draw one line per class from layer to layer; where classes share a neuron, their lines meet in its number.
@@ -69,6 +70,8 @@ def draw_paths(
         layers: L names.
         paths: class name -> per layer its nodes, best first: int64 [L, K]; 2 to 10 classes.
         name_node: layer name and node -> what is written in a node that classes share.
+        sure: class name -> [L, K]: whether the node is sure to be on the path; others are drawn hollow, and shared ones
+            that are sure for no class in a dashed frame. None: nothing is known.
         title: above the picture.
 
     Raises:
@@ -98,13 +101,20 @@ def draw_paths(
     branches = any(len(layer) > 1 for path in neurons.values() for layer in path)
     nodes, rows = place_neurons([neurons[name] for name in names], slot=slot)
     height = rows[-1][-1] + slot
-    figure = new_figure(PAGE, (1.2 if branches else 0.9) + height, title=title)
+    figure = new_figure(PAGE, (0.9 + 0.3 * branches + 0.3 * (sure is not None)) + height, title=title)
     axes = figure.subplots()
     place_of = {name: place for place, name in enumerate(neurons)}
+    surely = {
+        (layer, neuron)
+        for name, of_class in (sure or {}).items()
+        for layer, (own, known) in enumerate(zip(neurons[name], of_class, strict=True))
+        for neuron, is_sure in zip(own, known, strict=True)
+        if is_sure
+    }
     for row, name in enumerate(names):
         # Colours follow the order given, whatever the rows do.
         look = COLOURS[place_of[name]], MARKERS[place_of[name]]
-        _draw_class(axes, neurons[name], nodes, row, rows[row][0], *look)
+        _draw_class(axes, neurons[name], nodes, row, rows[row][0], *look, sure=None if sure is None else sure[name])
     for node in nodes.values():
         if len(node.classes) > 1:
             axes.text(
@@ -116,7 +126,13 @@ def draw_paths(
                 rotation=90 if turned else 0,
                 fontsize=7,
                 fontweight="bold",
-                bbox={"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "black", "linewidth": 0.8},
+                bbox={
+                    "boxstyle": "round,pad=0.25",
+                    "facecolor": "white",
+                    "edgecolor": "black",
+                    "linewidth": 0.8,
+                    "linestyle": "-" if sure is None or (node.layer, node.neuron) in surely else (0, (2, 1.5)),
+                },
                 zorder=5,
             )
     axes.set_yticks([row[0] for row in rows], [shorten(name) for name in names])
@@ -125,7 +141,7 @@ def draw_paths(
     axes.tick_params(left=False)
     axes.spines["left"].set_visible(False)
     label_blocks(axes, layers, width=AXES_WIDTH)
-    _explain(figure, branches=branches)
+    _explain(figure, branches=branches, with_sure=sure is not None)
     return figure
 
 
@@ -178,6 +194,8 @@ def _draw_class(
     own_height: float,
     colour: str,
     marker: str,
+    *,
+    sure: Sequence[Sequence[bool]] | None,
 ) -> None:
     def height_in(node: Node) -> float:
         # Lines that meet stay beside each other.
@@ -192,19 +210,24 @@ def _draw_class(
             for neuron in path[place][1:]:
                 end = (place, height_in(nodes[place, neuron]))
                 _draw_curve(axes, stops[place], end, colour, linewidth=0.7)
-    own = [nodes[layer, neuron] for layer, of in enumerate(path) for neuron in of]
-    own = [(node.layer, node.height) for node in own if len(node.classes) == 1]
-    axes.plot(
-        [layer for layer, _height in own],
-        [height for _layer, height in own],
-        linestyle="",
-        marker=marker,
-        markersize=4.5,
-        color=colour,
-        markeredgecolor="white",
-        markeredgewidth=0.4,
-        zorder=4,
-    )
+    of_kind: dict[bool, list[tuple[int, float]]] = {True: [], False: []}
+    for layer, of in enumerate(path):
+        for rank, neuron in enumerate(of):
+            node = nodes[layer, neuron]
+            if len(node.classes) == 1:
+                of_kind[sure is None or bool(sure[layer][rank])].append((node.layer, node.height))
+    for is_sure, own in of_kind.items():
+        axes.plot(
+            [layer for layer, _height in own],
+            [height for _layer, height in own],
+            linestyle="",
+            marker=marker,
+            markersize=4.5,
+            color=colour if is_sure else "white",
+            markeredgecolor="white" if is_sure else colour,
+            markeredgewidth=0.4 if is_sure else 0.9,
+            zorder=4,
+        )
 
 
 def _draw_curve(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str, **line) -> None:
@@ -216,7 +239,7 @@ def _draw_curve(axes: Axes, start: tuple[float, float], end: tuple[float, float]
     axes.add_patch(PathPatch(outline, fill=False, edgecolor=colour, zorder=2, **line))
 
 
-def _explain(figure: Figure, *, branches: bool) -> None:
+def _explain(figure: Figure, *, branches: bool, with_sure: bool) -> None:
     handles = [
         Line2D([], [], color="0.3", marker="o", label="path of a class; a neuron of this class alone"),
         Line2D(
@@ -233,4 +256,7 @@ def _explain(figure: Figure, *, branches: bool) -> None:
     if branches:
         best = "the thick line goes through the best neuron of each FFN, thin ones lead to the others"
         handles.append(Line2D([], [], color="0.3", linewidth=0.7, label=best))
-    figure.legend(handles=handles, loc="outside lower center", ncols=1 if branches else 2)
+    if with_sure:
+        unsure = "hollow or dashed: other images of the class may exchange it (on the path in less than 95 % of draws)"
+        handles.append(Line2D([], [], color="white", marker="o", markeredgecolor="0.3", linestyle="", label=unsure))
+    figure.legend(handles=handles, loc="outside lower center", ncols=1 if branches or with_sure else 2)

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from vitprune import options
+from vitprune.analysis.stability import measure_stability
 from vitprune.analysis.utilisation import measure_utilisation
 from vitprune.data import describe_class
 from vitprune.discovery.discover import Discovery, class_paths, count_correct
@@ -61,9 +62,11 @@ def _draw(artefact: Artefact, artefacts: Sequence[Artefact]) -> list[Picture]:
     pictures = []
     if len(chosen) > 1:
         named = {_unique_name(run, index): paths[index].tolist() for index in chosen}
+        stability = measure_stability(found, classes=chosen)
+        sure = {_unique_name(run, index): stability.sure(index).tolist() for index in chosen}
         pictures.append(
             embed_figure(
-                draw_paths(found.layers, named, name_node=node_names(found)),
+                draw_paths(found.layers, named, name_node=node_names(found), sure=sure),
                 id=f"{artefact.key}-paths",
                 caption=f"Paths of {which} from block to block; lines meet in neurons that classes share.",
             )
