@@ -17,6 +17,7 @@ from conftest import make_vit
 from torch import nn
 
 import vitprune
+from vitprune.analysis.faithfulness import rank_alike
 from vitprune.evaluation.accuracy import average_precision
 from vitprune.wrappers import unwrap
 
@@ -75,6 +76,16 @@ CALLS = {
     "fit_latency": lambda model, at: vitprune.fit_latency(model, []),
     "find_feed_forwards": lambda model, at: vitprune.find_feed_forwards(model),
     "find_groups": lambda model, at: vitprune.find_groups(model),
+    "make_cards": lambda model, at: [
+        card.activations
+        for card in vitprune.make_cards(model, make_batches(), vitprune.discover(model, make_batches())).cards
+    ],
+    "measure_faithfulness": lambda model, at: [
+        row.kept
+        for row in vitprune.measure_faithfulness(
+            model, make_batches(), {("drawn", "all"): rank_alike({"blocks.0.mlp": torch.arange(48.0)})}, shares=[0.5]
+        )
+    ],
     "find_top_images": lambda model, at: [
         each.values for each in vitprune.find_top_images(model, make_batches(), {"blocks.0.mlp": [0]}).values()
     ],

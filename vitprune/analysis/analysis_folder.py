@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from vitprune.discovery.run import Run
 from vitprune.files import FORMAT_VERSION, read_json, read_tensors, write_json, write_tensors
 from vitprune.seal import parsing
 
-ANALYSIS_FILE, SIMILARITY_FILE = "analysis.json", "similarity.safetensors"
+ANALYSIS_FILE, SIMILARITY_FILE, CARDS_FILE = "analysis.json", "similarity.safetensors", "cards.safetensors"
 FIGURES_FOLDER, PASSES_FOLDER = "figures", "passes"
-ANALYSIS_FILES = frozenset({ANALYSIS_FILE, SIMILARITY_FILE, FIGURES_FOLDER, PASSES_FOLDER})
+ANALYSIS_FILES = frozenset({ANALYSIS_FILE, SIMILARITY_FILE, CARDS_FILE, FIGURES_FOLDER, PASSES_FOLDER})
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Analysis:
         cosines: ``visits`` and ``scores`` -> float64 [C, C], in [-1, 1]: the similarity of every two classes of the
             first run, where it was measured.
         skipped: other images that could not be decoded.
+        pictures: of neuron cards, where they were made: ``pictures`` and ``maps`` of ``NeuronCards``.
     """
 
     architecture: str
@@ -64,6 +65,7 @@ class Analysis:
     results: Mapping[str, Any]
     cosines: Mapping[str, Tensor]
     skipped: tuple[str, ...] = ()
+    pictures: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def describe_analysis(analysis: Analysis) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def describe_analysis(analysis: Analysis) -> dict[str, Any]:
 
 
 def save_analysis(analysis: Analysis, folder: str | Path, *, runs: Mapping[str, Run]) -> None:
-    """Write ``analysis.json``, and ``similarity.safetensors`` where classes were compared.
+    """Write ``analysis.json``; ``similarity.safetensors`` where classes were compared, ``cards.safetensors`` for cards.
 
     Args:
         analysis: what to write.
@@ -92,6 +94,8 @@ def save_analysis(analysis: Analysis, folder: str | Path, *, runs: Mapping[str, 
     if analysis.cosines:
         classes = next(iter(runs.values())).found.classes
         write_tensors(folder / SIMILARITY_FILE, analysis.cosines, kind="similarity", facts={"classes": classes})
+    if analysis.pictures:
+        write_tensors(folder / CARDS_FILE, analysis.pictures, kind="neuron cards", facts={})
     content = {"kind": "analysis", "version": FORMAT_VERSION, **describe_analysis(analysis)}
     write_json(folder / ANALYSIS_FILE, content)
 
@@ -125,4 +129,5 @@ def _read_analysis(folder: Path, content: Mapping[str, Any]) -> Analysis:
         results=results,
         cosines=read_tensors(folder / SIMILARITY_FILE, kind="similarity")[0] if has_cosines else {},
         skipped=tuple(content["skipped"]),
+        pictures=read_tensors(folder / CARDS_FILE, kind="neuron cards")[0] if "cards" in results else {},
     )

@@ -30,6 +30,8 @@ def analysis_tables(analysis: Analysis) -> tuple[Table, ...]:
             tables.append(_deviations_table(experiment, results[experiment]))
     if "similarity" in results:
         tables += _similarity_tables(results["similarity"], analysis.class_names)
+    if "cards" in results:
+        tables.append(_cards_table(results["cards"]))
     if "stability" in results:
         tables.append(_stability_table(results["stability"]))
     if "faithfulness" in results:
@@ -177,6 +179,32 @@ def _pairs_table(similarity: Mapping[str, Any], what: str, names: Mapping[int, s
             f"(p {wordnet['tree']['p_value']:.3g}); Mantel permutation test"
         )
     return Table(f"most and least similar classes by {what}", ("", "class", "and", "cosine"), tuple(cells), note)
+
+
+def _cards_table(cards: Mapping[str, Any]) -> Table:
+    rows = cards["cards"]
+    cells = []
+    for row in rows:
+        peak = row["peak"]
+        changed = {each["factor"]: each["answers"][0]["name"] for each in row["steering"]}
+        cells.append(
+            (
+                f"{row['layer']} {row['name']}",
+                len(row["paths"]),
+                None if peak is None else describe_class(peak["name"]),
+                None if peak is None else peak["value"],
+                ", ".join(describe_class(each["name"]) for each in row["towards"][:2]) or None,
+                *(describe_class(changed[factor]) for factor in (0.0, 1.0, 4.0)),
+            )
+        )
+    return Table(
+        f"neurons of the class paths, at tokens {cards['tokens']}",
+        ("neuron", "paths", "excited most by", "chance", "moves up", "top image x 0", "x 1", "x 4"),
+        tuple(cells),
+        "chance: that an image of that class excites it more than one of another; moves up: the classes that its "
+        "output points to through the final norm and the classifier; top image: what the model answers to the image "
+        "that excites it most, with the neuron scaled",
+    )
 
 
 def _stability_table(stability: Mapping[str, Any]) -> Table:

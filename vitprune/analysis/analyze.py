@@ -15,6 +15,7 @@ from vitprune.analysis.ablation import RESAMPLE
 from vitprune.analysis.analysis_folder import ANALYSIS_FILES, PASSES_FOLDER, AnalysedRun, Analysis
 from vitprune.analysis.experiments import NEED_OTHERS, SLOW, check_experiments, run_experiments
 from vitprune.analysis.faithfulness import BY_CLASS, BY_IMAGE
+from vitprune.analysis.similarity import plain
 from vitprune.analysis.topk_mask import MASK_SHARES, TOP_KS
 from vitprune.analysis.wordnet import find_nouns, is_wnid
 from vitprune.data import ImageBatches, ImageSet, hash_images
@@ -68,11 +69,12 @@ def analyze(
     Args:
         model: that the runs are of, in eval mode; images [B, channels, height, width] -> logits [B, C].
         runs: name in the results -> run, as ``load_runs`` returns them: all of this model and of the same images. The
-            first is compared with the others, and ``heads``, ``top-images`` and ``topk-mask`` are about it alone.
+            first is compared with the others, and ``heads``, ``cards``, ``top-images`` and ``topk-mask`` are about it
+            alone.
         others: images that no run was found on, for ``transfer``, ``faithfulness`` and ``topk-mask``.
         experiments: keys of ``options.EXPERIMENTS``. None makes all that can be made without another choice: not
-            ``topk-mask`` and ``faithfulness``, ``transfer`` only with ``others``, ``halves`` and ``stability`` only
-            where every class has two images, ``heads`` only where paths go through attention.
+            ``cards``, ``faithfulness`` and ``topk-mask``, ``transfer`` only with ``others``, ``halves`` and
+            ``stability`` only where every class has two images, ``heads`` only where paths go through attention.
         factors: what path neurons are multiplied by: 0 removes them, 2 doubles them.
         tokens: where to intervene, each ``cls``, ``patch`` or ``all``; None: where the first run's paths were found,
             and for ``faithfulness`` and ``topk-mask`` everywhere as well.
@@ -167,6 +169,7 @@ def analyze(
         track=track,
     )
     cosines = _take_cosines(results)
+    pictures = _take_pictures(results)
     return Analysis(
         architecture=architecture(model),
         weights_sha256=weights,
@@ -175,6 +178,7 @@ def analyze(
         experiments=tuple(chosen),
         results=results,
         cosines=cosines,
+        pictures=pictures,
         skipped=() if other_batches is None else _name_skipped(other_batches, note),
     )
 
@@ -317,6 +321,15 @@ def _take_cosines(results: dict[str, Any]) -> dict[str, Tensor]:
         for of in ("visits", "scores")
         if of in described
     }
+
+
+def _take_pictures(results: dict[str, Any]) -> dict[str, Tensor]:
+    """Take the pictures of neuron cards out of the results, and leave JSON values."""
+    if "cards" not in results:
+        return {}
+    made = results["cards"]
+    results["cards"] = {"tokens": made.tokens, "cards": plain(made.cards)}
+    return {"pictures": made.pictures, "maps": made.maps}
 
 
 def _describe_run(name: str, source: str, run: Run) -> AnalysedRun:

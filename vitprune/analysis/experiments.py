@@ -35,6 +35,7 @@ from vitprune.analysis.manipulation import (
     measure_undisturbed,
 )
 from vitprune.analysis.mistakes import compare_mistakes
+from vitprune.analysis.neuron_cards import make_cards
 from vitprune.analysis.similarity import compare_scores, compare_visits, plain, rank_pairs
 from vitprune.analysis.stability import measure_stability
 from vitprune.analysis.top_images import find_top_images
@@ -54,7 +55,7 @@ from vitprune.progress import Track, untracked
 # Experiments on images other than those that the paths were found on.
 NEED_OTHERS = ("transfer", "faithfulness", "topk-mask")
 # That are made only where they are asked for.
-SLOW = ("faithfulness", "topk-mask")
+SLOW = ("cards", "faithfulness", "topk-mask")
 # One row of a picture; a picture per neuron.
 NUM_TOP_IMAGES, MOST_TOP_NEURONS = 6, 10
 
@@ -88,7 +89,7 @@ def run_experiments(
         experiments: keys of ``options.EXPERIMENTS``.
         model: timm Vision Transformer in eval mode.
         runs: method -> paths, all of the same images; the first is compared with the others, and ``heads``,
-            ``top-images`` and ``topk-mask`` are about it alone.
+            ``cards``, ``top-images`` and ``topk-mask`` are about it alone.
         batches: the images of the runs with their labels, in their order; any number of passes.
         other_batches: other images and labels, for ``transfer``, ``faithfulness`` and ``topk-mask``.
         class_names: class index -> folder name; where all are WordNet ids and ``wordnet`` is given, the similarity of
@@ -113,7 +114,7 @@ def run_experiments(
         Name of the experiment, with ``_`` for ``-`` -> its results as JSON values: for ``scores`` a list of
         ``MethodScore``, for ``manipulation``, ``halves``, ``transfer`` and ``heads`` lists of ``DeviationRow``, for
         ``faithfulness`` a list of ``FaithfulnessRow``, for ``topk_mask`` of ``TopKRow``, for ``similarity``,
-        ``stability`` and ``top_images`` objects.
+        ``stability`` and ``top_images`` objects. Only ``cards`` is no JSON value but a ``NeuronCards``.
 
     Raises:
         VitpruneError: if an experiment is unknown or needs what is not given.
@@ -220,11 +221,14 @@ def run_experiments(
         },
         "stability": lambda: {method: describe_stability(found, seed=seed) for method, found in runs.items()},
         "top-images": lambda: _top_images(model, batches, first, track),
+        "cards": lambda: make_cards(model, batches, first, class_names=class_names, track=track),
         "transfer": transfer,
         "faithfulness": faithfulness,
         "topk-mask": topk_mask,
     }
-    return {name.replace("-", "_"): plain(make[name]()) for name in experiments}
+    results = {name.replace("-", "_"): make[name]() for name in experiments}
+    # Pictures are no matter for JSON.
+    return {name: result if name == "cards" else plain(result) for name, result in results.items()}
 
 
 def check_experiments(experiments: Sequence[str], found: Discovery, *, with_others: bool) -> None:

@@ -38,6 +38,7 @@ from vitprune.answers import ask, of_classes
 from vitprune.data import Batches, on_device
 from vitprune.discovery.discover import Discovery, check_class_scores, score_images
 from vitprune.discovery.methods import plan_search
+from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.files import read_tensors, write_tensors
 from vitprune.intervals import Interval, mean_interval
@@ -137,6 +138,7 @@ def rank_alike(scores: Mapping[str, Tensor]) -> Ranking:
     return lambda _images, _labels: rows
 
 
+@entry
 def measure_faithfulness(
     model: nn.Module,
     batches: Batches,

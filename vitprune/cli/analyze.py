@@ -29,7 +29,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--experiments",
         type=str,
         nargs="+",
-        help=f"{listed(options.EXPERIMENTS)}; default: all but faithfulness and topk-mask, transfer only with --data",
+        help=f"{listed(options.EXPERIMENTS)}; default: all but cards, faithfulness and topk-mask, and transfer only "
+        "with --data",
     )
     add_images(
         parser,

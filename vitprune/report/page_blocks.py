@@ -144,6 +144,51 @@ class Gallery:
 
 
 @dataclass(frozen=True)
+class NeuronShot:
+    """What is known of one neuron.
+
+    Attributes:
+        group: key of the groups.
+        title: its name.
+        peak: the class that excites it most; may be empty.
+        strip: its top images beside each other, bright where it is active.
+        facts: what is known of it, with what it is called.
+        bars: heights of the histogram in [0, 1], of all images and of the peak's class.
+        span: smallest and largest activation.
+        steering: factor, and what the model answers with it.
+    """
+
+    group: str
+    title: str
+    peak: str
+    strip: Thumbnail
+    facts: tuple[tuple[str, str], ...]
+    bars: tuple[tuple[float, float], ...]
+    span: tuple[str, str]
+    steering: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class NeuronGallery:
+    """Cards of neurons in groups, with a filter.
+
+    Attributes:
+        id: unique on the page.
+        title: above it.
+        groups: key -> what its neurons have in common.
+        shots: in the order shown.
+        note: how to read them.
+    """
+
+    kind: ClassVar[str] = "neurons"
+    id: str
+    title: str
+    groups: Mapping[str, str]
+    shots: tuple[NeuronShot, ...]
+    note: str
+
+
+@dataclass(frozen=True)
 class Section:
     """One folder's part of the page.
 
@@ -153,7 +198,7 @@ class Section:
         eyebrow: what kind of folder it is.
         title: what it shows.
         lead: paragraphs.
-        blocks: grids, pictures and galleries.
+        blocks: grids, pictures and galleries of images or neurons.
         card: id of its card; empty for a part that is of no folder.
     """
 
@@ -162,7 +207,7 @@ class Section:
     eyebrow: str
     title: str
     lead: tuple[str, ...]
-    blocks: tuple[Grid | Picture | Gallery, ...] = field(default=())
+    blocks: tuple[Grid | Picture | Gallery | NeuronGallery, ...] = field(default=())
     card: str = ""
 
 

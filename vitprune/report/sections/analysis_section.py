@@ -10,6 +10,7 @@ from vitprune.analysis.analysis_folder import FIGURES_FOLDER, Analysis
 from vitprune.analysis.analysis_tables import SCORES_OF, analysis_tables
 from vitprune.analysis.manipulation import MANIPULATIONS, OTHER_CLASS, WHOSE
 from vitprune.figures.deviations_figure import FACTORS
+from vitprune.report.neuron_shots import show_cards
 from vitprune.report.page_blocks import Section, grid_of
 from vitprune.report.pictures import read_photos, read_svg
 from vitprune.report.shown_folder import Artefact, card_id, of_kind, part_name
@@ -36,9 +37,10 @@ def analysis_section(artefact: Artefact, artefacts: Sequence[Artefact]) -> Secti
     grids = tuple(
         grid_of(table, id=f"{artefact.key}-table-{number}") for number, table in enumerate(analysis_tables(analysis), 1)
     )
+    cards = (show_cards(analysis, id=f"{artefact.key}-neurons"),) if "cards" in analysis.results else ()
     title = f"{artefact.name}: what the path neurons do"
     name = part_name(artefact, artefacts, "Analysis")
-    return Section(artefact.key, name, "analysis", title, tell(analysis), pictures + grids, card_id(artefact))
+    return Section(artefact.key, name, "analysis", title, tell(analysis), pictures + grids + cards, card_id(artefact))
 
 
 def tell(analysis: Analysis) -> tuple[str, ...]:

@@ -69,7 +69,7 @@
         section.hidden = fitting.length === 0;
         found += fitting.length;
       }
-      output.textContent = chosen ? `${found} of ${shots.length}` : `${found} images`;
+      output.textContent = chosen ? `${found} of ${shots.length}` : `${found} ${output.dataset.noun ?? "images"}`;
     };
     for (const more of gallery.querySelectorAll(".more")) {
       more.addEventListener("click", () => {
