@@ -99,6 +99,7 @@ _HOME_OF = {
     "find_top_images": "vitprune.analysis.top_images",
     "make_cards": "vitprune.analysis.neuron_cards",
     "measure_faithfulness": "vitprune.analysis.faithfulness",
+    "measure_edges": "vitprune.analysis.edges",
     "count_macs": "vitprune.models.macs",
     "ffn_share": "vitprune.models.macs",
     "export_program": "vitprune.export.torch_program",

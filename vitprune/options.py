@@ -111,6 +111,7 @@ EXPERIMENTS: Mapping[str, str] = {
     "similarity": "how alike the paths of images and classes are, and how many neurons ever lie on one",
     "stability": "which neurons of the class paths are sure, by drawing the images of each class anew",
     "top-images": "images of the run that excite the neurons at the end of the class paths most",
+    "edges": "which neurons of a class path feed which, and how far estimates agree with cutting them",
     "cards": "what single neurons of the class paths respond to, where they point and what scaling them changes",
     "transfer": "as manipulation, with the class paths of the run on other images",
     "faithfulness": "keep only the best neurons, or all others, from one to all of them, on other images",

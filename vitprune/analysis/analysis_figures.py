@@ -21,6 +21,7 @@ from vitprune.discovery.discover import class_paths
 from vitprune.discovery.heads import node_names
 from vitprune.discovery.run import Run
 from vitprune.figures.deviations_figure import FACTORS, draw_deviations
+from vitprune.figures.edges_figure import draw_edges
 from vitprune.figures.faithfulness_figure import draw_faithfulness
 from vitprune.figures.joint_scores_figure import draw_joint_scores
 from vitprune.figures.path_figure import draw_paths
@@ -207,6 +208,16 @@ def _top_image_figures(analysis: Analysis) -> list[AnalysisFigure]:
     ]
 
 
+def _edge_figures(analysis: Analysis) -> list[AnalysisFigure]:
+    edges = analysis.results["edges"]
+
+    def draw(_runs: Mapping[str, Run]) -> Figure:
+        return draw_edges(edges["layers"], edges["strength"])
+
+    caption = "Mean size of an edge between the nodes of class paths, over the classes."
+    return [AnalysisFigure("edges", "Which layers of a path feed which", caption, draw)]
+
+
 def _faithfulness_figures(analysis: Analysis) -> list[AnalysisFigure]:
     def draw(_runs: Mapping[str, Run]) -> Figure:
         return draw_faithfulness([FaithfulnessRow(**row) for row in analysis.results["faithfulness"]])
@@ -229,6 +240,7 @@ _FIGURES_OF: Mapping[str, Callable[[Analysis], list[AnalysisFigure]]] = {
     **{experiment: partial(_deviation_figures, experiment=experiment) for experiment in MANIPULATIONS},
     "similarity": _similarity_figures,
     "top_images": _top_image_figures,
+    "edges": _edge_figures,
     "faithfulness": _faithfulness_figures,
     "topk_mask": _topk_figures,
 }

@@ -13,6 +13,8 @@ from vitprune.table import Table
 
 # Of the shares that are measured, those in the table.
 SHARES_SHOWN = (0.01, 0.1, 0.5)
+# Of each class.
+EDGES_SHOWN = 3
 SCORES_OF: Mapping[str, str] = {"class": "its class", "image": "itself", "all": "all"}
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ def analysis_tables(analysis: Analysis) -> tuple[Table, ...]:
             tables.append(_deviations_table(experiment, results[experiment]))
     if "similarity" in results:
         tables += _similarity_tables(results["similarity"], analysis.class_names)
+    if "edges" in results:
+        tables.append(_edges_table(results["edges"], analysis.class_names))
     if "cards" in results:
         tables.append(_cards_table(results["cards"]))
     if "stability" in results:
@@ -179,6 +183,32 @@ def _pairs_table(similarity: Mapping[str, Any], what: str, names: Mapping[int, s
             f"(p {wordnet['tree']['p_value']:.3g}); Mantel permutation test"
         )
     return Table(f"most and least similar classes by {what}", ("", "class", "and", "cosine"), tuple(cells), note)
+
+
+def _edges_table(edges: Mapping[str, Any], class_names: Mapping[int, str]) -> Table:
+    rows = [
+        (describe_class(class_names[int(index)]), _end(edge["start"]), _end(edge["end"]), edge["score"])
+        for index, strongest in edges["strongest"].items()
+        for edge in strongest[:EDGES_SHOWN]
+    ]
+    rows.sort(key=lambda row: -abs(row[3]))
+    told = "none was cut to compare with"
+    if edges["agreement"] is not None:
+        told = (
+            f"rank correlation of {edges['num_exact']} single edges with what the answer loses when just that one is "
+            f"cut {edges['agreement']:.3f}"
+        )
+    return Table(
+        "strongest edges of class paths",
+        ("class", "from", "to", "score"),
+        tuple(rows),
+        "score: what the answer gains by what the first neuron adds to the stream that the second one's layer reads, "
+        f"to first order, mean over the images of the class; {told}",
+    )
+
+
+def _end(end: Mapping[str, Any]) -> str:
+    return f"{end['layer']} {end['name']}"
 
 
 def _cards_table(cards: Mapping[str, Any]) -> Table:

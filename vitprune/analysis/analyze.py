@@ -69,11 +69,11 @@ def analyze(
     Args:
         model: that the runs are of, in eval mode; images [B, channels, height, width] -> logits [B, C].
         runs: name in the results -> run, as ``load_runs`` returns them: all of this model and of the same images. The
-            first is compared with the others, and ``heads``, ``cards``, ``top-images`` and ``topk-mask`` are about it
-            alone.
+            first is compared with the others, and ``heads``, ``edges``, ``cards``, ``top-images`` and ``topk-mask``
+            are about it alone.
         others: images that no run was found on, for ``transfer``, ``faithfulness`` and ``topk-mask``.
         experiments: keys of ``options.EXPERIMENTS``. None makes all that can be made without another choice: not
-            ``cards``, ``faithfulness`` and ``topk-mask``, ``transfer`` only with ``others``, ``halves`` and
+            ``edges``, ``cards``, ``faithfulness`` and ``topk-mask``, ``transfer`` only with ``others``, ``halves`` and
             ``stability`` only where every class has two images, ``heads`` only where paths go through attention.
         factors: what path neurons are multiplied by: 0 removes them, 2 doubles them.
         tokens: where to intervene, each ``cls``, ``patch`` or ``all``; None: where the first run's paths were found,

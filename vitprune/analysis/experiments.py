@@ -7,8 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from vitprune.analysis.edges import Edges, measure_edges
 from vitprune.analysis.faithfulness import (
     BY_CLASS,
     BY_IMAGE,
@@ -45,7 +47,7 @@ from vitprune.analysis.wordnet import is_wnid
 from vitprune.calibration.criteria import score_neurons
 from vitprune.data import Batches
 from vitprune.discovery.discover import Discovery, class_paths, count_correct, has_class_scores
-from vitprune.discovery.heads import class_heads, head_scores
+from vitprune.discovery.heads import class_heads, head_scores, node_names
 from vitprune.errors import VitpruneError
 from vitprune.intervals import mean_interval
 from vitprune.models.path_layers import ATTENTION, DEFAULT_NODES
@@ -55,9 +57,11 @@ from vitprune.progress import Track, untracked
 # Experiments on images other than those that the paths were found on.
 NEED_OTHERS = ("transfer", "faithfulness", "topk-mask")
 # That are made only where they are asked for.
-SLOW = ("cards", "faithfulness", "topk-mask")
+SLOW = ("edges", "cards", "faithfulness", "topk-mask")
 # One row of a picture; a picture per neuron.
 NUM_TOP_IMAGES, MOST_TOP_NEURONS = 6, 10
+# Of each class, those that are named.
+NUM_EDGES = 10
 
 
 def run_experiments(
@@ -89,7 +93,7 @@ def run_experiments(
         experiments: keys of ``options.EXPERIMENTS``.
         model: timm Vision Transformer in eval mode.
         runs: method -> paths, all of the same images; the first is compared with the others, and ``heads``,
-            ``cards``, ``top-images`` and ``topk-mask`` are about it alone.
+            ``edges``, ``cards``, ``top-images`` and ``topk-mask`` are about it alone.
         batches: the images of the runs with their labels, in their order; any number of passes.
         other_batches: other images and labels, for ``transfer``, ``faithfulness`` and ``topk-mask``.
         class_names: class index -> folder name; where all are WordNet ids and ``wordnet`` is given, the similarity of
@@ -114,7 +118,7 @@ def run_experiments(
         Name of the experiment, with ``_`` for ``-`` -> its results as JSON values: for ``scores`` a list of
         ``MethodScore``, for ``manipulation``, ``halves``, ``transfer`` and ``heads`` lists of ``DeviationRow``, for
         ``faithfulness`` a list of ``FaithfulnessRow``, for ``topk_mask`` of ``TopKRow``, for ``similarity``,
-        ``stability`` and ``top_images`` objects. Only ``cards`` is no JSON value but a ``NeuronCards``.
+        ``stability``, ``edges`` and ``top_images`` objects. Only ``cards`` is no JSON value but a ``NeuronCards``.
 
     Raises:
         VitpruneError: if an experiment is unknown or needs what is not given.
@@ -221,6 +225,7 @@ def run_experiments(
         },
         "stability": lambda: {method: describe_stability(found, seed=seed) for method, found in runs.items()},
         "top-images": lambda: _top_images(model, batches, first, track),
+        "edges": lambda: describe_edges(measure_edges(model, batches, first, seed=seed, track=track), first),
         "cards": lambda: make_cards(model, batches, first, class_names=class_names, track=track),
         "transfer": transfer,
         "faithfulness": faithfulness,
@@ -269,6 +274,44 @@ def describe_stability(found: Discovery, *, seed: int = 0) -> dict[str, Any]:
         "by_class": by_class,
         "membership": stability.membership,
         "num_draws": stability.num_draws,
+    }
+
+
+def describe_edges(edges: Edges, found: Discovery) -> dict[str, Any]:
+    """Return edges as JSON values tell them.
+
+    Returns:
+        ``agreement`` and ``num_exact`` as in ``Edges``; ``layers``, and ``strength``: [L][L], the mean size of an edge
+        from one layer's nodes to another's; ``strongest``: of each class the ten largest, with ``start`` and ``end``
+        (layer and node as it is written) and ``score``; ``nodes`` and ``scores`` by class index.
+    """
+    written, top_k = node_names(found), found.neurons.shape[-1]
+    sizes = torch.stack([scores.abs() for scores in edges.scores.values()]).mean(0)
+    num_layers = len(found.layers)
+    strength = sizes.view(num_layers, top_k, num_layers, top_k).mean((1, 3))
+    strongest = {}
+    for index, scores in edges.scores.items():
+        order = scores.abs().flatten().sort(descending=True, stable=True).indices[:NUM_EDGES].tolist()
+        places = [divmod(place, len(scores)) for place in order]
+        strongest[index] = [
+            {
+                **{
+                    end: {"layer": name, "node": node, "name": written(name, node)}
+                    for end, (name, node) in (("start", edges.nodes[index][a]), ("end", edges.nodes[index][b]))
+                },
+                "score": float(scores[a, b]),
+            }
+            for a, b in places
+            if scores[a, b]
+        ]
+    return {
+        "agreement": edges.agreement,
+        "num_exact": edges.num_exact,
+        "layers": found.layers,
+        "strength": strength,
+        "strongest": strongest,
+        "nodes": edges.nodes,
+        "scores": edges.scores,
     }
 
 

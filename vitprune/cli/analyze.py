@@ -29,8 +29,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--experiments",
         type=str,
         nargs="+",
-        help=f"{listed(options.EXPERIMENTS)}; default: all but cards, faithfulness and topk-mask, and transfer only "
-        "with --data",
+        help=f"{listed(options.EXPERIMENTS)}; default: all but edges, cards, faithfulness and topk-mask, and transfer "
+        "only with --data",
     )
     add_images(
         parser,
