@@ -516,7 +516,7 @@ def test_there_and_back_again_is_the_same(methods, run_folders, saved_vit, image
         before, after = load_run(run_folders / method), load_run(tmp_path / method)
         for name in ("neurons", "joint_scores", "labels", "predictions"):
             assert torch.equal(getattr(after.found, name), getattr(before.found, name)), name
-        for name in ("ffns", "classes", "method", "tokens", "quadrature", "target", "quantity", "precision"):
+        for name in ("layers", "classes", "method", "tokens", "quadrature", "target", "quantity", "precision"):
             assert getattr(after.found, name) == getattr(before.found, name), name
         assert (after.images, after.weights_sha256) == (before.images, before.weights_sha256)
         assert after.transform is None

@@ -80,6 +80,9 @@ CALLS = {
         card.activations
         for card in vitprune.make_cards(model, make_batches(), vitprune.discover(model, make_batches())).cards
     ],
+    "record_activations": lambda model, at: vitprune.record_activations(
+        model, make_batches(), vitprune.discover(model, make_batches())
+    ),
     "measure_edges": lambda model, at: (
         vitprune.measure_edges(model, make_batches(), vitprune.discover(model, make_batches()), num_exact=0).scores
     ),

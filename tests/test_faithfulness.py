@@ -10,7 +10,7 @@ import torch
 from conftest import make_vit
 
 import vitprune
-from vitprune.analysis.ablation import measure_means, record_hidden
+from vitprune.analysis.ablation import measure_means
 from vitprune.analysis.faithfulness import (
     SHARES,
     measure_faithfulness,
@@ -20,7 +20,7 @@ from vitprune.analysis.faithfulness import (
 )
 from vitprune.cli import main
 from vitprune.discovery.discover import discover
-from vitprune.models.path_layers import find_path_layers
+from vitprune.models.path_layers import find_path_layers, record_hidden
 from vitprune.options import ABLATIONS
 
 LABELS = torch.tensor([0, 3, 1])

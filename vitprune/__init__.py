@@ -46,6 +46,8 @@ _HOME_OF = {
     "save_run": "vitprune.discovery.run",
     "read_authors": "vitprune.interop.authors",
     "write_authors": "vitprune.interop.authors",
+    "write_arrays": "vitprune.interop.arrays",
+    "record_activations": "vitprune.interop.arrays",
     "score_neurons": "vitprune.calibration.criteria",
     "share_images": "vitprune.sharing",
     "Plan": "vitprune.pruning.plan",

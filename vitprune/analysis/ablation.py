@@ -95,15 +95,6 @@ def measure_means(
     return Means(of_all, of_class, rows)
 
 
-@torch.no_grad()
-def record_hidden(model: nn.Module, layers: Sequence[Group], images: Tensor, *, tokens: slice) -> dict[str, Tensor]:
-    """Return what layers hand to their output projections for images [B, ...]: layer name -> [B, T, H]."""
-    kept: dict[str, Tensor] = {}
-    with hook_hidden(model, layers, lambda name, h_BNH: kept.update({name: h_BNH[:, tokens].clone()})):
-        ask(model, images)
-    return kept
-
-
 def substitutes(
     kind: str, labels: Tensor, *, means: Means | None = None, donated: Mapping[str, Tensor] | None = None
 ) -> Mapping[str, Tensor] | None:

@@ -31,7 +31,6 @@ from vitprune.analysis.ablation import (
     Means,
     ablated,
     measure_means,
-    record_hidden,
     substitutes,
 )
 from vitprune.answers import ask, of_classes
@@ -42,7 +41,7 @@ from vitprune.entry import entry
 from vitprune.errors import VitpruneError
 from vitprune.files import read_tensors, write_tensors
 from vitprune.intervals import Interval, mean_interval
-from vitprune.models.path_layers import find_path_layers
+from vitprune.models.path_layers import find_path_layers, record_hidden
 from vitprune.models.trunk import resolve_scope, scope_slice
 from vitprune.models.units import Group
 from vitprune.options import ABLATIONS, check_choice

@@ -10,7 +10,7 @@ from vitprune.cli.inputs import check_data, check_model, choose, find_images, lo
 from vitprune.cli.terminal import Tracked, note
 from vitprune.errors import VitpruneError
 
-SUMMARY = "read result files of the paper's authors as a run, or write runs as such files"
+SUMMARY = "read result files of the paper's authors as a run, or write runs as such files or as numpy arrays"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -35,17 +35,23 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=32, help="images at once")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images; 0: this one")
+    parser.add_argument(
+        "--activations", action="store_true", help="of a run as .npz: what every layer computes of its images as well"
+    )
     add_device(parser)
-    add_output(parser, "run folder to write; for runs: folder and PREFIX of the files")
+    add_output(parser, "run folder to write; for runs: folder and PREFIX of the files, or of one run a file .npz")
 
 
 def run(
-    sources, model, checkpoint, data, class_map, classes, method, least_agreement, batch_size, workers, device, output,
-    overwrite, **opening,
+    sources, model, checkpoint, data, class_map, classes, method, least_agreement, batch_size, workers, activations,
+    device, output, overwrite, **opening,
 ):  # fmt: skip
     from vitprune.discovery.run import is_run
 
     others = [source for source in sources if not is_run(source)]
+    as_arrays = str(output).endswith(".npz")
+    if activations and not as_arrays:
+        raise VitpruneError("--activations is for a run that is written as arrays; name an output that ends in .npz")
     if others and len(sources) > 1:
         raise VitpruneError(f"name one PREFIX.args.json, or only runs; {others[0]} is no run")
     if not others:
@@ -57,12 +63,14 @@ def run(
             "classes": classes,
             "method": method,
             "least_agreement": least_agreement,
-            "device": device,
+            **({} if activations else {"device": device}),
             **opening,
         }
         given = [name for name, value in unused.items() if value is not None]
         if given:
             raise VitpruneError(f"{', '.join(given)}: not for writing runs, which bring theirs; leave out")
+        if as_arrays:
+            return _write_arrays(sources, activations, batch_size, workers, device, output, overwrite)
         return _write(sources, output, overwrite)
     choice = None if data is None else choose(data, class_map, classes)
     return _read(
@@ -151,6 +159,45 @@ def _require(args, model: str | None, choice) -> None:
         raise VitpruneError(f"say which model the paths were found on with --model{hint}{weights_hint}")
     if choice is None:
         raise VitpruneError(f"name the images of the paths with --data (theirs were at {args.get('dataset_path')})")
+
+
+def _write_arrays(sources, activations, batch_size, workers, device, output, overwrite):
+    from vitprune.data import ImageBatches
+    from vitprune.discovery.run import load_run, open_run
+    from vitprune.files import refuse_existing
+    from vitprune.interop.arrays import record_activations, write_arrays
+
+    if len(sources) > 1:
+        raise VitpruneError(f"one run is written as arrays, got {len(sources)}; write each to a file of its own")
+    refuse_existing(output, overwrite=overwrite)
+    recorded = None
+    if activations:
+        opened, network = open_run(sources[0], device=pick_device(device))
+        images = ImageBatches(
+            opened.images,
+            network,
+            batch_size=batch_size,
+            num_workers=workers,
+            strict=True,
+            transform=opened.transform,
+        )
+        recorded = record_activations(network, Tracked(images, "activations"), opened.found)
+    else:
+        opened = load_run(sources[0])
+    write_arrays(opened, output, activations=recorded)
+    found = opened.found
+    answer = {
+        "output": str(output),
+        "methods": [found.method],
+        "num_images": len(found.labels),
+        "num_classes": len(found.classes),
+    }
+
+    def show() -> None:
+        print(f"{answer['num_images']} {found.method} paths of {answer['num_classes']} classes")
+        print(f"wrote {output}: arrays, with the names of the places in timm and in Prisma")
+
+    return answer, show
 
 
 def _write(sources, output, overwrite):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from vitprune.answers import ask
 from vitprune.errors import VitpruneError
 from vitprune.models.left_out import is_left_out
-from vitprune.models.units import FFN, Group, find_feed_forwards
+from vitprune.models.units import FFN, Group, find_feed_forwards, hook_hidden
 from vitprune.options import NODES, check_choice
 from vitprune.views import block_of
 
@@ -88,3 +90,12 @@ def _attention_before(model: nn.Module, ffn: Group) -> Group:
         reason = "was taken out" if left_out else "does not hand equal heads to a 'proj'"
         raise VitpruneError(f"`nodes` {ATTENTION}: {name} {reason}, so no path goes through it; use `nodes` {FFN}")
     return Group(name, ATTENTION, proj.in_features, (), f"{name}.proj")
+
+
+@torch.no_grad()
+def record_hidden(model: nn.Module, layers: Sequence[Group], images: Tensor, *, tokens: slice) -> dict[str, Tensor]:
+    """Return what layers hand to their output projections for images [B, ...]: layer name -> [B, T, H]."""
+    kept: dict[str, Tensor] = {}
+    with hook_hidden(model, layers, lambda name, h_BNH: kept.update({name: h_BNH[:, tokens].clone()})):
+        ask(model, images)
+    return kept
