@@ -100,6 +100,7 @@ _HOME_OF = {
     "analyze": "vitprune.analysis.analyze",
     "find_top_images": "vitprune.analysis.top_images",
     "make_cards": "vitprune.analysis.neuron_cards",
+    "read_concepts": "vitprune.analysis.concepts",
     "measure_faithfulness": "vitprune.analysis.faithfulness",
     "measure_edges": "vitprune.analysis.edges",
     "count_macs": "vitprune.models.macs",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vitprune import options
 from vitprune.analysis.ablation import RESAMPLE
 from vitprune.analysis.analysis_folder import ANALYSIS_FILES, PASSES_FOLDER, AnalysedRun, Analysis
+from vitprune.analysis.concepts import read_concepts
 from vitprune.analysis.experiments import NEED_OTHERS, SLOW, check_experiments, run_experiments
 from vitprune.analysis.faithfulness import BY_CLASS, BY_IMAGE
 from vitprune.analysis.similarity import plain
@@ -48,6 +49,7 @@ def analyze(
     ablations: Sequence[str] | None = None,
     rank_by: Sequence[str] | None = None,
     criteria: Sequence[str] | None = None,
+    concepts: str | Path | None = None,
     num_pairs: int = 50,
     wordnet: str | Path | None = None,
     seed: int = 0,
@@ -85,6 +87,8 @@ def analyze(
         rank_by: for ``faithfulness``: by the scores of the ``class`` in the run, by those of each ``image``, which are
             searched for, or both; None: class.
         criteria: for ``faithfulness``: keys of ``options.CRITERIA`` to compare with; None: none.
+        concepts: for ``cards``: a .npz with the similarity of every image of the runs and every concept, as
+            ``read_concepts`` takes it; the words that fit a neuron best then stand on its card.
         num_pairs: for ``similarity``: most and least similar classes to name.
         wordnet: for ``similarity`` of classes that are named by WordNet id: folder of WordNet 3.0's ``data.noun``;
             None: where it is installed.
@@ -129,6 +133,7 @@ def analyze(
     chosen = _choose_experiments(experiments, first.found, with_others=others is not None, note=note)
     _refuse_unused(chosen, "topk-mask", top_k=top_k, mask_share=mask_share, depth=depth)
     _refuse_unused(chosen, "faithfulness", ablations=ablations, rank_by=rank_by, criteria=criteria)
+    _refuse_unused(chosen, "cards", concepts=concepts)
     for name, given, choices in (
         ("ablation", ablations, options.ABLATIONS),
         ("rank_by", rank_by, (BY_CLASS, BY_IMAGE)),
@@ -137,6 +142,7 @@ def analyze(
         for each in given or ():
             options.check_choice(name, each, choices)
     _check_images(model, runs, sources, others)
+    words = None if concepts is None else read_concepts(concepts, first.images.files)
     reading = {"batch_size": batch_size, "num_workers": num_workers, "transform": first.transform}
     batches = ImageBatches(first.images, model, strict=True, **reading)
     other_batches = None if others is None else ImageBatches(others, model, strict=strict, **reading)
@@ -162,6 +168,7 @@ def analyze(
         rank_by=(BY_CLASS,) if rank_by is None else rank_by,
         criteria=criteria or (),
         donors=_draw_donors(first.images, others, model, seed, reading) if RESAMPLE in (ablations or ()) else None,
+        concepts=words,
         num_pairs=num_pairs,
         wordnet=_choose_wordnet(wordnet, first.images.class_names.values(), note) if "similarity" in chosen else None,
         seed=seed,

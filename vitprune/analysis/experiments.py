@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitprune.analysis.concepts import Concepts
 from vitprune.analysis.edges import Edges, measure_edges
 from vitprune.analysis.faithfulness import (
     BY_CLASS,
@@ -81,6 +82,7 @@ def run_experiments(
     rank_by: Sequence[str] = (BY_CLASS,),
     criteria: Sequence[str] = (),
     donors: Batches | None = None,
+    concepts: Concepts | None = None,
     num_pairs: int = 50,
     wordnet: str | Path | None = None,
     seed: int = 0,
@@ -108,6 +110,7 @@ def run_experiments(
         rank_by: for ``faithfulness``: ``class``, ``image`` or both.
         criteria: for ``faithfulness``: keys of ``options.CRITERIA`` to compare with, measured on ``batches``.
         donors: for the ablation ``resample``, as in ``measure_faithfulness``.
+        concepts: for ``cards``, as in ``make_cards``.
         num_pairs: for ``similarity``: most and least similar classes to name.
         wordnet: folder with WordNet 3.0's ``data.noun``.
         seed: of the halves and of the permutation test.
@@ -226,7 +229,7 @@ def run_experiments(
         "stability": lambda: {method: describe_stability(found, seed=seed) for method, found in runs.items()},
         "top-images": lambda: _top_images(model, batches, first, track),
         "edges": lambda: describe_edges(measure_edges(model, batches, first, seed=seed, track=track), first),
-        "cards": lambda: make_cards(model, batches, first, class_names=class_names, track=track),
+        "cards": lambda: make_cards(model, batches, first, class_names=class_names, concepts=concepts, track=track),
         "transfer": transfer,
         "faithfulness": faithfulness,
         "topk-mask": topk_mask,

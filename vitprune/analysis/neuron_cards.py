@@ -13,6 +13,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
+from vitprune.analysis.concepts import Concepts, score_concepts
 from vitprune.answers import ask, of_classes, run
 from vitprune.data import Batches, label_names_of, on_device
 from vitprune.discovery.discover import Discovery, class_paths
@@ -82,6 +83,7 @@ class NeuronCard:
         all_counts: images by activation [20].
         peak_counts: the same of the images of the peak's class.
         steering: what turning it up or down changes.
+        concepts: that fit it best, with their scores (``score_concepts``); empty where none are known.
     """
 
     layer: str
@@ -97,6 +99,7 @@ class NeuronCard:
     all_counts: tuple[int, ...]
     peak_counts: tuple[int, ...]
     steering: tuple[Steering, ...]
+    concepts: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,7 @@ def make_cards(
     most: int = MOST_CARDS,
     num_images: int = NUM_IMAGES,
     class_names: Mapping[int, str] | None = None,
+    concepts: Concepts | None = None,
     track: Track = untracked,
 ) -> NeuronCards:
     """Make a card for the nodes on class paths.
@@ -159,10 +163,11 @@ def make_cards(
         most: cards at most, for the nodes of the most classes.
         num_images: n, top images on a card.
         class_names: class index -> name, where they are known; the model's own names are used beside them.
+        concepts: from ``read_concepts``, of these images in their order.
         track: wraps (items, description), for progress.
 
     Raises:
-        VitpruneError: if there are no images, or several processes share them.
+        VitpruneError: if there are no images, ``concepts`` are of more or fewer, or several processes share them.
 
     Source:
         Heat maps of single neurons as in Bau et al., CVPR 2017 (arXiv:1704.05796); the direction of an output in class
@@ -195,6 +200,7 @@ def make_cards(
     steered = _steer(model, layers, places, best_PI[:, 0], batches, scope, names, track)
     of_paths = class_paths(found)
     written = node_names(found)
+    fitting = _fit_concepts(values_PI, concepts)
     cards = []
     for place, (name, node) in enumerate(places):
         values_I = values_PI[place]
@@ -218,6 +224,7 @@ def make_cards(
                 all_counts=tuple(np.histogram(values_I, edges)[0].tolist()),
                 peak_counts=tuple(np.histogram(values_I[own_I], edges)[0].tolist()),
                 steering=steered[place],
+                concepts=fitting[place],
             )
         )
     pictures, maps = seen.pictures(best_PI)
@@ -298,6 +305,19 @@ class _Seen:
             torch.stack([self.known[image][1][place] for image in row]) for place, row in enumerate(best_PI.tolist())
         ]
         return pictures, torch.stack(maps)
+
+
+def _fit_concepts(values_PI: np.ndarray, concepts: Concepts | None) -> list[tuple[tuple[str, float], ...]]:
+    if concepts is None:
+        return [()] * len(values_PI)
+    if len(concepts.similarity) != values_PI.shape[1]:
+        raise VitpruneError(f"concepts of {len(concepts.similarity)} images, where {values_PI.shape[1]} were read")
+    scores_PT = score_concepts(torch.from_numpy(values_PI), concepts.similarity)
+    order_PT = scores_PT.sort(dim=1, descending=True, stable=True).indices[:, :NUM_ANSWERS]
+    return [
+        tuple((concepts.names[place], float(scores_T[place])) for place in order_T.tolist())
+        for scores_T, order_T in zip(scores_PT, order_PT, strict=True)
+    ]
 
 
 def _peak(values_I: np.ndarray, labels_I: np.ndarray, names: _Names) -> Answer | None:

@@ -76,6 +76,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         choices=tuple(options.CRITERIA),
         help="faithfulness: criteria of pruning to compare with, by the images of the run",
     )
+    parser.add_argument(
+        "--concepts",
+        type=str,
+        help="cards: .npz with the similarity of every image of the run and every concept, by any model of images and "
+        "texts: arrays concepts, similarity, files",
+    )
     parser.add_argument("--pairs", type=int, default=50, help="similarity: most and least similar classes to name")
     parser.add_argument(
         "--wordnet",
@@ -93,7 +99,7 @@ def _listed_numbers(numbers: Iterable[float]) -> str:
 
 def run(
     runs, experiments, data, class_map, classes, images_per_class, strict, batch_size, workers, seed, factors, tokens,
-    top_k, mask_share, depth, ablations, rank_by, criteria, pairs, wordnet, device, output, overwrite,
+    top_k, mask_share, depth, ablations, rank_by, criteria, concepts, pairs, wordnet, device, output, overwrite,
 ):  # fmt: skip
     from vitprune.analysis.analysis_figures import save_analysis_figures
     from vitprune.analysis.analysis_folder import describe_analysis, save_analysis
@@ -131,6 +137,7 @@ def run(
         ablations=ablations,
         rank_by=rank_by,
         criteria=criteria,
+        concepts=concepts,
         num_pairs=pairs,
         wordnet=wordnet,
         seed=seed,

@@ -73,6 +73,8 @@ def _shot(row: Mapping[str, Any], strip: Thumbnail, class_names: Mapping[int, st
     facts = [("on the paths of", ", ".join(describe_class(class_names[index]) for index in row["paths"]))]
     if peak is not None:
         facts.append(("excited most by", f"{describe_class(peak['name'])}, chance {percent(peak['value'], 0)}"))
+    if row.get("concepts"):
+        facts.append(("words", ", ".join(f"{name} {score:.1f}" for name, score in row["concepts"][:3])))
     for term, key in (("moves up", "towards"), ("moves down", "away")):
         if row[key]:
             said = (f"{describe_class(each['name'])} {each['value']:+.1f}" for each in row[key][:3])
