@@ -22,9 +22,11 @@ from conftest import TINY, make_vit, photos
 from torch import Tensor, nn
 
 import vitprune
+from vitprune.analysis.faithfulness import rank_by_class, rank_by_image
 from vitprune.cli import main
-from vitprune.options import COMPENSATIONS, CRITERIA, METHODS, TOKENS
+from vitprune.options import ABLATIONS, COMPENSATIONS, CRITERIA, METHODS, TOKENS
 
+BOTH = ("ffn", "attention")
 CLASSES = ["ant", "bee", "cat", "dog", "elk"]
 Numbers = Mapping[str, Tensor]
 VERBS: dict[str, Callable[[nn.Module, Path], Numbers]] = {}
@@ -78,6 +80,11 @@ def _(model, at):
     return found(vitprune.discover(model, make_batches(), quadrature="riemann:4", top_k=2))
 
 
+@verb("discover --nodes ffn attention")
+def _(model, at):
+    return found(vitprune.discover(model, make_batches(), nodes=BOTH))
+
+
 @verb("prune --criterion jas")
 def _(model, at):
     discovery = vitprune.discover(model, make_batches())
@@ -122,6 +129,43 @@ def _(model, at):
 def _(model, at):
     result = vitprune.find_top_images(model, make_batches(), {"blocks.0.mlp": [1, 2]})
     return {f"{key}": each.activations for key, each in result.items()}
+
+
+@verb("cards")
+def _(model, at):
+    result = vitprune.make_cards(model, make_batches(), vitprune.discover(model, make_batches(), nodes=BOTH))
+    steered = [answer.value for card in result.cards for each in card.steering for answer in each.answers]
+    pointed = [answer.value for card in result.cards for answer in card.towards]
+    return {"maps": result.maps, "steering": torch.tensor(steered), "towards": torch.tensor(pointed)}
+
+
+@verb("faithfulness")
+def _(model, at):
+    found = vitprune.discover(model, make_batches(), nodes=BOTH)
+    rows = vitprune.measure_faithfulness(
+        model,
+        make_batches(),
+        {("jas", "class"): rank_by_class(found), ("jas", "image"): rank_by_image(model, found)},
+        nodes=BOTH,
+        tokens=["cls", "all"],
+        ablations=list(ABLATIONS),
+        shares=[0.1, 0.5],
+        classes=found.classes,
+        reference=make_batches(),
+        donors=make_batches()[::-1],
+    )
+    return {f"{row.ranked} {row.tokens} {row.ablation}": torch.tensor(row.kept + row.removed) for row in rows}
+
+
+@verb("edges")
+def _(model, at):
+    edges = vitprune.measure_edges(model, make_batches(), vitprune.discover(model, make_batches(), nodes=BOTH))
+    return {f"{index}": scores for index, scores in edges.scores.items()}
+
+
+@verb("activations")
+def _(model, at):
+    return vitprune.record_activations(model, make_batches(), vitprune.discover(model, make_batches(), nodes=BOTH))
 
 
 def command(name: str, *arguments: str, read: Callable[[Path], Numbers]) -> None:
