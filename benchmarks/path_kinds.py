@@ -60,7 +60,9 @@ def main(
             started = time.perf_counter()
             parts[name].append(vitprune.discover(network, [batch], **asked))
             seconds[name] += time.perf_counter() - started
-        log(f"{number} of {len(batches)} batches; both cost {seconds['both'] / seconds['ffn']:.2f} times as much as ffn")
+        log(
+            f"{number} of {len(batches)} batches; both cost {seconds['both'] / seconds['ffn']:.2f} times as much as ffn"
+        )
     neurons = {name: torch.cat([part.neurons for part in found]) for name, found in parts.items()}
     kinds = {name: [kind_of_layer(layer) for layer in found[0].layers] for name, found in parts.items()}
     paths = {name: (neurons[name], SEARCHES[name]["nodes"]) for name in SEARCHES}

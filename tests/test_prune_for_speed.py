@@ -210,6 +210,27 @@ def test_merging_that_turns_out_too_slow_is_known_before_anything_is_pruned(monk
     assert len(pruned) == 1
 
 
+@pytest.mark.parametrize("faster", [1.0, 1.25])
+def test_merging_that_turns_out_much_faster_is_looked_for_anew(faster):
+    """The fit took merged models for slower than they are: a milder schedule is as fast as asked for."""
+    model, latency = make_vit(**SIZES), make_latency(3)
+
+    def measure(other, _format):
+        return [faster * latency.predict(model) / latency.predict(other)]
+
+    fitted = Fitted(latency.predict(model), {EAGER: latency}, EAGER)
+    options = {"formats": [EAGER], "fitted": fitted, "measure": measure, "step": 1}
+    result = prune_for_speed(model, make_batches(), 1.5, parts=["tokens"], **options)
+    (chosen,) = (each for each in result.candidates if each.chosen)
+    assert result.speedup >= 1.5 * 0.985
+    others = [each for each in result.candidates if not each.chosen]
+    if faster == 1.0:
+        assert len(result.candidates) == 1
+    else:
+        assert min(sum(each.merge) for each in others) > sum(chosen.merge)
+        assert all(chosen.loss < each.loss for each in others)
+
+
 @pytest.mark.parametrize(
     ("speedup", "options", "message"),
     [

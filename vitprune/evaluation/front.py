@@ -38,7 +38,7 @@ from vitprune.progress import Track, untracked
 from vitprune.pruning.decide import check_parts
 from vitprune.seal import parsing
 from vitprune.seen_images import check_unseen, seen_by
-from vitprune.speed.fit_latency import Format, Writer, time_sources
+from vitprune.speed.fit_latency import SECONDS_EACH, Format, Writer, time_sources
 from vitprune.speed.speed_reach import DEFAULT_PARTS
 from vitprune.table import align
 from vitprune.timing import Latency, Speedup, paired_speedup
@@ -150,6 +150,7 @@ def measure_front(
     ridge: float = DEFAULT_RIDGE,
     seed: int = 0,
     overwrite: bool = False,
+    seconds_each: float = SECONDS_EACH,
     track: Track = untracked,
 ) -> Front:
     """Prune for several speeds, and measure what each costs beside what is to be had without; into a folder.
@@ -170,6 +171,8 @@ def measure_front(
         ridge: λ of what stands in.
         seed: of everything drawn at random.
         overwrite: replace an output of other arguments.
+        seconds_each: to spend on timing each model at each batch size in the end, all in turns; more makes the
+            intervals of the speed-ups narrower.
         track: wraps (items, description) of long loops, for progress.
 
     Raises:
@@ -226,7 +229,7 @@ def measure_front(
         made += [*pruned, *others]
         sources = {(each.wanted, number): each.source for number, each in enumerate(made)}
         latencies = [
-            list(time_sources(sources, batch_size, options["num_threads"]).values())
+            list(time_sources(sources, batch_size, options["num_threads"], seconds_each=seconds_each).values())
             for batch_size in track(list(batch_sizes), f"time {len(made)} models in turns")
         ]
     rows = _compare(made, latencies)

@@ -77,6 +77,8 @@ def draw_speeds(rows: Sequence[Any], *, title: str = "") -> Figure:
     lowest = min((row.top1_low for row in rows if row.lever in (BUDGET, DENSE)), default=0)
     shown = [row for row in rows if row.top1 >= lowest - 0.05]
     axes.set_ylim(100 * min(lowest, *(row.top1 for row in shown)) - 1, None)
+    # What is not shown would only make room.
+    axes.set_xlim(min(row.speedup for row in shown) - 0.2, 1.02 * max(row.speedup_high for row in shown))
     hidden = len(rows) - len(shown)
     if hidden:
         axes.annotate(f"{hidden} below the picture", (0.01, 0.01), xycoords="axes fraction", fontsize=7, color="0.35")
