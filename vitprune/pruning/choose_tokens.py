@@ -33,7 +33,7 @@ from vitprune.pruning.decide import OUTER, PIXELS, TOKENS
 from vitprune.pruning.decide_parts import keep_back, multiple_of, propose
 from vitprune.pruning.meters import MACS, Meter
 from vitprune.pruning.rank_parts import Worth, rank_parts
-from vitprune.pruning.target import Target
+from vitprune.pruning.target import ROUNDING, Target
 from vitprune.pruning.turn import Turned, turn_attention
 from vitprune.sharing import mean_of_all
 
@@ -45,8 +45,6 @@ NUM_SCHEDULE_IMAGES = 96
 MAX_MERGES = 5
 # Shares of the way, on a logarithmic scale, that merging goes; units go the rest.
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-# Of a cost that is a sum of floats.
-ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)

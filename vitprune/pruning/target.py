@@ -19,6 +19,9 @@ from vitprune.models.units import FFN, HEADS, QK, VO, Group, find_groups, hook_h
 from vitprune.options import TARGETS
 from vitprune.views import block_of, data_config
 
+# Of a cost that is a sum of floats.
+ROUNDING = 1e-9
+
 
 @dataclass(frozen=True)
 class Target:
@@ -235,7 +238,7 @@ def check_target(target: Target) -> Target:
     """
     smallest = target.predict(dict.fromkeys(target.costs, 1))
     what = TARGETS[target.kind]
-    if target.limit > target.dense:
+    if target.limit > target.dense * (1 + ROUNDING):
         raise VitpruneError(f"target of {target.limit:g} {what}: the model has {target.dense:.6g} already")
     if target.limit < smallest:
         least = "neuron in each FFN" if all(kind_of(name) == FFN for name in target.costs) else "unit in each group"
