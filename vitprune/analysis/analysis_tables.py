@@ -15,7 +15,7 @@ from vitprune.table import Table
 SHARES_SHOWN = (0.01, 0.1, 0.5)
 # Of each class.
 EDGES_SHOWN = 3
-SCORES_OF: Mapping[str, str] = {"class": "its class", "image": "itself", "all": "all"}
+SCORES_OF: Mapping[str, str] = {"class": "by class", "image": "by image", "all": "for all"}
 
 if TYPE_CHECKING:
     from vitprune.analysis.analysis_folder import Analysis
@@ -237,6 +237,13 @@ def _cards_table(cards: Mapping[str, Any]) -> Table:
     )
 
 
+def _as_text(interval: Mapping[str, Any] | None) -> str | None:
+    if interval is None:
+        return None
+    ends = "" if interval["low"] is None else f" ({interval['low']:.3f} .. {interval['high']:.3f})"
+    return f"{interval['mean']:.3f}{ends}"
+
+
 def _stability_table(stability: Mapping[str, Any]) -> Table:
     first = next(iter(stability.values()))
     return Table(
@@ -259,30 +266,24 @@ def _faithfulness_tables(rows) -> list[Table]:
                 f"faithfulness, ablated at {tokens}, {ablation} ({own[0]['num_images']} images)",
                 (
                     "ranked by",
-                    "scores of",
-                    *(f"best {100 * shares[at]:g} % kept" for at in shown),
-                    "area",
-                    "95 % interval",
-                    "first minus it",
-                    "95 % interval ",
+                    *(f"best {100 * shares[at]:g} %" for at in shown),
+                    "area kept",
+                    f"{own[0]['method']} minus it",
                     "area without",
-                    " 95 % interval",
-                    "first minus it ",
-                    " 95 % interval ",
+                    f"{own[0]['method']} minus it ",
                 ),
                 tuple(
                     (
-                        row["method"],
-                        SCORES_OF[row["ranked"]],
+                        f"{row['method']}, {SCORES_OF[row['ranked']]}",
                         *(row["kept"][at] for at in shown),
-                        *_interval(row["faithfulness"]),
-                        *_interval(row["faithfulness_advantage"]),
-                        *_interval(row["completeness"]),
-                        *_interval(row["completeness_advantage"]),
+                        _as_text(row["faithfulness"]),
+                        _as_text(row["faithfulness_advantage"]),
+                        _as_text(row["completeness"]),
+                        _as_text(row["completeness_advantage"]),
                     )
                     for row in own
                 ),
-                f"all others set to: {ABLATIONS[ablation]}. Kept: mean probability of the true class "
+                f"all others set to: {ABLATIONS[ablation]}. Best kept: mean probability of the true class "
                 f"({own[0]['kept'][-1]:.3f} undisturbed, {own[0]['kept'][0]:.3f} with all ablated). Area: under that "
                 "curve over all shares, as a share of the undisturbed probability; without: over the curve with the "
                 "best ablated. The first by class is compared with those by class and for all, the first by image with "

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from vitprune.analysis.concepts import Concepts, score_concepts
 from vitprune.answers import ask, of_classes, run
-from vitprune.data import Batches, label_names_of, on_device
+from vitprune.data import Batches, on_device
+from vitprune.data import class_names as names_of_classes
 from vitprune.discovery.discover import Discovery, class_paths
 from vitprune.discovery.heads import node_names
 from vitprune.entry import entry
@@ -235,12 +236,13 @@ class _Names:
     """What classes are called."""
 
     def __init__(self, model: nn.Module, known: Mapping[int, str]) -> None:
-        self.known, self.own = known, label_names_of(model) or ()
+        self.known, self.own = known, names_of_classes(model)
 
     def __call__(self, index: int) -> str:
         if index in self.known:
             return self.known[index]
-        return self.own[index] if index < len(self.own) else str(index)
+        # ImageNet's names list several words for one class.
+        return self.own[index].split(", ")[0] if index < len(self.own) else str(index)
 
     def answers(self, values_C: Tensor, count: int = NUM_ANSWERS) -> tuple[Answer, ...]:
         """Return the classes of the highest values, ties by index."""

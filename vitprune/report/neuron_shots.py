@@ -15,11 +15,11 @@ from vitprune.analysis.analysis_folder import Analysis
 from vitprune.data import describe_class
 from vitprune.models.path_layers import ATTENTION, kind_of_layer
 from vitprune.report.page_blocks import NeuronGallery, NeuronShot
-from vitprune.report.text import number, percent
+from vitprune.report.text import MINUS, number, percent
 from vitprune.report.thumbnails import Thumbnail, embed
 
 # How much of a picture's light stays where the neuron is least active.
-DARK, GAP, QUALITY = 0.25, 2, 72
+DARK, GAP, QUALITY = 0.35, 2, 72
 NOTE = (
     "Pictures: the images of the run that excite the neuron most, brighter where its activation at the patch is "
     "higher. Chance: that an image of this class excites it more than one of another class. Moves up and down: the "
@@ -77,7 +77,7 @@ def _shot(row: Mapping[str, Any], strip: Thumbnail, class_names: Mapping[int, st
         facts.append(("words", ", ".join(f"{name} {score:.1f}" for name, score in row["concepts"][:3])))
     for term, key in (("moves up", "towards"), ("moves down", "away")):
         if row[key]:
-            said = (f"{describe_class(each['name'])} {each['value']:+.1f}" for each in row[key][:3])
+            said = (f"{describe_class(each['name'])} {each['value']:+.1f}".replace("-", MINUS) for each in row[key][:3])
             facts.append((term, ", ".join(said)))
     heights = [[count / max(1, *row[key]) for count in row[key]] for key in ("all_counts", "peak_counts")]
     steering = tuple(
