@@ -33,13 +33,13 @@ from vitprune.analysis.ablation import (
     measure_means,
     substitutes,
 )
+from vitprune.analysis.finished_passes import read_pass, write_pass
 from vitprune.answers import ask, of_classes
 from vitprune.data import Batches, on_device
 from vitprune.discovery.discover import Discovery, check_class_scores, score_images
 from vitprune.discovery.methods import plan_search
 from vitprune.entry import entry
 from vitprune.errors import VitpruneError
-from vitprune.files import read_tensors, write_tensors
 from vitprune.intervals import Interval, mean_interval
 from vitprune.models.path_layers import find_path_layers, record_hidden
 from vitprune.models.trunk import resolve_scope, scope_slice
@@ -203,9 +203,9 @@ def measure_faithfulness(
         means: list[Means] = []
 
         def measure(name: str, ranking: Ranking | None, scope=scope, kind=kind, slice_=slice_, means=means) -> Curves:
-            known = _read(folder, f"faithfulness-{scope}-{kind}-{name}")
+            known = read_pass(folder, f"faithfulness-{scope}-{kind}-{name}")
             if known is not None:
-                return known
+                return Curves(**known)
             if kind in OF_MEANS and not means:
                 watched = track(reference, f"means at {scope}")
                 wanted = classes if kind == CLASS_MEAN else ()
@@ -221,7 +221,7 @@ def measure_faithfulness(
                 means=means[0] if means else None,
                 donors=donors if kind == RESAMPLE else None,
             )
-            _write(folder, f"faithfulness-{scope}-{kind}-{name}", curves)
+            write_pass(folder, f"faithfulness-{scope}-{kind}-{name}", vars(curves))
             return curves
 
         ends = measure("everything", None)
@@ -358,18 +358,3 @@ def _areas(curves: Curves, shares: Sequence[float]) -> tuple[list[float], list[f
     clean = kept[:, -1].mean()
     under, lost = (trapezoid(values, shares, axis=1) for values in (kept, kept[:, -1:] - removed))
     return (under / clean).tolist(), (lost / clean).tolist()
-
-
-def _read(folder: str | Path | None, name: str) -> Curves | None:
-    path = None if folder is None else Path(folder) / f"{name}.safetensors"
-    if path is None or not path.is_file():
-        return None
-    tensors, _facts = read_tensors(path, kind="answers")
-    return Curves(**tensors)
-
-
-def _write(folder: str | Path | None, name: str, curves: Curves) -> None:
-    if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tensors = {"kept": curves.kept, "removed": curves.removed, "label": curves.label}
-        write_tensors(Path(folder) / f"{name}.safetensors", tensors, kind="answers", facts={})

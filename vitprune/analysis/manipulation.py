@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vitprune.analysis.finished_passes import read_pass, write_pass
 from vitprune.analysis.interventions import (
     Reactions,
     deviate,
@@ -22,7 +23,6 @@ from vitprune.analysis.interventions import (
 from vitprune.data import Batches
 from vitprune.discovery.discover import Discovery
 from vitprune.errors import VitpruneError
-from vitprune.files import read_tensors, write_tensors
 from vitprune.intervals import Interval, mean_interval
 from vitprune.models.path_layers import DEFAULT_NODES
 from vitprune.progress import Track, untracked
@@ -156,7 +156,7 @@ def measure_undisturbed(
     reactions = _read(folder, name)
     if reactions is None:
         reactions = measure_reactions(model, track(batches, name))
-        _write(folder, name, reactions)
+        write_pass(folder, name, vars(reactions))
     return reactions
 
 
@@ -205,7 +205,7 @@ def manipulate(
             watched = track(batches, f"{whose} paths of {method}")
             measured = measure_interventions(model, watched, neurons_ILK, missing, nodes=through)
         for key, reactions in measured.items():
-            _write(folder, names[key], reactions)
+            write_pass(folder, names[key], vars(reactions))
         changed[method] = {key: measured[key] if key in measured else _read(folder, names[key]) for key in wanted}
     first = next(iter(changed))
     rows = []
@@ -238,13 +238,5 @@ def _slug(text: str) -> str:
 
 
 def _read(folder: str | Path | None, name: str) -> Reactions | None:
-    path = None if folder is None else Path(folder) / f"{name}.safetensors"
-    if path is None or not path.is_file():
-        return None
-    tensors, _facts = read_tensors(path, kind="answers")
-    return Reactions(**tensors)
-
-
-def _write(folder: str | Path | None, name: str, reactions: Reactions) -> None:
-    if folder is not None:
-        write_tensors(Path(folder) / f"{name}.safetensors", vars(reactions), kind="answers", facts={"pass": name})
+    known = read_pass(folder, name)
+    return None if known is None else Reactions(**known)
