@@ -254,7 +254,7 @@ class _Seen:
     """What the images showed: every activation, and pictures and maps of those that may still be on a card."""
 
     def __init__(self, model: nn.Module, nodes: Mapping[str, Sequence[int]], scope: slice, num_images: int) -> None:
-        self.model, self.nodes, self.scope, self.num_images = model, nodes, scope, num_images
+        self.nodes, self.scope, self.num_images = nodes, scope, num_images
         self.prefix, config = num_prefix_tokens(model), data_config(model)
         self.mean, self.std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
         patch_size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
@@ -265,6 +265,8 @@ class _Seen:
         self.kept_values: list[Tensor] = []
         self.kept_labels: list[Tensor] = []
         self.known: dict[int, tuple[Tensor, Tensor]] = {}
+        num_nodes = sum(map(len, nodes.values()))
+        self.top_values, self.top_images = torch.zeros(0, num_nodes), torch.zeros(0, num_nodes, dtype=torch.int64)
 
     def keep(self, name: str, h_BNH: Tensor) -> None:
         """Take the activations of a layer from a pass."""
@@ -283,14 +285,19 @@ class _Seen:
         height, width = images.shape[-2] // self.patch_size[0], images.shape[-1] // self.patch_size[1]
         for place in range(len(images)):
             self.known[self.count + place] = (pixels[place], maps_BNP[place].T.reshape(-1, height, width))
+        # Stable, and earlier images stand first: ties go to them.
+        values = torch.cat([self.top_values, values_BP])
+        places_BP = torch.arange(self.count, self.count + len(images)).unsqueeze(1).expand_as(values_BP)
+        order = values.sort(dim=0, descending=True, stable=True).indices[: self.num_images]
+        self.top_values = values.gather(0, order)
+        self.top_images = torch.cat([self.top_images, places_BP]).gather(0, order)
         self.count += len(images)
-        wanted = set(self.best().flatten().tolist())
+        wanted = set(self.top_images.flatten().tolist())
         self.known = {place: kept for place, kept in self.known.items() if place in wanted}
 
     def best(self) -> Tensor:
         """Return the positions of the images that excite each node most, int64 [P, n]; ties go to those read first."""
-        values_IP = torch.cat(self.kept_values)
-        return values_IP.sort(dim=0, descending=True, stable=True).indices[: self.num_images].T
+        return self.top_images.T
 
     def values(self) -> np.ndarray:
         """Return all activations [P, I]."""

@@ -110,7 +110,10 @@ class Shaper:
             return None
         self.looked_again = True
         ratio = self.timer.dense_ms / seen.latency.predict(candidate) / min(speedups)
-        again, latency = self.look(seen.latency.scaled(ratio))
+        try:
+            again, latency = self.look(seen.latency.scaled(ratio))
+        except VitpruneError:  # what there is already is fast enough
+            return None
         if again[0].loss >= chosen.loss:
             return None
         return replace(seen, candidates=(*seen.candidates, *again), best=len(seen.candidates), latency=latency)
